@@ -1,0 +1,77 @@
+"""The one door to FlexAttention, and its compilation on behalf of eager callers."""
+
+import functools
+import itertools
+import types
+from collections.abc import Callable, Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
+
+_serial = itertools.count()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, *, lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Attend under a BlockMask.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, D]`.
+        mask: Which keys each query sees.
+        scale: Factor on the scores.
+        lse: Whether to return the log-sum-exp too, which FlexAttention on CPU cannot.
+
+    Returns:
+        Output `[B, Hq, Q, D]`, and log-sum-exp `[B, Hq, Q]` in float32, empty if not asked for.
+    """
+    # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
+    # / (H * D) keys.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    result = flex_attention(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True) if lse else None,
+    )
+    if not lse:
+        return cast(Tensor, result), q.new_empty(0)
+    out, aux = cast(tuple[Tensor, AuxOutput], result)
+    return out, cast(Tensor, aux.lse)
+
+
+@functools.cache
+def compiled(
+    function: Callable[..., Any], kind: tuple[Hashable, ...], **options: Any
+) -> Callable[..., Any]:
+    """Return `function`, with these options bound, compiled to one graph.
+
+    Uncompiled FlexAttention computes every score, masked or not, so it never runs in eager code.
+
+    Args:
+        function: A function of q, k, v and options.
+        kind: What beside the options sets apart calls that share no graph: dtype, heads.
+        options: Keyword arguments of the function.
+
+    Returns:
+        A function of q, k and v; the same one for the same arguments.
+    """
+
+    # The names matter: PyTorch names the symbols of dynamic shapes after them, and those of *args
+    # break its C++ template.
+    def bound(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return function(q, k, v, **options)
+
+    # PyTorch counts recompilations by code object, and learns from its name what varies from call
+    # to call: a code object and a name for each kind of call leave both to lengths and batch
+    # sizes.
+    code = bound.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    own = types.FunctionType(code, globals(), closure=bound.__closure__)
+    return torch.compile(own, fullgraph=True)

@@ -1,0 +1,1 @@
+"""Where the blocks lie and which of them each query attends to."""

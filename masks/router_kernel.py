@@ -1,0 +1,186 @@
+"""The gate on CUDA: a streaming top-k in Triton that never writes the affinities."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moba_flex.masks.blocks import ceil_div
+
+_TILE_Q = 128
+_TILE_N = 64
+
+
+@triton.jit
+def gate_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    block_keys_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    num_heads,
+    group,
+    q_len,
+    q_offset,
+    num_blocks,
+    block_size,
+    sink_blocks,
+    local_blocks,
+    CAUSAL: tl.constexpr,
+    FORCED: tl.constexpr,
+    PICKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """Choose `PICKS` blocks for `TILE_Q` queries of one head.
+
+    The best so far sit in `SLOTS` (a power of two) registers a query, unordered. Blocks come from
+    the most recent to the oldest, so a later candidate replaces a slot only if it is strictly
+    better.
+    """
+    # Tiles at the end of the sequence have the most candidates: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
+
+    row = tile * TILE_Q + tl.arange(0, TILE_Q)
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    q = tl.load(
+        q_ptr
+        + batch * stride_qb
+        + head * stride_qh
+        + row[:, None].to(tl.int64) * stride_qm
+        + dim[None, :] * stride_qd,
+        mask=(row[:, None] < q_len) & (dim[None, :] < HEAD_DIM),
+        other=0.0,
+    )
+    own = ((row + q_offset) // block_size)[:, None]
+
+    slot = tl.arange(0, SLOTS)[None, :]
+    # Slots past PICKS hold what nothing replaces. Empty slots have numbers of their own, for the
+    # eviction below.
+    best = tl.where(slot < PICKS, -float("inf"), float("inf")) + tl.zeros(
+        [TILE_Q, SLOTS], tl.float32
+    )
+    block = tl.zeros([TILE_Q, SLOTS], tl.int32) - 1 - slot
+
+    largest = 3.4028234663852886e38
+    candidates = num_blocks
+    if CAUSAL:
+        candidates = tl.minimum(tl.max(own), num_blocks)
+    key_tiles = tl.cdiv(candidates, TILE_N)
+    for step in range(key_tiles):
+        top = (key_tiles - step) * TILE_N - 1
+        col = top - tl.arange(0, TILE_N)[None, :]
+        block_keys = tl.load(
+            block_keys_ptr
+            + batch * stride_kb
+            + (head // group) * stride_kh
+            + col.to(tl.int64) * stride_kn
+            + dim[:, None] * stride_kd,
+            mask=(col < num_blocks) & (dim[:, None] < HEAD_DIM),
+            other=0.0,
+        )
+        affinity = tl.dot(q, block_keys, input_precision="ieee")
+        affinity = tl.where(affinity == affinity, affinity, -largest)  # NaN counts as lowest
+        affinity = tl.minimum(tl.maximum(affinity, -largest), largest)
+        if FORCED:
+            forced = (col < sink_blocks) | ((col < own) & (col >= own - local_blocks))
+            affinity = tl.where(forced, float("inf"), affinity)
+        if CAUSAL:
+            candidate = (col < own) & (col < num_blocks)
+        else:
+            candidate = (col != own) & (col < num_blocks)
+        affinity = tl.where(candidate, affinity, -float("inf"))
+
+        # Ties break to the left, which is the more recent block.
+        new, at = tl.max(affinity, 1, return_indices=True, keep_dims=True)
+        worst = tl.min(best, 1, keep_dims=True)
+        enters = new > worst
+        while tl.max(enters.to(tl.int32)) > 0:
+            oldest = tl.min(tl.where(best == worst, block, 0x7FFFFFFF), 1, keep_dims=True)
+            evicted = enters & (best == worst) & (block == oldest)
+            best = tl.where(evicted, new, best)
+            block = tl.where(evicted, top - at, block)
+            affinity = tl.where(tl.arange(0, TILE_N)[None, :] == at, -float("inf"), affinity)
+            new, at = tl.max(affinity, 1, return_indices=True, keep_dims=True)
+            worst = tl.min(best, 1, keep_dims=True)
+            enters = new > worst
+
+    block = tl.sort(tl.where((block < 0) | (slot >= PICKS), num_blocks, block), 1)
+    out_row = (tl.program_id(1).to(tl.int64) * q_len + row[:, None]) * PICKS
+    tl.store(out_ptr + out_row + slot, block, mask=(row[:, None] < q_len) & (slot < PICKS))
+
+
+@triton_op("moba_flex::gate_triton", mutates_args=())
+def gate_triton(
+    q: Tensor,
+    block_keys: Tensor,
+    q_offset: int,
+    block_size: int,
+    picks: int,
+    sink_blocks: int,
+    local_blocks: int,
+    causal: bool,
+) -> Tensor:
+    """Choose `picks` blocks besides the own one; arguments and result as `gate_cpu`."""
+    out = torch.empty(*q.shape[:3], picks, dtype=torch.int32, device=q.device)
+    if picks:
+        kernel = wrap_triton(gate_kernel)
+        gate = block_size, sink_blocks, local_blocks, causal
+        launch_gate(kernel, q, block_keys, out, q_offset, *gate)
+    return out
+
+
+def launch_gate(
+    kernel: Any,
+    q: Tensor,
+    block_keys: Tensor,
+    out: Tensor,
+    q_offset: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    causal: bool,
+) -> None:
+    """Launch `kernel`, which is `gate_kernel`, to fill `out`, int32 `[B, Hq, Q, picks]`."""
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, num_blocks = block_keys.shape[1:3]
+    picks = out.shape[3]
+    kernel[(ceil_div(q_len, _TILE_Q), batch * num_heads)](
+        q,
+        block_keys,
+        out,
+        *q.stride(),
+        *block_keys.stride(),
+        num_heads,
+        num_heads // num_kv_heads,
+        q_len,
+        q_offset,
+        num_blocks,
+        block_size,
+        sink_blocks,
+        local_blocks,
+        CAUSAL=causal,
+        FORCED=sink_blocks + local_blocks > 0,
+        PICKS=picks,
+        SLOTS=max(2, triton.next_power_of_2(picks)),
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
+        TILE_Q=_TILE_Q,
+        TILE_N=_TILE_N,
+        num_warps=8,
+        num_stages=2,
+    )

@@ -1,0 +1,17 @@
+"""Mixture of Block Attention (MoBA) for PyTorch, as routing for FlexAttention."""
+
+from moba_flex.attention import choose_plan, moba_attention
+from moba_flex.config import MoBAConfig
+from moba_flex.masks.block_mask import create_moba_block_mask
+from moba_flex.masks.router import Routing, route
+from moba_flex.oracle import moba_attention_reference
+
+__all__ = [
+    "MoBAConfig",
+    "Routing",
+    "choose_plan",
+    "create_moba_block_mask",
+    "moba_attention",
+    "moba_attention_reference",
+    "route",
+]

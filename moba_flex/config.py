@@ -1,0 +1,75 @@
+"""How one model uses Mixture of Block Attention, as plain data."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from moba_flex.masks.checks import check_gate
+
+
+@dataclass(frozen=True)
+class MoBAConfig:
+    """The gate's options and where in a model they apply.
+
+    Attributes:
+        block_size: Keys per block.
+        top_k: Blocks a query attends to, its own included.
+        sink_blocks: First blocks of the sequence that are always chosen; they count in `top_k`.
+        local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
+        dense_layers: Layers that keep dense attention; negative numbers count from the last.
+        cached: What a call with cached keys does, one with more keys than queries: "refuse"
+            raises, "dense" attends to all keys.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range, or `top_k` cannot hold the forced blocks.
+    """
+
+    block_size: int
+    top_k: int
+    sink_blocks: int = 0
+    local_blocks: int = 0
+    dense_layers: tuple[int, ...] = ()
+    cached: Literal["refuse", "dense"] = "refuse"
+
+    def __post_init__(self) -> None:
+        check_gate(self.block_size, self.top_k, self.sink_blocks, self.local_blocks)
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
+            raise TypeError(
+                f"dense_layers must be a tuple of ints, got {type(self.dense_layers).__name__}"
+            )
+        # JSON knows lists only.
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for layer in self.dense_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise TypeError(f"dense_layers must hold ints, got {type(layer).__name__}")
+        if self.cached not in ("refuse", "dense"):
+            raise ValueError(f"cached must be 'refuse' or 'dense', got {self.cached!r}")
+
+    def is_dense(self, layer_idx: int, num_layers: int) -> bool:
+        """Return whether layer `layer_idx` of `num_layers` keeps dense attention.
+
+        Raises:
+            ValueError: `dense_layers` names a layer that the model lacks.
+        """
+        for layer in self.dense_layers:
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(
+                    f"dense_layers must lie in {-num_layers}..{num_layers - 1}, got {layer}: "
+                    f"the model has {num_layers} layers"
+                )
+        return layer_idx in self.dense_layers or layer_idx - num_layers in self.dense_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON knows them."""
+        return {**asdict(self), "dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """Return the config that `to_dict` wrote.
+
+        Raises:
+            TypeError: An option is unknown or missing, or has the wrong type.
+            ValueError: An option is out of range.
+        """
+        return cls(**options)

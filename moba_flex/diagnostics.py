@@ -1,0 +1,173 @@
+"""What a routing looks like: how much it attends to, how evenly, and what it misses."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moba_flex.masks.router import Routing
+
+# Elements of the largest tensor held at a time.
+_CHUNK = 1 << 25
+
+
+def density(routing: Routing) -> float:
+    """Return the share of query-key pairs that are attended to.
+
+        density = sum_i |keys that query i attends to| / sum_i |keys that query i can see|
+
+    A query can see the keys at its position and before, or all keys if not causal. Averaged over
+    batch and heads.
+    """
+    own, sizes = _own_blocks(routing), _block_sizes(routing)
+    position = routing.q_offset + torch.arange(routing.q_len, device=own.device)
+    if routing.causal:
+        own_keys, visible = position - own * routing.block_size + 1, position + 1
+    else:
+        own_keys, visible = sizes[own], torch.full_like(own, routing.kv_len)
+    chosen_keys = F.pad(sizes, (0, 1))[routing.blocks.long()].sum(-1).double().mean(dim=(0, 1))
+    return float((own_keys + chosen_keys).sum() / visible.sum())
+
+
+def load(routing: Routing) -> Tensor:
+    """Return how many queries chose each block besides their own, int64 `[B, Hq, N]`."""
+    rows = torch.zeros_like(_own_blocks(routing))
+    return _histogram(routing.blocks, rows, 1, routing.num_blocks)[:, :, 0]
+
+
+def load_imbalance(routing: Routing) -> Tensor:
+    """Return how much hotter the hottest block is than under uniform random routing, `[B, Hq]`.
+
+        imbalance = max_n load_n / max_n expected_n
+        expected_n = sum over the queries i that may choose n of min(K - 1, c_i) / c_i
+
+    with `c_i` the number of blocks that query `i` may choose. Early blocks may be chosen by more
+    queries, so a plain max/mean would exceed 1 for random routing too. This gives 1 there up to
+    noise, and the most if all queries choose the same block. It is 1 where nothing can be chosen.
+    """
+    own = _own_blocks(routing)
+    candidates = own if routing.causal else torch.full_like(own, routing.num_blocks - 1)
+    rate = candidates.clamp(max=routing.blocks.shape[3]) / candidates.clamp(min=1)
+    offered = rate.new_zeros(routing.num_blocks).scatter_add(0, own, rate)
+    # A causal query may choose the blocks before its own, any other query all but its own.
+    expected = offered.sum() - (offered.cumsum(0) if routing.causal else offered)
+    chosen = load(routing).amax(-1)
+    return torch.where(rate.sum() > 0, chosen / expected.max(), 1.0)
+
+
+def routing_entropy(routing: Routing) -> Tensor:
+    """Return how much the queries of one block disagree about what to attend to, `[B, Hq]`.
+
+    For the queries of each block it is the entropy `H` of the blocks that their choices name,
+    scaled: 0 if all queries chose the same `K - 1` blocks, 1 if all `c` candidates equally often,
+
+        (H - log(K - 1)) / (log(c) - log(K - 1)),  H = -sum_n share_n log(share_n)
+
+    averaged over the queries that have more candidates than choices. A mask in natural order can
+    skip much if it is near 0 and nearly nothing near 1. It is 0 where nothing can be chosen.
+    """
+    blocks, size, num_blocks = routing.blocks, routing.block_size, routing.num_blocks
+    batch, num_heads, picks = blocks.shape[0], blocks.shape[1], blocks.shape[3]
+    total = torch.zeros(batch, num_heads, device=blocks.device)
+    queries = 0
+    if picks == 0:
+        return total
+    step = max(1, _CHUNK // (batch * num_heads * num_blocks))
+    for low in range(routing.q_offset // size, num_blocks, step):
+        high = min(low + step, num_blocks)
+        begin, end = (max(0, block * size - routing.q_offset) for block in (low, high))
+        own = _own_blocks(routing)[begin:end] - low
+        counts = _histogram(blocks[:, :, begin:end], own, high - low, num_blocks)
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        entropy = -share.xlogy(share).sum(-1)
+
+        candidates = torch.full((high - low,), num_blocks - 1, device=blocks.device)
+        if routing.causal:
+            candidates = torch.arange(low, high, device=blocks.device)
+        free = candidates > picks
+        least, most = math.log(picks), candidates.clamp(min=picks + 1).log()
+        weight = own.bincount(minlength=high - low) * free
+        total += (weight * (entropy - least) / (most - least)).sum(-1)
+        queries += int(weight.sum())
+    return total / max(queries, 1)
+
+
+def attention_recall(
+    q: Tensor, k: Tensor, routing: Routing, *, scale: float | None = None, rows: int = 256
+) -> Tensor:
+    """Return the share of dense attention's weight that lies on the chosen tokens, `[B, Hq]`.
+
+        recall = mean over sampled queries i of sum_{j attended by i} softmax_j(scale * q_i . k_j)
+
+    where the softmax is over all keys that the query can see. Exact for the queries looked at,
+    `rows` of them, evenly spaced. Memory is bounded whatever the length.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.
+        k: Keys, `[B, Hkv, KV, D]`, with `Hq` a multiple of `Hkv`.
+        routing: What the queries chose.
+        scale: Factor on the scores; `1 / sqrt(D)` if None.
+        rows: Number of queries looked at; all if there are fewer.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1:3]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    rows = min(rows, q_len)
+    sample = torch.linspace(0, q_len - 1, rows, dtype=torch.float64).round().long().to(q.device)
+    key_pos = torch.arange(kv_len, device=q.device)
+    short = routing.num_blocks * routing.block_size - kv_len
+    total = torch.zeros(batch, num_heads, device=q.device)
+    for idx in sample.split(max(1, _CHUNK // (batch * num_heads * kv_len))):
+        grouped = q[:, :, idx].unflatten(1, (num_kv_heads, -1)).float()
+        scores = (grouped @ k.float().unsqueeze(2).mT).flatten(1, 2) * scale
+        if routing.causal:
+            future = key_pos > (routing.q_offset + idx)[:, None]
+            scores = scores.masked_fill(future, -math.inf)
+        weight = F.pad(scores.softmax(-1), (0, short))
+        # One column more, of no weight, for "no block".
+        mass = F.pad(weight.unflatten(-1, (-1, routing.block_size)).sum(-1), (0, 1))
+        own = _own_blocks(routing)[idx, None].expand(batch, num_heads, -1, 1)
+        chosen = torch.cat([routing.blocks[:, :, idx].long(), own], dim=-1)
+        total += mass.gather(-1, chosen).sum(dim=(-1, -2))
+    return total / rows
+
+
+def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
+    """Return a picture of the routing: which share of nearby queries attends to each block.
+
+    Args:
+        routing: What the queries chose.
+        buckets: Rows of the picture; `R = min(buckets, Q)`.
+
+    Returns:
+        `[B, Hq, R, N]`, the share of the queries of each of `R` equal ranges that attend to each
+        block, own blocks included.
+    """
+    buckets = min(buckets, routing.q_len)
+    own = _own_blocks(routing)
+    rows = torch.arange(routing.q_len, device=own.device) * buckets // routing.q_len
+    listed = torch.cat([routing.blocks, own[:, None].expand(*routing.blocks.shape[:3], 1)], dim=-1)
+    counts = _histogram(listed, rows, buckets, routing.num_blocks)
+    return counts / rows.bincount()[:, None]
+
+
+def _own_blocks(routing: Routing) -> Tensor:
+    """Return the number of each query's own block, int64 `[Q]`."""
+    position = torch.arange(routing.q_len, device=routing.blocks.device) + routing.q_offset
+    return position // routing.block_size
+
+
+def _block_sizes(routing: Routing) -> Tensor:
+    """Return the number of keys of each block, int64 `[N]`."""
+    start = torch.arange(routing.num_blocks, device=routing.blocks.device) * routing.block_size
+    return (routing.kv_len - start).clamp(max=routing.block_size)
+
+
+def _histogram(blocks: Tensor, rows: Tensor, num_rows: int, num_blocks: int) -> Tensor:
+    """Count blocks `[B, Hq, Q, K]` by the rows `[Q]` of their queries: int64 `[B, Hq, R, N]`."""
+    width = num_blocks + 1  # the last column counts "no block"
+    place = (blocks + rows[:, None] * width).flatten(2)
+    counts = place.new_zeros(*place.shape[:2], num_rows * width)
+    counts.scatter_add_(2, place, torch.ones_like(place))
+    return counts.unflatten(2, (num_rows, width))[..., :-1]

@@ -1,0 +1,1 @@
+"""Doors into other libraries; each module needs the library that it is named after."""

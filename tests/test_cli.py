@@ -1,0 +1,213 @@
+"""Tests of the command `moba-flex`."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moba_flex import cli
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+LENGTH = 200
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny random model, its tokenizer and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("home")
+    words = {f"w{i}": i for i in range(50)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    text = " ".join(f"w{i * i % 50}" for i in range(300))
+    (folder / "text.txt").write_text(text)
+    return folder
+
+
+def run(*argv: object) -> int:
+    try:
+        return cli.main([str(argument) for argument in argv])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def run_tiny(home: Path, *argv: object) -> int:
+    place = ("--model", home / "model", "--text", home / "text.txt", "--device", "cpu")
+    size = ("--seq-len", LENGTH, "--block-size", 16, "--out", home / "out")
+    return run("eval", *place, *size, *argv)
+
+
+def test_eval_measures_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tiny(home, "--top-k", 2, 4, 13, "--sink-blocks", 0, 1) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.split("\nwrote")[0].splitlines())) <= 100
+    found = json.loads((home / "out" / "moba_eval.json").read_text())
+    dense, *runs = found["runs"]
+    assert (home / "out" / "moba_eval.png").read_bytes().startswith(b"\x89PNG")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(home / "model")
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    text = (home / "text.txt").read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH]
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+    half = LENGTH // 2
+    want = math.exp(F.cross_entropy(logits[half - 1 : -1], ids[0, half:]))
+    assert dense["perplexity"] == pytest.approx(want, rel=1e-5)
+    assert f"{want:.2f}" in printed
+
+    gates = [(r["config"]["top_k"], r["config"]["sink_blocks"]) for r in runs]
+    assert gates == [(2, 0), (4, 0), (13, 0), (2, 1), (4, 1), (13, 1)]
+    assert [r["density"] for r in runs[:3]] == sorted(r["density"] for r in runs[:3])
+    for covering in (runs[2], runs[5]):  # 13 blocks of 16 cover the text
+        assert covering["perplexity"] == pytest.approx(want, rel=1e-5)
+        assert covering["density"] == covering["recall"] == pytest.approx(1, abs=1e-5)
+    assert 0 < runs[0]["recall"] < 1
+    assert abs(runs[0]["perplexity"] / want - 1) > 1e-3
+    assert 0 <= runs[0]["entropy"] <= 1
+    assert all(run["seconds"] > 0 for run in found["runs"])
+    assert len(found["map"][0]) == 13
+    assert found["map_title"] == "layer 1, head 0, block 16, top_k 2, sink 1, local 0"
+
+
+def test_eval_takes_another_dtype_and_an_out_folder_to_make(home: Path) -> None:
+    out = home / "deep" / "folder"
+    assert run_tiny(home, "--top-k", 3, "--dtype", "bfloat16", "--out", out) == 0
+    assert json.loads((out / "moba_eval.json").read_text())["setting"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--top-k", "0"], "argument --top-k: must be an int of at least 1, got '0'"),
+        (["--top-k", "many"], "argument --top-k: must be an int of at least 1, got 'many'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--top-k", "1", "--sink-blocks", "1"], "top_k must be at least 1 + sink_blocks"),
+        (["--text", "nowhere.txt"], "--text must be a file, got 'nowhere.txt'"),
+        (
+            ["--model", "./nowhere"],
+            "model must be a folder or Hub id of a causal LM, got",
+        ),
+        (
+            ["--device", "abacus"],
+            "device must be cpu or a CUDA device of this machine",
+        ),
+        (["--device", "meta"], "device must be cpu or a CUDA device of this machine"),
+        (["--seq-len", "301"], "--seq-len must be at most 256 for this model"),
+        (
+            ["--seq-len", "250", "--text", "SHORT"],
+            "text must have at least 250 tokens, got 3:",
+        ),
+        (["--text", "BINARY"], "text must be UTF-8, got"),
+        (["--block-size", "201"], "block_size must be at most --seq-len = 200, got 201"),
+        (["--out", "SHORT"], "--out must be a folder, got"),
+    ],
+)
+def test_eval_refuses_in_one_line(
+    home: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "short.txt").write_text("w1 w2 w3")
+    (home / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    if argv[:2] == ["--seq-len", "301"]:
+        (home / "text.txt").write_text((home / "text.txt").read_text() + " w1" * 20)
+    names = {"SHORT": str(home / "short.txt"), "BINARY": str(home / "binary.txt")}
+    assert run_tiny(home, *(names.get(argument, argument) for argument in argv)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("moba-flex")
+    assert f"error: {message}" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_eval_refuses_models_without_the_attention_interface(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+
+    small: Any = {"vocab_size": 50, "hidden_size": 8, "n_layer": 1, "n_head": 2}
+    BloomForCausalLM(BloomConfig(**small)).save_pretrained(home / "bloom")
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(home / "bloom")
+    assert run_tiny(home, "--model", home / "bloom") == 2
+    assert "error: model must use the attention interface" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("package", "extra"), [("transformers", "hf"), ("matplotlib", "plot")])
+def test_eval_names_the_extra_that_is_missing(
+    package: str,
+    extra: str,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == package else object()
+    )
+    assert run_tiny(home) == 2
+    want = f'moba-flex eval: error: {package} is missing: pip install "moba-flex[{extra}]"\n'
+    assert capsys.readouterr().err == want
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("moba-flex ")
+    assert run("eval", "--help") == 0
+    assert "default: 4096" in capsys.readouterr().out
+    assert run() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_starts_without_heavy_imports() -> None:
+    code = (
+        "import sys; from moba_flex import cli; cli._parser();"
+        "print({'transformers', 'matplotlib', 'pydoc_data.topics'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.slow
+def test_eval_of_the_default_model(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from moba_flex import pretrained
+
+    try:
+        pretrained.fetch()
+    except OSError as error:
+        pytest.skip(str(error))
+    gate = ("--block-size", 32, "--top-k", 4, "--sink-blocks", 0, 1)
+    where = ("--device", "cpu", "--out", tmp_path)
+    assert run("eval", "--seq-len", 512, *gate, *where) == 0
+    found = json.loads((tmp_path / "moba_eval.json").read_text())
+    dense, plain, sink = (run["perplexity"] for run in found["runs"])
+    assert dense < sink < plain
+    assert sink < 1.5 * dense
+    assert plain > 1.5 * dense

@@ -1,0 +1,194 @@
+"""One graph, for any length; and the ops that make it so."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from moba_flex import create_moba_block_mask, moba_attention, route
+from moba_flex.compile import cpu, flex, plans
+from moba_flex.masks import router
+from moba_flex.masks.blocks import pool_keys
+from tests.helpers import Case
+
+LENGTHS = [200, 333, 512, 700, 1024, 1111]
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def qkv(length: int, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = Case(1, 2, 2, length, length).inputs()
+    return q.requires_grad_(grad), k.requires_grad_(grad), v.requires_grad_(grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["auto", "routed"])
+def test_forward_is_one_graph_for_any_length(plan: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * moba_attention(q, k, v, block_size=32, top_k=3, plan=plan)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for length in LENGTHS:
+        inputs = qkv(length)
+        torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_backward_is_one_graph_for_any_length(backend: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q.sin(), k, v, block_size=32, top_k=3).cos()
+
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    for length in LENGTHS:
+        inputs = qkv(length, grad=True)
+        expected = torch.autograd.grad(attend(*inputs).sum(), inputs)
+        actual = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x, y)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_block_mask_inside_is_one_graph_for_any_length() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = create_moba_block_mask(q, k, block_size=32, top_k=3)
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for length in LENGTHS:
+        inputs = qkv(length)
+        expected = moba_attention(*inputs, block_size=32, top_k=3)
+        torch.testing.assert_close(compiled(*inputs), expected)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def captured_by_mask_mod(attend: Callable[..., Tensor], *inputs: Tensor) -> list[torch.fx.Node]:
+    """Trace `attend` and return the tensors that the mask_mod of its FlexAttention captures."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(attend, fullgraph=True, backend=record)(*inputs)
+    (graph,) = graphs
+    (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.higher_order.flex_attention)
+    captured = node.args[-1]
+    return [x for x in captured if isinstance(x.meta["example_value"], Tensor)]
+
+
+@torch.no_grad()
+def test_mask_mod_captures_the_result_of_topk_alone() -> None:
+    """PyTorch would inline, wrong or not at all, what no kernel of its own has written."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = create_moba_block_mask(q, k, block_size=32, top_k=3)
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out
+
+    (node,) = captured_by_mask_mod(attend, *qkv(200))
+    assert node.op == "call_method" or node.op == "call_function"
+    source = node.args[0] if "getitem" in str(node.target) or node.target is getattr else node
+    assert isinstance(source, torch.fx.Node)
+    assert "topk" in f"{node} {source} {source.target}"
+
+
+def test_attend_hands_contiguous_tensors_to_flex_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FlexAttention's offsets within a head are 32-bit."""
+    seen: list[bool] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.extend(x.is_contiguous() for x in (q, k, v))
+        return q
+
+    monkeypatch.setattr(flex, "flex_attention", record)
+    x = torch.randn(1, 64, 4, 16).transpose(1, 2)
+    flex.attend(x, x, x, create_moba_block_mask(x, x, block_size=16, top_k=2), 1.0, lse=False)
+    assert seen == [True] * 3
+
+
+def test_masks_in_the_routed_plan_suit_the_backward_on_hopper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, mask: Any, *_: Any, **__: Any) -> Any:
+        sizes.append(mask.BLOCK_SIZE)
+        return torch.zeros_like(q), torch.zeros(q.shape[:3])
+
+    monkeypatch.setattr(plans, "attend", record)
+    for block_size in (1, 16, 100, 128, 200, 512):
+        q, k, v = qkv(1000)
+        routing = route(q, k, block_size=block_size, top_k=3)
+        plans._routed_flex(q, k, v, routing, scale=1.0)
+        plans.masked(q, k, v, routing, scale=1.0, lse=True)
+    assert all(size % 128 == 0 for pair in sizes for size in pair), sizes
+
+
+def test_compiled_function_is_made_once() -> None:
+    def double(q: Tensor, k: Tensor, v: Tensor, *, times: int) -> Tensor:
+        return q * times
+
+    first = flex.compiled(double, ("kind",), times=2)
+    assert flex.compiled(double, ("kind",), times=2) is first
+    assert flex.compiled(double, ("kind",), times=3) is not first
+    assert flex.compiled(double, ("other",), times=2) is not first
+    x = torch.ones(3)
+    assert flex.compiled(double, ("kind",), times=3)(x, x, x).tolist() == [3, 3, 3]
+
+
+def test_flex_attention_never_runs_uncompiled() -> None:
+    """Every plan that calls it says so, and then `moba_attention` compiles."""
+    with FakeTensorMode():
+        q, k = torch.empty(1, 2, 64, 16, device="cuda"), torch.empty(1, 2, 96, 16, device="cuda")
+        for plan in ("dense", "masked", "routed"):
+            assert plans.uses_flex(plan, q, k, causal=True, lse=False)
+        assert plans.uses_flex("dense", k, k, causal=True, lse=True)
+        assert not plans.uses_flex("dense", k, k, causal=True, lse=False)
+        assert plans.uses_flex("masked", q.cpu(), k.cpu(), causal=True, lse=False)
+        assert not plans.uses_flex("routed", q.cpu(), k.cpu(), causal=True, lse=True)
+
+
+def test_lse_inside_a_graph() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        aux = AuxRequest(lse=True)
+        return moba_attention(q, k, v, block_size=32, top_k=3, return_aux=aux)[1].lse
+
+    inputs = qkv(150)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+
+
+@pytest.mark.parametrize("q_len", [1, 50, 90])
+@pytest.mark.parametrize("causal", [True, False])
+def test_ops_keep_the_rules_of_torch_library(q_len: int, causal: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in Case(2, 2, 3, q_len, 90).inputs())
+    block_keys = pool_keys(k.detach(), 16)
+    gate = (q, block_keys, 90 - q_len, 16, 3, 1, 0, causal)
+    torch.library.opcheck(router.gate_cpu, gate)
+    blocks = router.gate_cpu(*gate)
+    torch.library.opcheck(cpu.attend_cpu, (q, k, v, blocks, 16, causal, 0.3))
+    out, lse = cpu.attend_cpu(q, k, v, blocks, 16, causal, 0.3)
+    for grad_lse in (None, torch.randn_like(lse)):
+        saved = (q, k, v, blocks, out, lse)
+        detached = (x.detach() for x in saved)
+        arguments = (torch.randn_like(out), grad_lse, *detached, 16, causal, 0.3)
+        torch.library.opcheck(cpu.attend_cpu_backward, arguments)

@@ -1,0 +1,211 @@
+"""Every message of the public doors, word for word."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import AuxRequest
+
+from moba_flex import choose_plan, create_moba_block_mask, moba_attention
+
+GATE: dict[str, Any] = {"block_size": 4, "top_k": 2}
+
+
+def x(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(*(shape or (1, 2, 8, 16)), **options)
+
+
+GATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+    ({"block_size": 2.0}, TypeError, "block_size must be an int, got float"),
+    ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+    ({"top_k": True}, TypeError, "top_k must be an int, got bool"),
+    ({"sink_blocks": -1}, ValueError, "sink_blocks must be at least 0, got -1"),
+    ({"local_blocks": -2}, ValueError, "local_blocks must be at least 0, got -2"),
+    ({"local_blocks": None}, TypeError, "local_blocks must be an int, got NoneType"),
+    (
+        {"sink_blocks": 1, "local_blocks": 1},
+        ValueError,
+        "top_k must be at least 1 + sink_blocks + local_blocks = 3, got 2: "
+        "the own and the forced blocks count in top_k",
+    ),
+]
+QK_ERRORS: list[tuple[Any, Any, type[Exception], str]] = [
+    ([1.0], x(), TypeError, "q must be a Tensor, got list"),
+    (x(), None, TypeError, "k must be a Tensor, got NoneType"),
+    (
+        x(2, 8, 16),
+        x(),
+        ValueError,
+        "q must have 4 dimensions [B, H, length, D], got shape (2, 8, 16)",
+    ),
+    (
+        x(dtype=torch.int64),
+        x(),
+        TypeError,
+        "q must have a floating-point dtype, got torch.int64",
+    ),
+    (
+        x(1, 2, 0, 16),
+        x(),
+        ValueError,
+        "q must have no empty dimension, got shape (1, 2, 0, 16)",
+    ),
+    (x(), x(2, 2, 8, 16), ValueError, "k must have the batch size of q, 1, got 2"),
+    (
+        x(),
+        x(dtype=torch.bfloat16),
+        TypeError,
+        "k must have the dtype of q, torch.float32, got torch.bfloat16",
+    ),
+    (x(), x(device="meta"), ValueError, "k must be on the device of q, cpu, got meta"),
+    (x(), x(1, 2, 8, 8), ValueError, "k must have the head_dim of q, 16, got 8"),
+    (
+        x(1, 3, 8, 16),
+        x(),
+        ValueError,
+        "q must have a multiple of 2 heads, the heads of k, got 3",
+    ),
+    (
+        x(1, 2, 9, 16),
+        x(),
+        ValueError,
+        "q must have at most as many positions as k, 8, got 9: "
+        "queries are the last positions of the keys",
+    ),
+]
+CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: moba_attention(x(), x(), x(1, 2, 7, 16), **GATE),
+        ValueError,
+        "v must have the shape of k, (1, 2, 8, 16), got (1, 2, 7, 16)",
+    ),
+    (
+        lambda: moba_attention(x(), x(), "v", **GATE),  # type: ignore[call-overload]
+        TypeError,
+        "v must be a Tensor, got str",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(dtype=torch.float64), **GATE),
+        TypeError,
+        "v must have the dtype of q, torch.float32, got torch.float64",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(device="meta"), **GATE),
+        ValueError,
+        "v must be on the device of q, cpu, got meta",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(), **GATE, plan="fast"),  # type: ignore[call-overload]
+        ValueError,
+        "plan must be one of ('auto', 'dense', 'routed', 'masked'), got 'fast'",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(), block_size=4, top_k=1, plan="dense"),
+        ValueError,
+        "top_k must cover all 2 blocks for plan='dense', got 1: "
+        "raise top_k, or let plan be 'auto'",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(), **GATE, return_aux=AuxRequest(max_scores=True)),
+        ValueError,
+        "return_aux must ask for lse alone, got max_scores=True",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(requires_grad=True), **GATE, plan="masked"),
+        ValueError,
+        "plan must be 'routed' or 'dense' for gradients on cpu, got 'masked': "
+        "FlexAttention has no backward there; for inference use torch.no_grad()",
+    ),
+    (
+        lambda: moba_attention(
+            x(), x(), x(), **GATE, plan="masked", return_aux=AuxRequest(lse=True)
+        ),
+        ValueError,
+        "plan must be 'routed' or 'dense' to return lse on cpu, got 'masked'",
+    ),
+    (
+        lambda: moba_attention(*[x(dtype=torch.float64)] * 3, **GATE, plan="masked"),
+        TypeError,
+        "q must be torch.float16 or torch.bfloat16 or torch.float32 on cpu, got torch.float64: "
+        "convert q, k and v",
+    ),
+    (
+        lambda: moba_attention(*[x(device="meta")] * 3, block_size=4, top_k=1),
+        ValueError,
+        "q must be on cpu or cuda, got meta",
+    ),
+]
+
+
+def identify(value: Any) -> str | None:
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(("options", "error", "message"), GATE_ERRORS, ids=identify)
+def test_options_of_the_gate(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    gate = GATE | options
+    for call in (
+        lambda: moba_attention(x(), x(), x(), **gate),
+        lambda: create_moba_block_mask(x(), x(), **gate),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
+@pytest.mark.parametrize(("q", "k", "error", "message"), QK_ERRORS, ids=identify)
+def test_queries_and_keys(q: Any, k: Any, error: type[Exception], message: str) -> None:
+    for call in (
+        lambda: moba_attention(q, k, k, **GATE),
+        lambda: create_moba_block_mask(q, k, **GATE),
+        lambda: choose_plan(q, k, **GATE),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALL_ERRORS, ids=identify)
+def test_calls(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "error", "message"),
+    [
+        (
+            torch.float64,
+            16,
+            TypeError,
+            "q must be torch.float16 or torch.bfloat16 on cuda, got torch.float64: "
+            "convert q, k and v",
+        ),
+        (
+            torch.float32,
+            16,
+            TypeError,
+            "q must be torch.float16 or torch.bfloat16 on cuda, got torch.float32: "
+            "convert q, k and v",
+        ),
+        (
+            torch.bfloat16,
+            8,
+            ValueError,
+            "q must have a head_dim of at least 16 on cuda, got 8: pad it",
+        ),
+    ],
+)
+@pytest.mark.parametrize("plan", ["routed", "masked"])
+def test_what_cuda_cannot_serve(
+    plan: Any, dtype: torch.dtype, head_dim: int, error: type[Exception], message: str
+) -> None:
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            moba_attention(q, q, q, block_size=16, top_k=2, plan=plan)

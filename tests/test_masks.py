@@ -1,0 +1,168 @@
+"""Regrouped order and block masks, entry by entry, against the oracle's choice of tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from torch.nn.attention.flex_attention import flex_attention
+
+from moba_flex import create_moba_block_mask, moba_attention_reference, route
+from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.regroup import regroup
+from moba_flex.masks.router import Routing
+from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
+from tests.helpers import Case, cases, chosen_blocks, listed_tiles, token_mask, visited_pairs
+
+
+@given(case=cases())
+def test_natural_mask_visits_what_was_chosen(case: Case) -> None:
+    q, k, _ = case.inputs()
+    routing = route(q, k, **case.gate)
+    mask = routing_to_block_mask(routing)
+    wanted = token_mask(chosen_blocks(routing), case)
+    assert torch.equal(visited_pairs(mask), wanted)
+
+    partial, full = listed_tiles(mask)
+    spread = wanted.new_zeros(
+        *wanted.shape[:2], full.shape[2] * TILE, full.shape[3] * mask.BLOCK_SIZE[1]
+    )
+    spread[:, :, : case.q_len, : case.kv_len] = wanted
+    tiles = spread.unflatten(3, (-1, mask.BLOCK_SIZE[1])).unflatten(2, (-1, TILE))
+    assert torch.equal(partial | full, tiles.any(5).any(3)), "no tile is computed in vain"
+    rows = torch.arange(full.shape[2] * TILE).view(-1, TILE) < case.q_len
+    whole = (tiles.all(5) | ~rows[None, None, :, :, None]).all(3)
+    assert torch.equal(full, whole), "what needs no mask is listed as full"
+
+
+def test_to_dense_covers_the_tiles_of_the_oracle() -> None:
+    case = Case(2, 2, 2, q_len=700, kv_len=900, block_size=100, top_k=3)
+    q, k, v = case.inputs()
+    mask = create_moba_block_mask(q, k, **case.gate)
+    wanted = token_mask(moba_attention_reference(q, k, v, **case.gate).blocks, case)
+    padded = wanted.new_zeros(2, 4, 768, 1024)
+    padded[:, :, :700, :900] = wanted
+    tiles = padded.unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).any(5).any(3)
+    assert torch.equal(mask.to_dense().bool(), tiles)
+    assert mask.shape == (2, 4, 700, 900)
+
+
+def test_mask_blocks_are_routed_blocks_where_they_fit() -> None:
+    q = torch.randn(1, 1, 1024, 16)
+    assert create_moba_block_mask(q, q, block_size=512, top_k=2).BLOCK_SIZE == (128, 512)
+    assert create_moba_block_mask(q, q, block_size=96, top_k=2).BLOCK_SIZE == (128, 128)
+    # A short last mask block of more than 128 keys would be read past the end of the keys.
+    short = q[:, :, :896]
+    assert create_moba_block_mask(short, short, block_size=512, top_k=2).BLOCK_SIZE == (128, 128)
+
+
+@given(case=cases())
+def test_regrouping_is_a_permutation_into_tiles_of_one_block(case: Case) -> None:
+    q, k, _ = case.inputs()
+    routing = route(q, k, **case.gate)
+    if routing.blocks.shape[3] == 0:
+        return
+    for tile in (1, TILE):
+        groups = regroup(routing, case.num_kv_heads, tile)
+        rows = routing.blocks.reshape(case.batch, case.num_kv_heads, -1, routing.blocks.shape[3])
+        exists = rows < routing.num_blocks
+        assert torch.equal(groups.slot >= 0, exists)
+        b, h, r, c = exists.nonzero(as_tuple=True)
+        slot = groups.slot[b, h, r, c].long()
+        assert torch.equal(groups.row[b, h, slot].long(), r), "the slot of a pair holds its row"
+        assert (groups.row >= 0).sum() == len(b), "and no other slot holds one"
+        assert torch.equal(groups.tile_block[b, h, slot // tile], rows[b, h, r, c])
+        assert groups.tile_used[b, h, slot // tile].all()
+        assert groups.num_tiles.sum() == groups.tile_used.sum()
+        for block in range(routing.num_blocks):
+            number = (rows == block).flatten(2).sum(2)
+            assert torch.equal(groups.num_pairs[..., block].long(), number)
+            assert torch.equal(groups.num_tiles[..., block].long(), -(-number // tile))
+
+
+def test_regrouping_has_room_for_one_popular_block() -> None:
+    q, k = torch.ones(1, 4, 1000, 16), torch.zeros(1, 2, 1000, 16)
+    k[:, :, 100:200] = 1.0  # every query likes block 1 best
+    routing = route(q, k, block_size=100, top_k=2)
+    groups = regroup(routing, 2, TILE)
+    assert groups.num_pairs[0, 0].tolist() == [200, 1600, 0, 0, 0, 0, 0, 0, 0, 0]
+    # 1800 pairs in 2 + 13 tiles of the list's 26.
+    assert groups.tile_used.sum(2).tolist() == [[15, 15]]
+    assert groups.row.shape[2] == 26 * TILE
+
+
+@given(case=cases(max_len=300, min_block=20, groups=(1, 3)))
+def test_routed_masks_visit_own_and_chosen_blocks(case: Case) -> None:
+    q, k, _ = case.inputs()
+    routing = route(q, k, **case.gate)
+    layout = KeyLayout.of(case.block_size, case.kv_len, case.causal)
+    place = torch.arange(layout.length)
+    position = layout.position(place)
+    real = position < case.kv_len
+    laid_out = layout.pad(k)
+    assert laid_out.shape[2] == layout.length
+    assert torch.equal(laid_out[:, :, real], k)
+    assert not laid_out[:, :, ~real].any()
+
+    own = visited_pairs(own_block_mask(case.q_len, layout, case.causal, q.device))
+    none = Routing(routing.blocks[..., :0], case.block_size, case.q_len, case.kv_len, case.causal)
+    own_tokens = token_mask(chosen_blocks(none)[:1, :1], case)
+    assert torch.equal(own[..., real], own_tokens)
+    assert not own[..., ~real].any()
+
+    if routing.blocks.shape[3] == 0:
+        return
+    groups = regroup(routing, case.num_kv_heads, TILE)
+    routed = visited_pairs(routed_block_mask(groups, layout))
+    tile_block = groups.tile_block.repeat_interleave(TILE, dim=2)
+    used = groups.tile_used.repeat_interleave(TILE, dim=2)
+    expected = (place // layout.stride == tile_block[..., None]) & used[..., None] & real
+    assert torch.equal(routed, expected)
+
+
+def test_own_masks_list_whole_tiles_as_full() -> None:
+    mask = own_block_mask(1024, KeyLayout.of(512, 1024, True), True, torch.device("cpu"))
+    partial, full = listed_tiles(mask)
+    tile = torch.eye(4).repeat_interleave(1, 0).bool()
+    assert torch.equal(partial[0, 0], torch.block_diag(tile, tile).bool())
+    below = torch.ones(4, 4).tril(-1)
+    assert torch.equal(full[0, 0], torch.block_diag(below, below).bool())
+
+
+def test_own_masks_need_no_table_of_tiles_by_tiles() -> None:
+    length = 1 << 20
+    mask = own_block_mask(length, KeyLayout.of(512, length, True), True, torch.device("cpu"))
+    assert mask.kv_indices.shape == (1, 1, length // TILE, 8)
+    assert mask.q_indices is not None
+    assert mask.q_indices.shape == (1, 1, length // TILE, 5)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_anybodys_flex_attention_takes_the_mask_and_a_score_mod() -> None:
+    case = Case(1, 2, 2, q_len=200, kv_len=300, block_size=40, top_k=3)
+    q, k, v = case.inputs()
+    blocks = moba_attention_reference(q, k, v, **case.gate).blocks
+    position = torch.arange(100, 300)[:, None] - torch.arange(300)
+    scores = q @ k.repeat_interleave(2, 1).mT / 4 - 0.1 * position
+    scores = scores.masked_fill(~token_mask(blocks, case), -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+
+    def nearer(score, b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+        return score - 0.1 * (q_idx + 100 - kv_idx)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = create_moba_block_mask(q, k, **case.gate)
+        out = flex_attention(q, k, v, score_mod=nearer, block_mask=mask, enable_gqa=True)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    inside = torch.compile(attend, fullgraph=True)(q, k, v)
+    torch.testing.assert_close(inside, expected)
+    outside = torch.compile(flex_attention)(
+        q,
+        k,
+        v,
+        score_mod=nearer,
+        block_mask=create_moba_block_mask(q, k, **case.gate),
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(outside, expected)

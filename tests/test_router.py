@@ -1,0 +1,182 @@
+"""The router against the oracle's gate, on CPU and, interpreted, the CUDA kernel."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from moba_flex import moba_attention_reference, route
+from moba_flex.masks import router
+from moba_flex.masks.blocks import pool_keys
+from tests.helpers import Case, cases, chosen_blocks
+
+
+def assert_gate_is_right(case: Case, q: Tensor, k: Tensor, blocks: Tensor) -> None:
+    """Check a choice of blocks against the affinities in float64.
+
+    Two affinities nearer than the rounding of float32 sums may be ranked either way, and only
+    those: every block chosen is, up to that, at least as good as every candidate left out.
+    """
+    num_blocks = -(-case.kv_len // case.block_size)
+    means = pool_keys(k, case.block_size).repeat_interleave(case.group, dim=1).double()
+    affinity = q.double() @ means.mT
+    slack = torch.finfo(torch.float32).eps * case.head_dim * (q.double().abs() @ means.abs().mT)
+    position = torch.arange(case.kv_len - case.q_len, case.kv_len, device=q.device)
+    own, block = position[:, None] // case.block_size, torch.arange(num_blocks, device=q.device)
+    candidate = block < own if case.causal else block != own
+    forced = (block < case.sink_blocks) | ((block < own) & (block >= own - case.local_blocks))
+
+    number = blocks.sum(-1)
+    expected = torch.minimum(candidate.sum(-1), torch.tensor(case.top_k - 1)) + 1
+    assert torch.equal(number, expected.expand_as(number)), "as many as there are, up to top_k"
+    assert blocks[(block == own).expand_as(blocks)].all(), "the own block"
+    assert not (blocks & ~candidate & (block != own)).any(), "candidates alone"
+    assert blocks[(forced & candidate).expand_as(blocks)].all(), "the forced blocks"
+    free = candidate & ~forced
+    worst_in = (affinity + slack).masked_fill(~(blocks & free), math.inf).amin(-1)
+    best_out = (affinity - slack).masked_fill(~(~blocks & free), -math.inf).amax(-1)
+    assert (worst_in >= best_out).all(), "the best"
+
+
+@settings(max_examples=4 * settings().max_examples)
+@given(case=cases())
+def test_route_chooses_what_the_contract_says(case: Case) -> None:
+    q, k, v = case.inputs()
+    routing = route(q, k, **case.gate)
+    blocks = chosen_blocks(routing)
+    assert routing.blocks.dtype == torch.int32
+    assert (routing.blocks.diff(dim=3) >= 0).all(), "ascending"
+    assert_gate_is_right(case, q, k, blocks)
+    if case.ties:  # every number is exact, so that equality is too
+        assert torch.equal(blocks, moba_attention_reference(q, k, v, **case.gate).blocks)
+
+
+@settings(max_examples=settings().max_examples // 3 + 1)
+@given(case=cases(max_len=300, dtypes=[torch.float32, torch.float16]))
+def test_kernel_chooses_what_the_contract_says(case: Case) -> None:
+    q, k, v = case.inputs()
+    blocks = launch_kernel(q, k, case)
+    assert (blocks.diff(dim=3) >= 0).all(), "ascending"
+    chosen = chosen_blocks(router.Routing(blocks, case.block_size, case.q_len, case.kv_len, True))
+    assert_gate_is_right(case, q, k, chosen)
+    if case.ties:
+        assert torch.equal(chosen, moba_attention_reference(q, k, v, **case.gate).blocks)
+
+
+def launch_kernel(q: Tensor, k: Tensor, case: Case) -> Tensor:
+    """Run the CUDA kernel, interpreted; where there is CUDA, run it for real."""
+    from moba_flex.masks.router_kernel import gate_kernel, launch_gate
+
+    block_keys = pool_keys(k, case.block_size)
+    picks = min(case.top_k, block_keys.shape[2]) - 1
+    if picks == 0:
+        return q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
+    out = torch.full((*q.shape[:3], picks), -7, dtype=torch.int32, device=q.device)
+    gate = case.block_size, case.sink_blocks, case.local_blocks, case.causal
+    launch_gate(gate_kernel, q, block_keys, out, case.kv_len - case.q_len, *gate)
+    return out
+
+
+def test_no_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = Case(num_kv_heads=2, group=3, q_len=500, kv_len=600).inputs()
+    whole = route(q, k, block_size=10, top_k=4).blocks
+    sizes = []
+    top_blocks = router._top_blocks
+
+    def record(affinity: Tensor, *args: Any) -> Tensor:
+        sizes.append(affinity.numel())
+        return top_blocks(affinity, *args)
+
+    monkeypatch.setattr(router, "_CPU_CHUNK", 5_000)
+    monkeypatch.setattr(router, "_top_blocks", record)
+    assert torch.equal(route(q, k, block_size=10, top_k=4).blocks, whole)
+    assert len(sizes) > 10
+    assert max(sizes) <= 5_000
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("causal", [True, False])
+def test_nan_and_inf_stay_in_range_and_in_their_rows(
+    value: float, causal: bool, kernel: bool
+) -> None:
+    case = Case(q_len=150, kv_len=200, block_size=8, top_k=5, causal=causal)
+    q, k, _ = case.inputs()
+
+    def choose() -> Tensor:
+        return launch_kernel(q, k, case) if kernel else route(q, k, **case.gate).blocks
+
+    clean = choose()
+    q[0, 0, 7] = value
+    poisoned_query = choose()
+    same = torch.arange(150) != 7
+    assert torch.equal(poisoned_query[:, :, same], clean[:, :, same])
+    k[0, 0, 3, 5] = value
+    k[0, 0, 90:95] = value
+    for blocks in (poisoned_query, choose()):
+        assert (blocks >= 0).all()
+        assert (blocks <= 25).all()
+        counts = (blocks < 25).sum(-1)
+        own = torch.arange(50, 200) // 8
+        assert torch.equal(counts[0, 0], own.clamp(max=4) if causal else torch.full((150,), 4))
+        assert ((blocks.diff(dim=3) > 0) | (blocks[..., 1:] == 25)).all(), "no block twice"
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_nan_ranks_last(kernel: bool) -> None:
+    case = Case(q_len=80, kv_len=80, block_size=8, top_k=9)
+    q, k, _ = case.inputs()
+    k[0, 0, 24:32] = math.nan
+    blocks = launch_kernel(q, k, case) if kernel else route(q, k, **case.gate).blocks
+    last = blocks[0, 0, 72:]  # nine candidates, eight picks
+    assert not (last == 3).any()
+    assert (blocks[0, 0, 64:72] == 3).any(-1).all(), "no better one is left"
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_signed_zeros_tie(kernel: bool) -> None:
+    case = Case(q_len=40, kv_len=40, block_size=8, top_k=3)
+    q, k, _ = case.inputs()
+    q[:] = 1.0
+    k[:] = 0.0
+    k[0, 0, 24:32] = -0.0
+    blocks = launch_kernel(q, k, case) if kernel else route(q, k, **case.gate).blocks
+    assert blocks[0, 0, 39].tolist() == [2, 3]
+    k[0, 0, 16:24] = 0.0
+    k[0, 0, 8:16] = -0.0
+    blocks = launch_kernel(q, k, case) if kernel else route(q, k, **case.gate).blocks
+    assert blocks[0, 0, 39].tolist() == [2, 3]
+
+
+def test_block_keys_are_means_rounded_once() -> None:
+    k = torch.randn(2, 3, 100, 16, dtype=torch.bfloat16)
+    keys = pool_keys(k, 32)
+    assert keys.dtype == torch.bfloat16
+    assert keys.shape == (2, 3, 4, 16)
+    exact = torch.stack([part.double().mean(2) for part in k.split(32, dim=2)], dim=2)
+    half_step = torch.finfo(torch.bfloat16).eps / 2
+    assert ((keys.double() - exact).abs() <= exact.abs() * half_step * 1.001).all()
+
+
+def test_later_keys_never_matter() -> None:
+    q, k, _ = Case(q_len=200, kv_len=200, block_size=16, top_k=4).inputs()
+    before = route(q, k, block_size=16, top_k=4).blocks
+    k[:, :, 112:] = torch.randn_like(k[:, :, 112:])
+    after = route(q, k, block_size=16, top_k=4).blocks
+    # A query may look at blocks wholly before its own: those up to key 112 are as they were.
+    assert torch.equal(before[:, :, :128], after[:, :, :128])
+    assert not torch.equal(before, after)
+
+
+def test_transposed_inputs_route_alike() -> None:
+    q, k, _ = Case(batch=2, num_kv_heads=2, group=2, q_len=90, kv_len=90).inputs()
+    strided_q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    strided_k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    case = Case(q_len=90, kv_len=90, block_size=16, top_k=3)
+    expected = route(q, k, **case.gate).blocks
+    assert torch.equal(route(strided_q, strided_k, **case.gate).blocks, expected)
+    assert torch.equal(launch_kernel(strided_q, strided_k, case), expected)
