@@ -16,6 +16,8 @@ from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.regroup import Regrouping
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Lists = tuple[Tensor, Tensor]
+"""Counts `[B, H, rows]` and indices `[B, H, rows, width]` of a BlockMask."""
 
 # FlexAttention's backward on Hopper takes mask blocks in multiples of 128 alone (for head dims
 # from 64 to 128).
@@ -86,15 +88,13 @@ def routed_block_mask(groups: Regrouping, layout: KeyLayout) -> BlockMask:
         groups: The regrouping, with tiles of `TILE` slots.
         layout: Where the keys lie.
     """
-    num_slots = groups.row.shape[2]
-    # A block is chosen at most once by a row, which bounds its tiles.
+    num_slots, num_tiles = groups.row.shape[2], groups.tile_block.shape[2]
+    count, index = groups.tile_used.int(), groups.tile_block.unsqueeze(-1)
+    # A row chooses a block at most once, which bounds the tiles of a block.
     width = ceil_div(groups.slot.shape[2], TILE)
-    count = groups.tile_used.int()
-    index = groups.tile_block.unsqueeze(-1)
-    last = groups.tile_block.shape[2] - 1
-    tiles = torch.arange(width, device=index.device, dtype=torch.int32)
-    q_index = (groups.first_tile.unsqueeze(-1) + tiles).clamp(max=last)
+    tile = torch.arange(width, device=index.device, dtype=torch.int32)
     q_count = groups.num_tiles
+    q_index = (groups.first_tile.unsqueeze(-1) + tile).clamp(max=num_tiles - 1)
 
     def has_key(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return layout.position(kv_idx) < layout.kv_len
@@ -106,7 +106,7 @@ def routed_block_mask(groups: Regrouping, layout: KeyLayout) -> BlockMask:
 
 
 def own_block_mask(q_len: int, layout: KeyLayout, causal: bool, device: torch.device) -> BlockMask:
-    """Return the mask of queries in natural order and their own blocks, `[1, 1, Q, length]`.
+    """Return the mask `[1, 1, Q, length]` of queries in natural order and their own blocks.
 
     Args:
         q_len: Number of queries, the last of the positions.
@@ -115,56 +115,6 @@ def own_block_mask(q_len: int, layout: KeyLayout, causal: bool, device: torch.de
         device: Where to make the mask.
     """
     block_size, kv_len = layout.block_size, layout.kv_len
-    q_offset = kv_len - q_len
-    q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(layout.length, TILE)
-    per_block = layout.stride // TILE
-
-    def arange(n: int) -> Tensor:
-        return torch.arange(n, device=device)
-
-    # Queries: positions first..last of a tile lie in blocks low..high, whose tiles are start..stop
-    # - 1.
-    first = q_offset + arange(q_tiles) * TILE
-    last = (first + TILE - 1).clamp(max=kv_len - 1)
-    low, high = first // block_size, last // block_size
-    start = low * per_block
-    keys_in_high = (
-        last % block_size + 1 if causal else (kv_len - high * block_size).clamp(max=block_size)
-    )
-    stop = high * per_block + ceil_div(keys_in_high, TILE)
-    # Tiles that every query of the tile sees whole: no second block, no padding, nothing later
-    # than the first query.
-    whole = block_size // TILE
-    seen = (first % block_size + 1 if causal else kv_len - low * block_size) // TILE
-    full = torch.where(low == high, seen.clamp(max=whole), 0)
-    spanned = (TILE + block_size - 2) // block_size + 1  # blocks that a tile can touch
-    slots = arange(min(spanned * per_block, kv_tiles))
-    kv_full = _lists(full, start[:, None] + slots, kv_tiles)
-    kv_partial = _lists(stop - start - full, (start + full)[:, None] + slots, kv_tiles)
-
-    # Keys: a tile of block `block` from key `begin` is seen by queries from..to, whole by tiles
-    # full_start..full_stop.
-    tile = arange(kv_tiles)
-    block, begin = tile // per_block, tile % per_block * TILE
-    block_stop = ((block + 1) * block_size).clamp(max=kv_len)
-    key = block * block_size + begin
-    q_from = ((key if causal else block * block_size) - q_offset).clamp(min=0)
-    q_to = block_stop - q_offset
-    exists = (begin < block_size) & (key < block_stop) & (q_to > 0)
-    q_start = q_from // TILE
-    q_stop = torch.where(exists, ceil_div(q_to, TILE), q_start)
-    full_from = (key + TILE - 1 if causal else block * block_size) - q_offset
-    full_start = ceil_div(full_from.clamp(min=0), TILE)
-    # The last tile of queries may be short: it ends where the queries do.
-    full_stop = torch.where(q_to == q_len, q_tiles, q_to // TILE)
-    is_whole = exists & (begin + TILE <= block_size) & (key + TILE <= kv_len)
-    num_full = torch.where(is_whole, full_stop - full_start, 0).clamp(min=0)
-    full_start = torch.where(num_full > 0, full_start, q_stop)
-    slots = arange(min(ceil_div(block_size, TILE) + 1, q_tiles))
-    q_full = _lists(num_full, full_start[:, None] + slots, q_tiles)
-    before = full_start - q_start
-    skip = torch.where(slots >= before[:, None], num_full[:, None], 0)
-    q_partial = _lists(q_stop - q_start - num_full, q_start[:, None] + slots + skip, q_tiles)
 
     def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # Lengths one by one: under dynamic shapes FlexAttention takes symbols here, but no
@@ -174,12 +124,68 @@ def own_block_mask(q_len: int, layout: KeyLayout, causal: bool, device: torch.de
         key = layout.position(kv_idx)
         return same & (key <= position) if causal else same & (key < kv_len)
 
-    return _block_mask(
-        (q_len, layout.length), (*kv_partial, *q_partial), (*kv_full, *q_full), (TILE, TILE), sees
-    )
+    kv_partial, kv_full = _own_keys_of_queries(q_len, layout, causal, device)
+    q_partial, q_full = _own_queries_of_keys(q_len, layout, causal, device)
+    partial, full = (*kv_partial, *q_partial), (*kv_full, *q_full)
+    return _block_mask((q_len, layout.length), partial, full, (TILE, TILE), sees)
 
 
-def _lists(count: Tensor, index: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def _own_keys_of_queries(
+    q_len: int, layout: KeyLayout, causal: bool, device: torch.device
+) -> tuple[Lists, Lists]:
+    """List for each tile of queries the tiles of their own blocks, to mask and full."""
+    block_size, kv_len = layout.block_size, layout.kv_len
+    kv_tiles, per_block = ceil_div(layout.length, TILE), layout.stride // TILE
+    # The positions first..last of a tile lie in blocks low..high: tiles start to before stop.
+    first = kv_len - q_len + torch.arange(ceil_div(q_len, TILE), device=device) * TILE
+    last = (first + TILE - 1).clamp(max=kv_len - 1)
+    low, high = first // block_size, last // block_size
+    start = low * per_block
+    keys = last % block_size + 1 if causal else (kv_len - high * block_size).clamp(max=block_size)
+    stop = high * per_block + ceil_div(keys, TILE)
+    # Full is what all queries see whole: no second block, nothing later than the first query.
+    seen = (first % block_size + 1 if causal else kv_len - low * block_size) // TILE
+    num_full = torch.where(low == high, seen.clamp(max=block_size // TILE), 0)
+
+    spanned = (TILE + block_size - 2) // block_size + 1  # blocks that a tile can touch
+    slot = torch.arange(min(spanned * per_block, kv_tiles), device=device)
+    full = _lists(num_full, start[:, None] + slot, kv_tiles)
+    partial = _lists(stop - start - num_full, (start + num_full)[:, None] + slot, kv_tiles)
+    return partial, full
+
+
+def _own_queries_of_keys(
+    q_len: int, layout: KeyLayout, causal: bool, device: torch.device
+) -> tuple[Lists, Lists]:
+    """List for each tile of keys the tiles of queries of that block, to mask and full."""
+    block_size, kv_len = layout.block_size, layout.kv_len
+    q_offset, q_tiles, per_block = kv_len - q_len, ceil_div(q_len, TILE), layout.stride // TILE
+    tile = torch.arange(ceil_div(layout.length, TILE), device=device)
+    block, begin = tile // per_block, tile % per_block * TILE
+    key = block * block_size + begin
+    block_stop = ((block + 1) * block_size).clamp(max=kv_len)
+    # Queries from..to of the block see a key of this tile: tiles start to before stop.
+    q_from = ((key if causal else block * block_size) - q_offset).clamp(min=0)
+    q_to = block_stop - q_offset
+    exists = (begin < block_size) & (key < block_stop) & (q_to > 0)
+    start = q_from // TILE
+    stop = torch.where(exists, ceil_div(q_to, TILE), start)
+    # Full are, if the tile has all its keys, tiles of queries of this block alone that see all.
+    sees_all = (key + TILE - 1 if causal else block * block_size) - q_offset
+    full_start = ceil_div(sees_all.clamp(min=0), TILE)
+    full_stop = torch.where(q_to == q_len, q_tiles, q_to // TILE)  # the last tile may be short
+    has_all = exists & (begin + TILE <= block_size) & (key + TILE <= kv_len)
+    num_full = torch.where(has_all, full_stop - full_start, 0).clamp(min=0)
+    full_start = torch.where(num_full > 0, full_start, stop)
+
+    slot = torch.arange(min(ceil_div(block_size, TILE) + 1, q_tiles), device=device)
+    full = _lists(num_full, full_start[:, None] + slot, q_tiles)
+    skip = torch.where(slot >= (full_start - start)[:, None], num_full[:, None], 0)
+    partial = _lists(stop - start - num_full, start[:, None] + slot + skip, q_tiles)
+    return partial, full
+
+
+def _lists(count: Tensor, index: Tensor, limit: int) -> Lists:
     """Give lists the form of BlockMask; unused indices must be in range too."""
     return count.int()[None, None], index.clamp(0, limit - 1).int()[None, None]
 

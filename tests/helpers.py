@@ -262,6 +262,9 @@ def listed_tiles(mask: BlockMask) -> tuple[Tensor, Tensor]:
     full = _table(full_count, full_index, columns)
     assert partial.shape[2] == rows
     assert not (partial & full).any(), "a tile in both lists counts twice"
+    if mask.BLOCK_SIZE[1] > 128:  # kernels would read past the end of the keys
+        inside = torch.arange(1, columns + 1, device=full.device) * mask.BLOCK_SIZE[1] <= kv_len
+        assert not ((partial | full) & ~inside).any()
     assert torch.equal(partial.mT, _table(q_count, q_index, rows))
     assert torch.equal(full.mT, _table(full_q_count, full_q_index, rows))
     return partial, full
