@@ -60,12 +60,8 @@ class _Part(NamedTuple):
 
 def _parts(routing: Routing, num_kv_heads: int) -> Iterator[_Part]:
     """Cut attention into parts: queries and their own blocks, blocks and who chose them."""
-    size, offset, q_len, kv_len = (
-        routing.block_size,
-        routing.q_offset,
-        routing.q_len,
-        routing.kv_len,
-    )
+    size, offset = routing.block_size, routing.q_offset
+    q_len, kv_len = routing.q_len, routing.kv_len
     # Queries whole_start..whole_stop fill their blocks; before and after, blocks lack queries.
     whole_start = min(-(-offset // size) * size, kv_len) - offset
     whole_stop = max(whole_start, kv_len // size * size - offset)
@@ -125,10 +121,9 @@ def _chosen_block(b: int, h: int, group: int, k_start: int, k_stop: int, rows: T
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join attention over two disjoint sets of keys: outputs `[..., D]`, log-sum-exps `[...]`."""
-    weight = torch.sigmoid(part_lse - lse)
-    return torch.lerp(out, part.to(out.dtype), weight.unsqueeze(-1)), torch.logaddexp(
-        lse, part_lse
-    )
+    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+    merged = torch.lerp(out, part.to(out.dtype), weight)
+    return merged, torch.logaddexp(lse, part_lse)
 
 
 @torch.library.custom_op("moba_flex::attend_cpu", mutates_args=(), device_types="cpu")
