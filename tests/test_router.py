@@ -1,6 +1,11 @@
 """The router against the oracle's gate, on CPU and, interpreted, the CUDA kernel."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +185,22 @@ def test_transposed_inputs_route_alike() -> None:
     expected = route(q, k, **case.gate).blocks
     assert torch.equal(route(strided_q, strided_k, **case.gate).blocks, expected)
     assert torch.equal(launch_kernel(strided_q, strided_k, case), expected)
+
+
+@pytest.mark.slow
+def test_kernel_compiles_for_hopper() -> None:
+    """For real: what the interpreter runs may still not compile."""
+    compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "tests/compile_for_hopper.py"],
+        env=compiled | {"PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for kernel in json.loads(done.stdout):
+        assert kernel["code"] > 0
+        assert kernel["shared"] <= 227 * 1024, "what one program may have on Hopper"
