@@ -11,17 +11,22 @@ from moba_flex.compile.flex import compiled
 from moba_flex.compile.plans import run, uses_flex
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_qk, check_qkv
+from moba_flex.masks.tiles import KeyLayout
 
 Plan = Literal["dense", "routed", "masked"]
 
 _PLANS: tuple[Plan, ...] = ("dense", "routed", "masked")
-# FlexAttention's compiled kernels by device. In float32 on CUDA (PyTorch 2.11 on an H200) a routed
-# output was wrong while its log-sum-exp was right; the cause is not known, so float32 is refused
-# there.
+# FlexAttention's compiled kernels by device. On CUDA (PyTorch 2.11 on an H200) one routed output,
+# in float32 and of blocks padded to tiles, was wrong while its log-sum-exp was right. Until it is
+# known which of the two it was, both are refused there.
 _FLEX_DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32),
     "cuda": (torch.float16, torch.bfloat16),
 }
+_NO_PADDED_BLOCKS = (
+    "block_size must be a multiple of 128 on cuda, and divide the number of keys if not causal, "
+    "got {}: a result with padded blocks was wrong there; plan='masked' takes any"
+)
 
 
 @overload
@@ -124,6 +129,8 @@ def moba_attention(
     flex = uses_flex(plan, q, k, causal=causal, lse=lse)
     if flex:
         _check_flex(q, k, v, lse)
+    if plan == "routed" and q.is_cuda and KeyLayout.of(block_size, k.shape[2], causal).padded:
+        raise ValueError(_NO_PADDED_BLOCKS.format(block_size))
 
     options: dict[str, Any] = {
         "plan": plan,

@@ -34,8 +34,24 @@ lengths = st.integers(1, 1500).flatmap(
 )
 
 
-@pytest.mark.parametrize("plan", ["routed", "masked", "auto"])
-@pytest.mark.parametrize("kind", KINDS)
+def kinds_and_plans() -> list[Any]:
+    refused = pytest.mark.xfail(
+        raises=ValueError, reason="padded blocks: a result was wrong, so they are refused"
+    )
+    return [
+        pytest.param(
+            kind,
+            plan,
+            marks=[refused]
+            if plan != "masked" and (case.block_size % 128 or not case.causal)
+            else [],
+        )
+        for kind, case in KINDS.items()
+        for plan in ("routed", "masked", "auto")
+    ]
+
+
+@pytest.mark.parametrize(("kind", "plan"), kinds_and_plans())
 def test_plans_are_the_oracle(kind: str, plan: Any) -> None:
     @settings(max_examples=settings().max_examples // 2)
     @given(sizes=lengths, ties=st.booleans(), seed=st.integers(0, 2**32 - 1))

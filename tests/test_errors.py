@@ -209,3 +209,16 @@ def test_what_cuda_cannot_serve(
         q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             moba_attention(q, q, q, block_size=16, top_k=2, plan=plan)
+
+
+@pytest.mark.parametrize(("block_size", "causal"), [(100, True), (128, False)])
+def test_padded_blocks_on_cuda(block_size: int, causal: bool) -> None:
+    message = (
+        "block_size must be a multiple of 128 on cuda, and divide the number of keys if not "
+        f"causal, got {block_size}: a result with padded blocks was wrong there; "
+        "plan='masked' takes any"
+    )
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 500, 64, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            moba_attention(q, q, q, block_size=block_size, top_k=2, causal=causal)
