@@ -11,22 +11,18 @@ from moba_flex.compile.flex import compiled
 from moba_flex.compile.plans import run, uses_flex
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_qk, check_qkv
-from moba_flex.masks.tiles import KeyLayout
+from moba_flex.masks.tiles import TILE, KeyLayout
 
 Plan = Literal["dense", "routed", "masked"]
 
 _PLANS: tuple[Plan, ...] = ("dense", "routed", "masked")
-# FlexAttention's compiled kernels by device. On CUDA (PyTorch 2.11 on an H200) one routed output,
-# in float32 and of blocks padded to tiles, was wrong while its log-sum-exp was right. Until it is
-# known which of the two it was, both are refused there.
+# FlexAttention's compiled kernels by device. On CUDA (PyTorch 2.11 on an H200) one routed output
+# was wrong while its log-sum-exp was right: in float32, of blocks padded to tiles, with queries
+# that are no multiple of a tile. Until it is known which it was, all three are refused there.
 _FLEX_DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32),
     "cuda": (torch.float16, torch.bfloat16),
 }
-_NO_PADDED_BLOCKS = (
-    "block_size must be a multiple of 128 on cuda, and divide the number of keys if not causal, "
-    "got {}: a result with padded blocks was wrong there; plan='masked' takes any"
-)
 
 
 @overload
@@ -129,8 +125,8 @@ def moba_attention(
     flex = uses_flex(plan, q, k, causal=causal, lse=lse)
     if flex:
         _check_flex(q, k, v, lse)
-    if plan == "routed" and q.is_cuda and KeyLayout.of(block_size, k.shape[2], causal).padded:
-        raise ValueError(_NO_PADDED_BLOCKS.format(block_size))
+    if plan == "routed" and q.is_cuda:
+        _check_routed_on_cuda(q, k, block_size, causal)
 
     options: dict[str, Any] = {
         "plan": plan,
@@ -193,3 +189,13 @@ def _check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
                 "plan must be 'routed' or 'dense' for gradients on cpu, got 'masked': "
                 "FlexAttention has no backward there; for inference use torch.no_grad()"
             )
+
+
+def _check_routed_on_cuda(q: Tensor, k: Tensor, block_size: int, causal: bool) -> None:
+    """Raise for sizes of which a result on CUDA was wrong, see `_FLEX_DTYPES`."""
+    if KeyLayout.of(block_size, k.shape[2], causal).padded or q.shape[2] % TILE:
+        raise ValueError(
+            f"block_size and q_len must be multiples of {TILE} on cuda, and block_size divide "
+            f"kv_len if not causal, got block_size={block_size}, q_len={q.shape[2]}: "
+            "a result of other sizes was wrong there; plan='masked' takes any"
+        )

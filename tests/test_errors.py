@@ -211,14 +211,21 @@ def test_what_cuda_cannot_serve(
             moba_attention(q, q, q, block_size=16, top_k=2, plan=plan)
 
 
-@pytest.mark.parametrize(("block_size", "causal"), [(100, True), (128, False)])
-def test_padded_blocks_on_cuda(block_size: int, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("block_size", "q_len", "causal"), [(100, 512, True), (128, 384, False), (128, 200, True)]
+)
+def test_sizes_that_the_routed_plan_refuses_on_cuda(
+    block_size: int, q_len: int, causal: bool
+) -> None:
     message = (
-        "block_size must be a multiple of 128 on cuda, and divide the number of keys if not "
-        f"causal, got {block_size}: a result with padded blocks was wrong there; "
-        "plan='masked' takes any"
+        "block_size and q_len must be multiples of 128 on cuda, and block_size divide kv_len if "
+        f"not causal, got block_size={block_size}, q_len={q_len}: a result of other sizes was "
+        "wrong there; plan='masked' takes any"
     )
     with FakeTensorMode():
-        q = torch.empty(1, 2, 500, 64, device="cuda", dtype=torch.bfloat16)
+        q, k = (
+            torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16)
+            for length in (q_len, 560)
+        )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            moba_attention(q, q, q, block_size=block_size, top_k=2, causal=causal)
+            moba_attention(q, k, k, block_size=block_size, top_k=2, causal=causal)
