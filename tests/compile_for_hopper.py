@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moba_flex.masks.router_kernel import gate_kernel
+from moba_flex.masks.router_kernel import _TILE_N, _TILE_Q, gate_kernel
 
 
 def compile_for_hopper(dtype: str, head_dim: int, picks: int, forced: bool) -> dict[str, int]:
@@ -20,8 +20,8 @@ def compile_for_hopper(dtype: str, head_dim: int, picks: int, forced: bool) -> d
         "SLOTS": max(2, triton.next_power_of_2(picks)),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
-        "TILE_Q": 128,
-        "TILE_N": 64,
+        "TILE_Q": _TILE_Q,
+        "TILE_N": _TILE_N,
     }
     pointers = {"q_ptr": f"*{dtype}", "block_keys_ptr": f"*{dtype}", "out_ptr": "*i32"}
     names = gate_kernel.arg_names
