@@ -14,7 +14,7 @@ _serial = itertools.count()
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, *, lse: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float, *, lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Attend under a BlockMask.
 
@@ -22,7 +22,7 @@ def attend(
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
         v: Values, `[B, Hkv, KV, D]`.
-        mask: Which keys each query sees.
+        mask: Which keys each query sees; None for all.
         scale: Factor on the scores.
         lse: Whether to return the log-sum-exp too, which FlexAttention on CPU cannot.
 
@@ -74,4 +74,5 @@ def compiled(
     # sizes.
     code = bound.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, globals(), closure=bound.__closure__)
-    return torch.compile(own, fullgraph=True)
+    # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
+    return torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})

@@ -2,6 +2,10 @@
 
 Every regrouping is a permutation of pairs whose inverse is known, so what autograd would do with
 an atomic scatter is a gather with the inverse: deterministic, and several times faster on a GPU.
+
+All lists are handled as one, of rows or of slots: inductor pads the strides of intermediates whose
+inner dimensions are odd and, in PyTorch 2.11, reads some with their old strides
+(pytorch/pytorch#194281). Values in one dimension, and vectors in two, have no strides to pad.
 """
 
 from typing import Any
@@ -40,10 +44,16 @@ def merge_parts(
     return merged
 
 
+def _flat(index: Tensor, length: int) -> Tensor:
+    """Turn places within each list of `length`, `[B, H, ...]`, into places in all of them."""
+    lists = torch.arange(index.shape[0] * index.shape[1], device=index.device) * length
+    return (index.flatten(0, 1).flatten(1) + lists.unsqueeze(1)).flatten()
+
+
 def _take(x: Tensor, index: Tensor, default: float = 0.0) -> Tensor:
     """Take values of `x` `[B, H, n]` at `index`, in float32; `default` where it is -1."""
-    taken = x.gather(2, index.flatten(2).long().clamp(min=0)).view(index.shape)
-    return torch.where(index >= 0, taken.float(), default)
+    taken = x.flatten()[_flat(index.clamp(min=0), x.shape[2])].float()
+    return torch.where(index.flatten() >= 0, taken, default)
 
 
 def _take_vectors(x: Tensor, index: Tensor) -> Tensor:
@@ -51,21 +61,22 @@ def _take_vectors(x: Tensor, index: Tensor) -> Tensor:
 
     Zero, and not the product with a zero weight: a slot that holds nothing may hold NaN.
     """
-    at = index.flatten(2).long().clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, x.shape[3])
-    taken = x.gather(2, at).view(*index.shape, x.shape[3])
-    return torch.where(index.unsqueeze(-1) >= 0, taken.float(), 0.0)
+    taken = x.flatten(0, 2)[_flat(index.clamp(min=0), x.shape[2])].float()
+    return torch.where(index.flatten().unsqueeze(1) >= 0, taken, 0.0)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(slot)
-        return _take_vectors(x, row).to(x.dtype)
+        return _take_vectors(x, row).to(x.dtype).view(*row.shape, x.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slot,) = ctx.saved_tensors
-        return _take_vectors(grad, slot).sum(3).to(grad.dtype), None, None
+        picks = slot.shape[3]
+        taken = _take_vectors(grad, slot).unflatten(0, (-1, picks))
+        return taken.sum(1).to(grad.dtype).view(*slot.shape[:3], grad.shape[3]), None, None
 
 
 class _MergeParts(torch.autograd.Function):
@@ -79,15 +90,18 @@ class _MergeParts(torch.autograd.Function):
         row: Tensor,
         slot: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        pair_lse = _take(routed_lse, slot, default=-torch.inf)
-        largest = torch.maximum(own_lse, pair_lse.amax(3))
-        own_weight = torch.exp(own_lse - largest)
-        pair_weight = torch.exp(pair_lse - largest.unsqueeze(3))
-        total = own_weight + pair_weight.sum(3)
-        out = own_out * own_weight.unsqueeze(3)
-        out = out + (_take_vectors(routed_out, slot) * pair_weight.unsqueeze(4)).sum(3)
-        out = (out / total.unsqueeze(3)).to(own_out.dtype)
-        lse = largest + torch.log(total)
+        picks, head_dim = slot.shape[3], own_out.shape[3]
+        own_flat, own_vectors = own_lse.flatten(), own_out.flatten(0, 2)
+        pair_lse = _take(routed_lse, slot, default=-torch.inf).view(-1, picks)
+        largest = torch.maximum(own_flat, pair_lse.amax(1))
+        own_weight = torch.exp(own_flat - largest)
+        pair_weight = torch.exp(pair_lse - largest.unsqueeze(1))
+        total = own_weight + pair_weight.sum(1)
+        pair_out = _take_vectors(routed_out, slot).view(-1, picks, head_dim)
+        mixed = (pair_out * pair_weight.unsqueeze(2)).sum(1)
+        mixed = mixed + own_vectors * own_weight.unsqueeze(1)
+        out = (mixed / total.unsqueeze(1)).to(own_out.dtype).view(own_out.shape)
+        lse = (largest + torch.log(total)).view(own_lse.shape)
         ctx.save_for_backward(own_out, own_lse, routed_out, routed_lse, row, out, lse)
         return out, lse
 
@@ -96,20 +110,25 @@ class _MergeParts(torch.autograd.Function):
         own_out, own_lse, routed_out, routed_lse, row, out, lse = ctx.saved_tensors
         # With w = exp(part_lse - lse): d out / d part_out = w, and d out / d part_lse = w *
         # (part_out - out).
-        gain = grad_lse - (grad.float() * out.float()).sum(3)
-        own_weight = torch.exp(own_lse - lse)
-        own_grad = (grad * own_weight.unsqueeze(3)).to(own_out.dtype)
-        own_grad_lse = own_weight * ((grad.float() * own_out.float()).sum(3) + gain)
+        vectors = grad.flatten(0, 2)
+        gain = grad_lse.flatten() - (vectors.float() * out.flatten(0, 2).float()).sum(1)
+        own_weight = torch.exp(own_lse.flatten() - lse.flatten())
+        own_grad = (vectors * own_weight.unsqueeze(1)).to(own_out.dtype)
+        own_share = (vectors.float() * own_out.flatten(0, 2).float()).sum(1)
+        own_grad_lse = own_weight * (own_share + gain)
 
-        weight = torch.where(row >= 0, torch.exp(routed_lse - _take(lse, row)), 0.0)
+        filled = row.flatten() >= 0
+        weight = torch.where(filled, torch.exp(routed_lse.flatten() - _take(lse, row)), 0.0)
         row_grad = _take_vectors(grad, row)
-        routed_grad = (row_grad * weight.unsqueeze(3)).to(routed_out.dtype)
-        routed_grad_lse = weight * ((row_grad * routed_out.float()).sum(3) + _take(gain, row))
+        routed_grad = (row_grad * weight.unsqueeze(1)).to(routed_out.dtype)
+        routed_share = (row_grad * routed_out.flatten(0, 2).float()).sum(1)
+        row_gain = _take(gain.view(lse.shape), row)
+        routed_grad_lse = torch.where(filled, weight * (routed_share + row_gain), 0.0)
         return (
-            own_grad,
-            own_grad_lse,
-            routed_grad,
-            torch.where(row >= 0, routed_grad_lse, 0.0),
+            own_grad.view(own_out.shape),
+            own_grad_lse.view(own_lse.shape),
+            routed_grad.view(routed_out.shape),
+            routed_grad_lse.view(routed_lse.shape),
             None,
             None,
         )

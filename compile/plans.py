@@ -25,8 +25,15 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lse: b
         return out, None
     # One block holds all keys, so it is the own block of every query, and no other is left to
     # choose.
-    none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
-    return routed(q, k, v, Routing(none, k.shape[2], q.shape[2], k.shape[2], causal), scale=scale)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if q.device.type == "cpu":
+        none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
+        return routed(q, k, v, Routing(none, kv_len, q_len, kv_len, causal), scale=scale)
+    if not causal:
+        return attend(q, k, v, None, scale, lse=True)
+    # Longer than any sequence, and a number: a length that varies would be part of the mask_mod.
+    layout = KeyLayout.of(2**30, kv_len, causal)
+    return attend(q, k, v, own_block_mask(q_len, layout, causal, q.device), scale, lse=True)
 
 
 def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:

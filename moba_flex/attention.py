@@ -11,17 +11,14 @@ from moba_flex.compile.flex import compiled
 from moba_flex.compile.plans import run, uses_flex
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_qk, check_qkv
-from moba_flex.masks.tiles import TILE, KeyLayout
 
 Plan = Literal["dense", "routed", "masked"]
 
 _PLANS: tuple[Plan, ...] = ("dense", "routed", "masked")
-# FlexAttention's compiled kernels by device. On CUDA (PyTorch 2.11 on an H200) one routed output
-# was wrong while its log-sum-exp was right: in float32, of blocks padded to tiles, with queries
-# that are no multiple of a tile. Until it is known which it was, all three are refused there.
+# FlexAttention's compiled kernels by device.
 _FLEX_DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32),
-    "cuda": (torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
 
 
@@ -125,8 +122,6 @@ def moba_attention(
     flex = uses_flex(plan, q, k, causal=causal, lse=lse)
     if flex:
         _check_flex(q, k, v, lse)
-    if plan == "routed" and q.is_cuda:
-        _check_routed_on_cuda(q, k, block_size, causal)
 
     options: dict[str, Any] = {
         "plan": plan,
@@ -181,6 +176,12 @@ def _check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
         raise ValueError(
             f"q must have a head_dim of at least 16 on cuda, got {q.shape[3]}: pad it"
         )
+    largest = max(x.numel() for x in (q, k, v))
+    if device == "cuda" and largest >= 2**31:  # such a call ended in an illegal memory access
+        raise ValueError(
+            f"q, k and v must have fewer than 2**31 elements each on cuda, got {largest}: "
+            "split the batch or the heads"
+        )
     if device == "cpu":
         if lse:
             raise ValueError("plan must be 'routed' or 'dense' to return lse on cpu, got 'masked'")
@@ -189,13 +190,3 @@ def _check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
                 "plan must be 'routed' or 'dense' for gradients on cpu, got 'masked': "
                 "FlexAttention has no backward there; for inference use torch.no_grad()"
             )
-
-
-def _check_routed_on_cuda(q: Tensor, k: Tensor, block_size: int, causal: bool) -> None:
-    """Raise for sizes of which a result on CUDA was wrong, see `_FLEX_DTYPES`."""
-    if KeyLayout.of(block_size, k.shape[2], causal).padded or q.shape[2] % TILE:
-        raise ValueError(
-            f"block_size and q_len must be multiples of {TILE} on cuda, and block_size divide "
-            f"kv_len if not causal, got block_size={block_size}, q_len={q.shape[2]}: "
-            "a result of other sizes was wrong there; plan='masked' takes any"
-        )
