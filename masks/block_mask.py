@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_qk
 from moba_flex.masks.router import Routing, route
-from moba_flex.masks.tiles import TILE
+from moba_flex.masks.tiles import TILE, settled
 
 
 def create_moba_block_mask(
@@ -73,7 +73,7 @@ def routing_to_block_mask(routing: Routing) -> BlockMask:
     # memory. In its place the compiled mask_mod would read an empty buffer, as it was before the
     # routing kernel filled it, and on CPU it would not compile.
     blocks = routing.blocks.topk(picks, largest=False).values if picks else routing.blocks
-    q_len, kv_len = routing.q_len, routing.kv_len
+    q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
     # One routed block a mask block is the smallest table. FlexAttention reads whole mask blocks of
     # more than 128 keys, past the end of the keys if the last is short: then mask blocks are
     # tiles.
@@ -135,9 +135,9 @@ def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
         # A tile meets blocks low..high: any of them chosen, or all of them by all queries.
         begin = torch.arange(kv_tiles, device=device) * kv_tile
         low, high = begin // block_size, (begin + kv_tile - 1).clamp(max=kv_len - 1) // block_size
-        some, all_ = (F.pad(x.int().cumsum(-1), (1, 0)) for x in (any_query, every_query))
-        any_query = some[..., high + 1] > some[..., low]
-        every_query = all_[..., high + 1] - all_[..., low] == high + 1 - low
+        spanned = torch.arange((kv_tile + block_size - 2) // block_size + 1, device=device)
+        met = torch.minimum(low[:, None] + spanned, high[:, None])
+        any_query, every_query = any_query[..., met].any(-1), every_query[..., met].all(-1)
     present = any_query & (begin <= last) if causal else any_query
     full = every_query & (begin + kv_tile <= (first + 1 if causal else kv_len))
     return present & ~full, full
@@ -146,9 +146,7 @@ def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
 def _compress(table: Tensor) -> tuple[Tensor, Tensor]:
     """List the set columns of each row: counts `[..., rows]`, indices `[..., rows, columns]`."""
     columns = table.shape[-1]
-    rank = table.cumsum(-1, dtype=torch.int32)
-    number = torch.arange(columns, device=table.device, dtype=torch.int32).expand(table.shape)
-    # Unset columns go to one place past the end.
-    place = torch.where(table, rank - 1, columns).long()
-    index = torch.zeros((*table.shape[:-1], columns + 1), dtype=torch.int32, device=table.device)
-    return rank[..., -1].contiguous(), index.scatter(-1, place, number)[..., :-1].contiguous()
+    number = torch.arange(columns, device=table.device, dtype=torch.int32)
+    # Sorted, and not placed by a running count: PyTorch 2.11 fails to compile some scans for CUDA.
+    index = torch.where(table, number, columns).sort(dim=-1).values.clamp(max=columns - 1)
+    return table.sum(-1, dtype=torch.int32), index.contiguous()

@@ -60,12 +60,13 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
     tiles = ceil_div(pairs + min(num_blocks, pairs) * (tile - 1), tile)
 
     key = routing.blocks.reshape(lists, pairs)
-    if num_blocks < 2**15:  # half the passes of a radix sort
+    if num_blocks < 2**15 - 1:  # half the passes of a radix sort; room for one more than "none"
         key = key.to(torch.int16)
     block, order = key.sort(dim=1, stable=True)
-    edges = (
-        torch.arange(num_blocks + 1, device=device, dtype=key.dtype).expand(lists, -1).contiguous()
-    )
+    # PyTorch 2.11 compiles no search, under dynamic shapes, for values that all lists share: the
+    # bounds, which change no result, make them each list's own.
+    edges = torch.arange(num_blocks + 1, device=device, dtype=key.dtype)
+    edges = torch.minimum(edges, block[:, -1:] + 1)
     first_pair = torch.searchsorted(block, edges)
     num_pairs = first_pair.diff(dim=1)
     num_tiles = ceil_div(num_pairs, tile)
@@ -79,8 +80,10 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
     slot = torch.where(block < num_blocks, slot, -1).int()
     slot = torch.empty_like(slot).scatter_(1, order, slot)
 
-    tile_index = torch.arange(tiles, device=device).expand(lists, -1).contiguous()
-    tile_block = torch.searchsorted(last_tile, tile_index, right=True)
+    tile_index = torch.arange(tiles, device=device)
+    tile_block = torch.searchsorted(
+        last_tile, torch.minimum(tile_index, last_tile[:, -1:]), right=True
+    )
     tile_used = tile_block < num_blocks
     tile_block = torch.where(tile_used, tile_block, 0)
     start = (tile_index - first_tile.gather(1, tile_block)) * tile  # of the tile, within its block

@@ -24,6 +24,15 @@ Lists = tuple[Tensor, Tensor]
 TILE = 128
 
 
+def settled(length: int) -> int:
+    """Return `length` as a mask_mod may capture it under dynamic shapes.
+
+    FlexAttention's own guards pin a length of one tile to that number, but only after the mask_mod
+    captured a symbol for it, for which PyTorch 2.11 then generates code that does not compile.
+    """
+    return TILE if length == TILE else length
+
+
 @dataclass(frozen=True)
 class KeyLayout:
     """Keys in memory with every block at a multiple of `TILE`.
@@ -114,7 +123,8 @@ def own_block_mask(q_len: int, layout: KeyLayout, causal: bool, device: torch.de
         causal: Whether a query sees only keys at its position and before.
         device: Where to make the mask.
     """
-    block_size, kv_len = layout.block_size, layout.kv_len
+    block_size, kv_len = layout.block_size, settled(layout.kv_len)
+    q_len = settled(q_len)
 
     def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # Lengths one by one: under dynamic shapes FlexAttention takes symbols here, but no

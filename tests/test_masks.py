@@ -78,6 +78,18 @@ def test_regrouping_is_a_permutation_into_tiles_of_one_block(case: Case) -> None
             assert torch.equal(groups.num_tiles[..., block].long(), -(-number // tile))
 
 
+@pytest.mark.parametrize("num_blocks", [2**15 - 2, 2**15 - 1, 2**15])
+def test_regrouping_of_as_many_blocks_as_short_keys_can_number(num_blocks: int) -> None:
+    blocks = torch.randint(num_blocks, (1, 2, 300, 3)).int()
+    blocks[..., -1] = num_blocks  # none
+    groups = regroup(Routing(blocks, 1, 300, num_blocks, False), 2, TILE)
+    assert (groups.slot[..., -1] == -1).all()
+    slot = groups.slot[..., :-1].flatten(2).long()
+    rows = torch.arange(300, dtype=torch.int32).repeat_interleave(2).expand(1, 2, -1)
+    assert torch.equal(groups.row.gather(2, slot), rows)
+    assert torch.equal(groups.tile_block.gather(2, slot // TILE), blocks[..., :-1].flatten(2))
+
+
 def test_regrouping_has_room_for_one_popular_block() -> None:
     q, k = torch.ones(1, 4, 1000, 16), torch.zeros(1, 2, 1000, 16)
     k[:, :, 100:200] = 1.0  # every query likes block 1 best
