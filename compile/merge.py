@@ -44,38 +44,37 @@ def merge_parts(
     return merged
 
 
-def _flat(index: Tensor, length: int) -> Tensor:
-    """Turn places within each list of `length`, `[B, H, ...]`, into places in all of them."""
-    lists = torch.arange(index.shape[0] * index.shape[1], device=index.device) * length
-    return (index.flatten(0, 1).flatten(1) + lists.unsqueeze(1)).flatten()
-
-
 def _take(x: Tensor, index: Tensor, default: float = 0.0) -> Tensor:
-    """Take values of `x` `[B, H, n]` at `index`, in float32; `default` where it is -1."""
-    taken = x.flatten()[_flat(index.clamp(min=0), x.shape[2])].float()
-    return torch.where(index.flatten() >= 0, taken, default)
+    """Take from `x` what lies at places within each list, in float32 and one after another.
 
+    Args:
+        x: Values `[B, H, n]` or vectors `[B, H, n, D]`.
+        index: Places `[B, H, ...]`; -1 for none.
+        default: What stands for none. It is put in by choice, and not by a zero weight: a slot
+            that holds nothing may hold NaN.
 
-def _take_vectors(x: Tensor, index: Tensor) -> Tensor:
-    """Take vectors of `x` `[B, H, n, D]` at `index`, in float32; 0 where it is -1.
-
-    Zero, and not the product with a zero weight: a slot that holds nothing may hold NaN.
+    Returns:
+        As many values, or vectors `[..., D]`, as `index` has places.
     """
-    taken = x.flatten(0, 2)[_flat(index.clamp(min=0), x.shape[2])].float()
-    return torch.where(index.flatten().unsqueeze(1) >= 0, taken, 0.0)
+    start = torch.arange(index.shape[0] * index.shape[1], device=index.device) * x.shape[2]
+    place = index.clamp(min=0).flatten(0, 1).flatten(1) + start.unsqueeze(1)
+    found = (index >= 0).flatten()
+    if x.dim() == 4:
+        found = found.unsqueeze(1)
+    return torch.where(found, x.flatten(0, 2)[place.flatten()].float(), default)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(slot)
-        return _take_vectors(x, row).to(x.dtype).view(*row.shape, x.shape[3])
+        return _take(x, row).to(x.dtype).view(*row.shape, x.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slot,) = ctx.saved_tensors
         picks = slot.shape[3]
-        taken = _take_vectors(grad, slot).unflatten(0, (-1, picks))
+        taken = _take(grad, slot).unflatten(0, (-1, picks))
         return taken.sum(1).to(grad.dtype).view(*slot.shape[:3], grad.shape[3]), None, None
 
 
@@ -97,7 +96,7 @@ class _MergeParts(torch.autograd.Function):
         own_weight = torch.exp(own_flat - largest)
         pair_weight = torch.exp(pair_lse - largest.unsqueeze(1))
         total = own_weight + pair_weight.sum(1)
-        pair_out = _take_vectors(routed_out, slot).view(-1, picks, head_dim)
+        pair_out = _take(routed_out, slot).view(-1, picks, head_dim)
         mixed = (pair_out * pair_weight.unsqueeze(2)).sum(1)
         mixed = mixed + own_vectors * own_weight.unsqueeze(1)
         out = (mixed / total.unsqueeze(1)).to(own_out.dtype).view(own_out.shape)
@@ -119,7 +118,7 @@ class _MergeParts(torch.autograd.Function):
 
         filled = row.flatten() >= 0
         weight = torch.where(filled, torch.exp(routed_lse.flatten() - _take(lse, row)), 0.0)
-        row_grad = _take_vectors(grad, row)
+        row_grad = _take(grad, row)
         routed_grad = (row_grad * weight.unsqueeze(1)).to(routed_out.dtype)
         routed_share = (row_grad * routed_out.flatten(0, 2).float()).sum(1)
         row_gain = _take(gain.view(lse.shape), row)

@@ -49,6 +49,19 @@ def test_plans_are_the_oracle(kind: str, plan: Any) -> None:
     check()
 
 
+@pytest.mark.parametrize("plan", ["routed", "auto"])
+@pytest.mark.parametrize("kind", ["aligned", "large blocks"])
+def test_whole_tiles_are_the_oracle(kind: str, plan: Any) -> None:
+    @settings(max_examples=settings().max_examples // 2)
+    @given(tiles=st.integers(1, 12), more=st.integers(0, 500), seed=st.integers(0, 2**32 - 1))
+    def check(tiles: int, more: int, seed: int) -> None:
+        q_len = 128 * tiles
+        case = replace(KINDS[kind], q_len=q_len, kv_len=q_len + more, seed=seed, device="cuda")
+        assert_matches_oracle(f"cuda {plan}, whole tiles", case, attention(case, plan))
+
+    check()
+
+
 @settings(max_examples=10 * settings().max_examples)
 @given(case=cases(dtypes=[torch.float32, BF16, FP16]))
 def test_kernel_chooses_what_the_contract_says(case: Case) -> None:
