@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.regroup import regroup
+from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.router import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -82,11 +82,10 @@ def _parts(routing: Routing, num_kv_heads: int) -> Iterator[_Part]:
         for b in range(batch):
             yield _whole_blocks(b, whole_start, whole_stop, offset, size, routing.causal)
     if picks:
-        groups = regroup(routing, num_kv_heads, tile=1)
-        first, number = groups.first_tile.tolist(), groups.num_pairs.tolist()
-        for b, h, block in groups.num_pairs.nonzero().tolist():
-            start = first[b][h][block]
-            rows = groups.row[b, h, start : start + number[b][h][block]].long()
+        pairs = sort_pairs(routing, num_kv_heads)
+        first = pairs.first.tolist()
+        for b, h, block in pairs.first.diff(dim=2).nonzero().tolist():
+            rows = pairs.row[b, h, first[b][h][block] : first[b][h][block + 1]].long()
             k_start, k_stop = block * size, min((block + 1) * size, kv_len)
             for some in rows.split(_MAX_ROWS):
                 yield _chosen_block(b, h, num_heads // num_kv_heads, k_start, k_stop, some)

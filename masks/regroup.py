@@ -1,9 +1,9 @@
 """Regrouped order: queries sorted by the key block that they chose.
 
-A *pair* is one query and one block that it chose. Pairs of a head are laid into *slots*, block
-after block, each block starting at a multiple of the tile, so that a tile of slots meets one key
-block and needs no mask. The query heads that share a key/value head form one list: their *rows*
-are numbered `(head in group) * Q + query`.
+A *pair* is one query and one block that it chose. The query heads that share a key/value head
+form one list: their *rows* are numbered `(head in group) * Q + query`. The pairs of a list are
+sorted by block; their places in that order are their *ranks*. For tiles that must each meet one
+key block, pairs are laid into *slots*, each block starting at a multiple of the tile.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,80 @@ from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.router import Routing
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of each of `Hkv` key/value heads, block after block, then those of no block.
+
+    Attributes:
+        row: The row of the pair of each rank, int32 `[B, Hkv, R * (K - 1)]`, with `R = Hq / Hkv *
+            Q`; ascending within a block.
+        rank: The rank of each pair, int32 `[B, Hkv, R, K - 1]`; -1 where there is no pair.
+        first: The rank of the first pair of each block, and of the first past the last block,
+            int32 `[B, Hkv, N + 1]`.
+    """
+
+    row: Tensor
+    rank: Tensor
+    first: Tensor
+
+
+def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
+    """Sort the pairs of `routing` by block, and of a block by row."""
+    batch, num_heads, q_len, picks = routing.blocks.shape
+    device, num_blocks = routing.blocks.device, routing.num_blocks
+    rows = num_heads // num_kv_heads * q_len
+    lists, pairs = batch * num_kv_heads, rows * picks
+
+    if picks == 0:
+        first = torch.zeros(batch, num_kv_heads, num_blocks + 1, dtype=torch.int32, device=device)
+        none = first.new_empty(batch, num_kv_heads, 0)
+        return Pairs(none, none.new_empty(batch, num_kv_heads, rows, 0), first)
+    key = routing.blocks.reshape(lists, pairs)
+    if num_blocks < 2**15 - 1:  # half the passes of a radix sort; room for one more than "none"
+        key = key.to(torch.int16)
+    block, order = key.sort(dim=1, stable=True)
+    # PyTorch 2.11 compiles no search, under dynamic shapes, for values that all lists share: the
+    # bounds, which change no result, make them each list's own.
+    edges = torch.arange(num_blocks + 1, device=device, dtype=key.dtype)
+    edges = torch.minimum(edges, block[:, -1:] + 1)
+    first = torch.searchsorted(block, edges, out_int32=True)
+    number = torch.arange(pairs, device=device, dtype=torch.int32)
+    rank = torch.where(block < num_blocks, number, -1)
+    rank = torch.empty_like(rank).scatter_(1, order, rank)
+    return Pairs(
+        row=(order // picks).int().view(batch, num_kv_heads, pairs),
+        rank=rank.view(batch, num_kv_heads, rows, picks),
+        first=first.view(batch, num_kv_heads, num_blocks + 1),
+    )
+
+
+def tile_blocks(pairs: Pairs, tile: int, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """Cut the pairs of each block into tiles, and number the tiles of each list.
+
+    Args:
+        pairs: The pairs of `B * Hkv` lists.
+        tile: Pairs per tile.
+        skip: The first tiles of each block that are not numbered.
+
+    Returns:
+        The block that each tile belongs to, int32 `[B * Hkv, T]`, `N` in tiles that there are not:
+        `T` is what the pairs need at worst. And the first tile of each block, and the number of
+        all, int32 `[B * Hkv, N + 1]`.
+    """
+    first = pairs.first.flatten(0, 1)
+    num_blocks = first.shape[1] - 1
+    num_tiles = (ceil_div(first.diff(dim=1), tile) - skip).clamp(min=0)
+    last_tile = num_tiles.cumsum(dim=1, dtype=torch.int32)
+    num_pairs = pairs.row.shape[2]
+    # Two more than needed: a number of tiles that may be 0 or 1 would become a guard on lengths.
+    most = num_pairs // tile + (2 if skip else num_blocks + 1)
+    index = torch.arange(most, device=first.device, dtype=torch.int32)
+    index = torch.minimum(index, last_tile[:, -1:])
+    tile_block = torch.searchsorted(last_tile, index, right=True, out_int32=True)
+    first_tile = torch.nn.functional.pad(last_tile, (1, 0))
+    return tile_block, first_tile
 
 
 @dataclass(frozen=True)
@@ -28,7 +102,6 @@ class Regrouping:
         tile_used: Which tiles hold a pair, bool `[B, Hkv, S / tile]`.
         first_tile: The first tile of each block, int32 `[B, Hkv, N]`.
         num_tiles: The number of tiles of each block, int32 `[B, Hkv, N]`.
-        num_pairs: The number of pairs of each block, int32 `[B, Hkv, N]`.
     """
 
     row: Tensor
@@ -37,7 +110,6 @@ class Regrouping:
     tile_used: Tensor
     first_tile: Tensor
     num_tiles: Tensor
-    num_pairs: Tensor
 
 
 def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
@@ -52,33 +124,20 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
     Returns:
         The regrouping. It is deterministic: pairs of a block lie in the order of their rows.
     """
-    batch, num_heads, q_len, picks = routing.blocks.shape
-    device, num_blocks = routing.blocks.device, routing.num_blocks
-    rows = num_heads // num_kv_heads * q_len
-    pairs = rows * picks
-    lists = batch * num_kv_heads
+    batch, device, num_blocks = routing.blocks.shape[0], routing.blocks.device, routing.num_blocks
+    sorted_pairs = sort_pairs(routing, num_kv_heads)
+    lists, pairs = batch * num_kv_heads, sorted_pairs.row.shape[2]
     tiles = ceil_div(pairs + min(num_blocks, pairs) * (tile - 1), tile)
-
-    key = routing.blocks.reshape(lists, pairs)
-    if num_blocks < 2**15 - 1:  # half the passes of a radix sort; room for one more than "none"
-        key = key.to(torch.int16)
-    block, order = key.sort(dim=1, stable=True)
-    # PyTorch 2.11 compiles no search, under dynamic shapes, for values that all lists share: the
-    # bounds, which change no result, make them each list's own.
-    edges = torch.arange(num_blocks + 1, device=device, dtype=key.dtype)
-    edges = torch.minimum(edges, block[:, -1:] + 1)
-    first_pair = torch.searchsorted(block, edges)
+    first_pair = sorted_pairs.first.flatten(0, 1)
     num_pairs = first_pair.diff(dim=1)
     num_tiles = ceil_div(num_pairs, tile)
     last_tile = num_tiles.cumsum(dim=1)
     first_tile = last_tile - num_tiles
 
     shift = first_tile * tile - first_pair[:, :-1]
-    slot = torch.arange(pairs, device=device) + shift.gather(
-        1, block.long().clamp(max=num_blocks - 1)
-    )
-    slot = torch.where(block < num_blocks, slot, -1).int()
-    slot = torch.empty_like(slot).scatter_(1, order, slot)
+    block = routing.blocks.reshape(lists, pairs).long().clamp(max=num_blocks - 1)
+    rank = sorted_pairs.rank.view(lists, pairs)
+    slot = torch.where(rank >= 0, rank + shift.gather(1, block), -1).int()
 
     tile_index = torch.arange(tiles, device=device)
     tile_block = torch.searchsorted(
@@ -89,15 +148,15 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
     start = (tile_index - first_tile.gather(1, tile_block)) * tile  # of the tile, within its block
     within = start[..., None] + torch.arange(tile, device=device)
     filled = tile_used[..., None] & (within < num_pairs.gather(1, tile_block)[..., None])
-    rank = torch.where(filled, within + first_pair.gather(1, tile_block)[..., None], 0)
-    row = torch.where(filled.flatten(1), order.gather(1, rank.flatten(1)) // picks, -1).int()
+    place = torch.where(filled, within + first_pair.gather(1, tile_block)[..., None], 0)
+    row = sorted_pairs.row.view(lists, pairs).gather(1, place.flatten(1))
+    row = torch.where(filled.flatten(1), row, -1)
 
     return Regrouping(
         row=row.view(batch, num_kv_heads, tiles * tile),
-        slot=slot.view(batch, num_kv_heads, rows, picks),
+        slot=slot.view(sorted_pairs.rank.shape),
         tile_block=tile_block.int().view(batch, num_kv_heads, tiles),
         tile_used=tile_used.view(batch, num_kv_heads, tiles),
         first_tile=first_tile.int().view(batch, num_kv_heads, num_blocks),
         num_tiles=num_tiles.int().view(batch, num_kv_heads, num_blocks),
-        num_pairs=num_pairs.int().view(batch, num_kv_heads, num_blocks),
     )

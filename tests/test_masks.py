@@ -3,11 +3,12 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from moba_flex import create_moba_block_mask, moba_attention_reference, route
 from moba_flex.masks.block_mask import routing_to_block_mask
-from moba_flex.masks.regroup import regroup
+from moba_flex.masks.regroup import regroup, sort_pairs, tile_blocks
 from moba_flex.masks.router import Routing
 from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
 from tests.helpers import Case, cases, chosen_blocks, listed_tiles, token_mask, visited_pairs
@@ -54,6 +55,37 @@ def test_mask_blocks_are_routed_blocks_where_they_fit() -> None:
     assert create_moba_block_mask(short, short, block_size=512, top_k=2).BLOCK_SIZE == (128, 128)
 
 
+@given(case=cases(), tile=st.integers(1, 300))
+def test_pairs_are_sorted_by_block_and_cut_into_tiles(case: Case, tile: int) -> None:
+    q, k, _ = case.inputs()
+    routing = route(q, k, **case.gate)
+    pairs = sort_pairs(routing, case.num_kv_heads)
+    chosen = routing.blocks.reshape(pairs.rank.shape)
+    exists = chosen < routing.num_blocks
+    assert torch.equal(pairs.rank >= 0, exists)
+    assert pairs.first.dtype == pairs.row.dtype == pairs.rank.dtype == torch.int32
+    lists = [(b, h) for b in range(case.batch) for h in range(case.num_kv_heads)]
+    tables = {skip: tile_blocks(pairs, tile, skip) for skip in (0, 1)}
+    for number, (b, h) in enumerate(lists):
+        row, pick = exists[b, h].nonzero(as_tuple=True)
+        rank = pairs.rank[b, h, row, pick].long()
+        assert torch.equal(pairs.row[b, h, rank].long(), row)
+        expected: dict[int, list[int]] = {skip: [] for skip in tables}
+        for block in range(routing.num_blocks):
+            first, stop = pairs.first[b, h, block : block + 2].tolist()
+            mine = rank[chosen[b, h, row, pick] == block]
+            assert torch.equal(mine.sort().values, torch.arange(first, stop))
+            assert (pairs.row[b, h, first:stop].diff() > 0).all(), "rows ascend within a block"
+            for skip, (_, first_tile) in tables.items():
+                assert first_tile[number, block] == len(expected[skip])
+                expected[skip] += [block] * max(0, -(-len(mine) // tile) - skip)
+        for skip, (tile_block, first_tile) in tables.items():
+            found, used = tile_block[number].tolist(), len(expected[skip])
+            assert first_tile[number, -1] == used
+            assert found[:used] == expected[skip]
+            assert set(found[used:]) <= {routing.num_blocks}
+
+
 @given(case=cases())
 def test_regrouping_is_a_permutation_into_tiles_of_one_block(case: Case) -> None:
     q, k, _ = case.inputs()
@@ -74,7 +106,6 @@ def test_regrouping_is_a_permutation_into_tiles_of_one_block(case: Case) -> None
         assert groups.num_tiles.sum() == groups.tile_used.sum()
         for block in range(routing.num_blocks):
             number = (rows == block).flatten(2).sum(2)
-            assert torch.equal(groups.num_pairs[..., block].long(), number)
             assert torch.equal(groups.num_tiles[..., block].long(), -(-number // tile))
 
 
@@ -94,8 +125,9 @@ def test_regrouping_has_room_for_one_popular_block() -> None:
     q, k = torch.ones(1, 4, 1000, 16), torch.zeros(1, 2, 1000, 16)
     k[:, :, 100:200] = 1.0  # every query likes block 1 best
     routing = route(q, k, block_size=100, top_k=2)
+    first = sort_pairs(routing, 2).first[0, 0]
+    assert first.diff().tolist() == [200, 1600, 0, 0, 0, 0, 0, 0, 0, 0]
     groups = regroup(routing, 2, TILE)
-    assert groups.num_pairs[0, 0].tolist() == [200, 1600, 0, 0, 0, 0, 0, 0, 0, 0]
     # 1800 pairs in 2 + 13 tiles of the list's 26.
     assert groups.tile_used.sum(2).tolist() == [[15, 15]]
     assert groups.row.shape[2] == 26 * TILE
