@@ -9,7 +9,7 @@ from torch import Tensor
 from moba_flex.masks.blocks import ceil_div, pool_keys
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
-    from moba_flex.masks.router_kernel import gate_triton
+    from moba_flex.masks.router_kernel import gate_triton, pool_keys_triton
 
 # Scores held at a time by the gate on CPU: 2**22 of them are 32 MiB of float64.
 _CPU_CHUNK = 1 << 22
@@ -79,8 +79,11 @@ def route(
         The routing, with `K = min(top_k, N)`.
     """
     with torch.no_grad():
-        block_keys = pool_keys(k, block_size)
-        picks = min(top_k, block_keys.shape[2]) - 1
+        pool = pool_keys_triton if q.is_cuda else pool_keys
+        block_keys = pool(k, block_size)
+        # A number also under dynamic shapes, where `min` would be an expression.
+        num_blocks = block_keys.shape[2]
+        picks = (top_k if top_k <= num_blocks else int(num_blocks)) - 1
         q_offset = k.shape[2] - q.shape[2]
         gate = gate_triton if q.is_cuda else gate_cpu
         blocks = gate(

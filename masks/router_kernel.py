@@ -10,11 +10,83 @@ from torch.library import triton_op, wrap_triton
 
 from moba_flex.masks.blocks import ceil_div
 
-_TILE_Q = 128
-_TILE_N = 64
+_TILE_Q = 64
+_TILE_N = 32
+_WARPS = 4
+_POOL_TILE = 64
 
 
-@triton.jit
+# Arguments that vary with lengths: kernels are not compiled anew for what divides them.
+_SIZES = [
+    "block_size",
+    "group",
+    "kv_len",
+    "local_blocks",
+    "num_blocks",
+    "num_heads",
+    "picks",
+    "q_len",
+    "q_offset",
+    "sink_blocks",
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def pool_kernel(  # type: ignore[no-untyped-def]
+    k_ptr,
+    out_ptr,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    num_heads,
+    kv_len,
+    num_blocks,
+    block_size,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """Average the keys of a block in float32."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    k_ptr += (head // num_heads).to(tl.int64) * stride_kb
+    k_ptr += (head % num_heads).to(tl.int64) * stride_kh
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    start = block * block_size
+    stop = tl.minimum(start + block_size, kv_len)
+    total = tl.zeros([HEAD_DIM_PADDED], tl.float32)
+    for at in range(start, stop, TILE_N):
+        key = at + tl.arange(0, TILE_N)[:, None]
+        k_ptrs = k_ptr + key.to(tl.int64) * stride_kn + dim[None, :] * stride_kd
+        k = tl.load(k_ptrs, mask=(key < stop) & (dim[None, :] < HEAD_DIM), other=0.0)
+        total += tl.sum(k.to(tl.float32), 0)
+    out_ptrs = out_ptr + (head.to(tl.int64) * num_blocks + block) * HEAD_DIM + dim
+    mean = total / (stop - start).to(tl.float32)
+    tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@triton_op("moba_flex::pool_keys_triton", mutates_args=())
+def pool_keys_triton(k: Tensor, block_size: int) -> Tensor:
+    """Average the keys of each block; argument and result as `pool_keys`."""
+    batch, num_heads, kv_len, head_dim = k.shape
+    num_blocks = ceil_div(kv_len, block_size)
+    out = torch.empty(batch, num_heads, num_blocks, head_dim, dtype=k.dtype, device=k.device)
+    wrap_triton(pool_kernel)[(num_blocks, batch * num_heads)](
+        k,
+        out,
+        *k.stride(),
+        num_heads,
+        kv_len,
+        num_blocks,
+        block_size,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        TILE_N=_POOL_TILE,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def gate_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     block_keys_ptr,
@@ -35,9 +107,9 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     block_size,
     sink_blocks,
     local_blocks,
+    picks,
     CAUSAL: tl.constexpr,
     FORCED: tl.constexpr,
-    PICKS: tl.constexpr,
     SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
@@ -69,9 +141,9 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     own = ((row + q_offset) // block_size)[:, None]
 
     slot = tl.arange(0, SLOTS)[None, :]
-    # Slots past PICKS hold what nothing replaces. Empty slots have numbers of their own, for the
+    # Slots past `picks` hold what nothing replaces. Empty slots have numbers of their own, for the
     # eviction below.
-    best = tl.where(slot < PICKS, -float("inf"), float("inf")) + tl.zeros(
+    best = tl.where(slot < picks, -float("inf"), float("inf")) + tl.zeros(
         [TILE_Q, SLOTS], tl.float32
     )
     block = tl.zeros([TILE_Q, SLOTS], tl.int32) - 1 - slot
@@ -119,9 +191,9 @@ def gate_kernel(  # type: ignore[no-untyped-def]
             worst = tl.min(best, 1, keep_dims=True)
             enters = new > worst
 
-    block = tl.sort(tl.where((block < 0) | (slot >= PICKS), num_blocks, block), 1)
-    out_row = (tl.program_id(1).to(tl.int64) * q_len + row[:, None]) * PICKS
-    tl.store(out_ptr + out_row + slot, block, mask=(row[:, None] < q_len) & (slot < PICKS))
+    block = tl.sort(tl.where((block < 0) | (slot >= picks), num_blocks, block), 1)
+    out_row = (tl.program_id(1).to(tl.int64) * q_len + row[:, None]) * picks
+    tl.store(out_ptr + out_row + slot, block, mask=(row[:, None] < q_len) & (slot < picks))
 
 
 @triton_op("moba_flex::gate_triton", mutates_args=())
@@ -173,14 +245,14 @@ def launch_gate(
         block_size,
         sink_blocks,
         local_blocks,
+        picks,
         CAUSAL=causal,
         FORCED=sink_blocks + local_blocks > 0,
-        PICKS=picks,
         SLOTS=max(2, triton.next_power_of_2(picks)),
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
         TILE_Q=_TILE_Q,
         TILE_N=_TILE_N,
-        num_warps=8,
+        num_warps=_WARPS,
         num_stages=2,
     )

@@ -65,10 +65,22 @@ def test_kernel_chooses_what_the_contract_says(case: Case) -> None:
     q, k, v = case.inputs()
     blocks = launch_kernel(q, k, case)
     assert (blocks.diff(dim=3) >= 0).all(), "ascending"
-    chosen = chosen_blocks(router.Routing(blocks, case.block_size, case.q_len, case.kv_len, True))
+    chosen = chosen_blocks(
+        router.Routing(blocks, case.block_size, case.q_len, case.kv_len, case.causal)
+    )
     assert_gate_is_right(case, q, k, chosen)
-    if case.ties:
+    if has_exact_ties(case):
         assert torch.equal(chosen, moba_attention_reference(q, k, v, **case.gate).blocks)
+
+
+def has_exact_ties(case: Case) -> bool:
+    """Whether affinities are exact, so that equal ones are equal in any order of summation.
+
+    The means of small integers are, over a power of two of keys: a short last block is something
+    else, but only without causality does anybody choose it.
+    """
+    last = case.kv_len % case.block_size
+    return case.ties and (case.causal or last & (last - 1) == 0)
 
 
 def launch_kernel(q: Tensor, k: Tensor, case: Case) -> Tensor:
