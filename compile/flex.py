@@ -8,9 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 _serial = itertools.count()
+_MOST_GRAPHS = 64
 
 
 def attend(
@@ -32,6 +35,9 @@ def attend(
     # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
     # / (H * D) keys.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    # For fewer than 128 queries PyTorch would take its decoding kernel, which for some dtypes and
+    # head dims has no tile that fits the mask blocks.
+    options: Any = {"BACKEND": "TRITON"} if q.is_cuda else None
     result = flex_attention(
         q,
         k,
@@ -40,6 +46,7 @@ def attend(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True) if lse else None,
+        kernel_options=options,
     )
     if not lse:
         return cast(Tensor, result), q.new_empty(0)
@@ -75,4 +82,15 @@ def compiled(
     code = bound.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, globals(), closure=bound.__closure__)
     # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
-    return torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
+    graph = torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        # An eager caller may keep the graph and go backward twice; and lengths of less than a tile
+        # or of fewer than `top_k` blocks make more graphs than PyTorch's limit of 8 lets pass.
+        with (
+            functorch_config.patch(donated_buffer=False),
+            dynamo_config.patch(recompile_limit=_MOST_GRAPHS),
+        ):
+            return graph(q, k, v)
+
+    return call
