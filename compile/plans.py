@@ -1,5 +1,7 @@
 """The plans: several ways to compute the same function."""
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,12 @@ from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.router import Routing, route
 from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with PyTorch for CUDA
+if _HAS_TRITON:
+    import triton
+
+    from moba_flex.compile.fused import attend_fused
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -45,7 +53,12 @@ def uses_flex(plan: str, q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bo
     """Whether a plan calls FlexAttention, which must be compiled."""
     if plan == "dense" and _is_plain(q, k, causal=causal, lse=lse):
         return False
-    return plan == "masked" or q.device.type != "cpu"
+    return plan == "masked" or (plan != "fused" and q.device.type != "cpu")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes tensors on CPU."""
+    return _HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def masked(
@@ -86,6 +99,13 @@ def _routed_flex(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: fl
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float) -> Result:
+    """Do what `routed` does, with regrouping and merge inside of Triton kernels."""
+    blocks, block_size = routing.blocks, routing.block_size
+    out, lse, *_ = attend_fused(q, k, v, blocks, block_size, routing.causal, scale)
+    return out, lse
+
+
 def run(
     q: Tensor,
     k: Tensor,
@@ -118,4 +138,6 @@ def run(
     )
     if plan == "masked":
         return masked(q, k, v, routing, scale=scale, lse=lse)
+    if plan == "fused":
+        return fused(q, k, v, routing, scale=scale)
     return routed(q, k, v, routing, scale=scale)

@@ -8,18 +8,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.compile.flex import compiled
-from moba_flex.compile.plans import run, uses_flex
+from moba_flex.compile.plans import interpreted, run, uses_flex
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_qk, check_qkv
 
-Plan = Literal["dense", "routed", "masked"]
+Plan = Literal["dense", "fused", "routed", "masked"]
 
-_PLANS: tuple[Plan, ...] = ("dense", "routed", "masked")
-# FlexAttention's compiled kernels by device.
-_FLEX_DTYPES = {
-    "cpu": (torch.float16, torch.bfloat16, torch.float32),
-    "cuda": (torch.float16, torch.bfloat16, torch.float32),
-}
+_PLANS: tuple[Plan, ...] = ("dense", "fused", "routed", "masked")
+# What FlexAttention and this library compile kernels for.
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FUSED_HEAD_DIM = 256
 
 
 @overload
@@ -122,6 +120,8 @@ def moba_attention(
     flex = uses_flex(plan, q, k, causal=causal, lse=lse)
     if flex:
         _check_flex(q, k, v, lse)
+    if plan == "fused":
+        _check_fused(q)
 
     options: dict[str, Any] = {
         "plan": plan,
@@ -152,7 +152,8 @@ def choose_plan(q: Tensor, k: Tensor, *, block_size: int, top_k: int) -> Plan:
         top_k: Blocks a query attends to, its own included.
 
     Returns:
-        "dense" if `top_k` blocks cover all keys, else "routed".
+        "dense" if `top_k` blocks cover all keys; else "fused" on CUDA, for a head_dim of at most
+        256, and "routed" elsewhere.
 
     Raises:
         ValueError: A shape or an option is out of range.
@@ -161,17 +162,17 @@ def choose_plan(q: Tensor, k: Tensor, *, block_size: int, top_k: int) -> Plan:
     if not torch.compiler.is_compiling():
         check_qk(q, k)
         check_gate(block_size, top_k, 0, 0)
-    return "dense" if top_k >= ceil_div(k.shape[2], block_size) else "routed"
+    if top_k >= ceil_div(k.shape[2], block_size):
+        return "dense"
+    return "fused" if q.device.type == "cuda" and q.shape[3] <= _FUSED_HEAD_DIM else "routed"
 
 
 def _check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
     """Raise if FlexAttention on the device of `q` cannot do what is asked."""
     device = q.device.type
-    if device not in _FLEX_DTYPES:
+    if device not in ("cpu", "cuda"):
         raise ValueError(f"q must be on cpu or cuda, got {device}")
-    if q.dtype not in _FLEX_DTYPES[device]:
-        names = " or ".join(map(str, _FLEX_DTYPES[device]))
-        raise TypeError(f"q must be {names} on {device}, got {q.dtype}: convert q, k and v")
+    _check_dtype(q)
     if device == "cuda" and q.shape[3] < 16:
         raise ValueError(
             f"q must have a head_dim of at least 16 on cuda, got {q.shape[3]}: pad it"
@@ -190,3 +191,23 @@ def _check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
                 "plan must be 'routed' or 'dense' for gradients on cpu, got 'masked': "
                 "FlexAttention has no backward there; for inference use torch.no_grad()"
             )
+
+
+def _check_fused(q: Tensor) -> None:
+    """Raise if the kernels of the fused plan cannot do what is asked."""
+    if q.device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"q must be on cuda for plan='fused', got {q.device.type}: let plan be 'auto'"
+        )
+    _check_dtype(q)
+    if q.shape[3] > _FUSED_HEAD_DIM:
+        raise ValueError(
+            f"q must have a head_dim of at most {_FUSED_HEAD_DIM} for plan='fused', got "
+            f"{q.shape[3]}: let plan be 'routed'"
+        )
+
+
+def _check_dtype(q: Tensor) -> None:
+    if q.dtype not in _KERNEL_DTYPES:
+        names = " or ".join(map(str, _KERNEL_DTYPES))
+        raise TypeError(f"q must be {names} on {q.device.type}, got {q.dtype}: convert q, k and v")

@@ -1,45 +1,94 @@
-"""Compile the routing kernel for a Hopper GPU, there or not; a script of `test_router.py`."""
+"""Compile the Triton kernels for a Hopper GPU, there or not; a script of `test_router.py`."""
 
 import json
+from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moba_flex.masks.router_kernel import _TILE_N, _TILE_Q, gate_kernel
+from moba_flex.compile import fused, fused_kernels
+from moba_flex.masks import router_kernel
+
+INTS = ("rank", "row", "first", "tile_block", "spill_block")
+FLOATS = ("lse", "delta", "spill_ptr")
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compile_for_hopper(dtype: str, head_dim: int, picks: int, forced: bool) -> dict[str, int]:
+def compile_kernel(
+    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int, stages: int
+) -> dict[str, Any]:
     """Return the bytes of shared memory of a program, and of its machine code."""
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name == "scale":
+            return "fp32"
+        if not name.endswith("_ptr"):
+            return "i32"
+        if name.startswith(INTS) or (kernel is router_kernel.gate_kernel and name == "out_ptr"):
+            return "*i32"
+        return "*fp32" if any(word in name for word in FLOATS) else f"*{DTYPES[dtype]}"
+
+    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride")]
+    source = ASTSource(
+        kernel,
+        {name: type_of(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in aligned
+            if name not in constants
+        },
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    return {
+        "name": kernel.__name__,
+        "shared": compiled.metadata.shared,
+        "code": len(compiled.asm["cubin"]),
+    }
+
+
+def gate(dtype: torch.dtype, head_dim: int, picks: int, forced: bool) -> dict[str, Any]:
+    """Compile the gate."""
     constants = {
         "stride_qd": 1,
         "stride_kd": 1,
         "CAUSAL": True,
         "FORCED": forced,
-        "PICKS": picks,
         "SLOTS": max(2, triton.next_power_of_2(picks)),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
-        "TILE_Q": _TILE_Q,
-        "TILE_N": _TILE_N,
+        "TILE_Q": router_kernel._TILE_Q,
+        "TILE_N": router_kernel._TILE_N,
     }
-    pointers = {"q_ptr": f"*{dtype}", "block_keys_ptr": f"*{dtype}", "out_ptr": "*i32"}
-    names = gate_kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
-    }
-    source = ASTSource(
-        gate_kernel,
-        signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 2}
-    )
-    return {"shared": kernel.metadata.shared, "code": len(kernel.asm["cubin"])}
+    return compile_kernel(router_kernel.gate_kernel, dtype, constants, router_kernel._WARPS, 2)
+
+
+def attention(dtype: torch.dtype, head_dim: int, block_size: int) -> list[dict[str, Any]]:
+    """Compile the kernels of the fused plan."""
+    q, k = (torch.empty(1, heads, 256, head_dim, dtype=dtype) for heads in (2, 1))
+    problem = fused._Problem.of(q, k, 2, block_size, True, 1.0)
+    found = []
+    for name in fused._TILES:
+        tiles, constants = problem.tiles(name), problem.options(name)
+        constants |= {"WRITE_DQ": block_size <= tiles.n, "SPILL": False}
+        kernel = getattr(fused_kernels, f"{name}_kernel")
+        found.append(compile_kernel(kernel, dtype, constants, tiles.warps, tiles.stages))
+    return found
 
 
 if __name__ == "__main__":
-    cases = [("bf16", 128, 7, False), ("fp32", 80, 11, True), ("fp16", 256, 63, True)]
-    print(json.dumps([compile_for_hopper(*case) for case in cases]))
+    cases = [(torch.bfloat16, 128, 7, False), (torch.float32, 80, 11, True)]
+    results = [gate(*case) for case in cases]
+    results += attention(torch.bfloat16, 128, 128)
+    results += attention(torch.float16, 80, 100)
+    print(json.dumps(results))

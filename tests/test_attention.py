@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -227,3 +228,8 @@ def test_choose_plan() -> None:
     assert choose_plan(q, k, block_size=256, top_k=1) == "dense"
     on_meta = q.to("meta"), k.to("meta")
     assert choose_plan(*on_meta, block_size=64, top_k=3) == "routed"
+    with FakeTensorMode():
+        for head_dim, plan in ((16, "fused"), (256, "fused"), (320, "routed")):
+            x = torch.empty(1, 2, 256, head_dim, device="cuda")
+            assert choose_plan(x, x, block_size=64, top_k=3) == plan
+            assert choose_plan(x, x, block_size=64, top_k=4) == "dense"

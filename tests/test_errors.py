@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 
-from moba_flex import choose_plan, create_moba_block_mask, moba_attention
+from moba_flex import attention, choose_plan, create_moba_block_mask, moba_attention
 
 GATE: dict[str, Any] = {"block_size": 4, "top_k": 2}
 
@@ -102,7 +102,7 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: moba_attention(x(), x(), x(), **GATE, plan="fast"),  # type: ignore[call-overload]
         ValueError,
-        "plan must be one of ('auto', 'dense', 'routed', 'masked'), got 'fast'",
+        "plan must be one of ('auto', 'dense', 'fused', 'routed', 'masked'), got 'fast'",
     ),
     (
         lambda: moba_attention(x(), x(), x(), block_size=4, top_k=1, plan="dense"),
@@ -202,6 +202,41 @@ def test_what_cuda_cannot_serve(
         q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             moba_attention(q, q, q, block_size=16, top_k=2, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "error", "message"),
+    [
+        (
+            torch.float64,
+            16,
+            TypeError,
+            "q must be torch.float16 or torch.bfloat16 or torch.float32 on cuda, got "
+            "torch.float64: convert q, k and v",
+        ),
+        (
+            torch.bfloat16,
+            264,
+            ValueError,
+            "q must have a head_dim of at most 256 for plan='fused', got 264: "
+            "let plan be 'routed'",
+        ),
+    ],
+)
+def test_what_the_fused_plan_cannot_serve(
+    dtype: torch.dtype, head_dim: int, error: type[Exception], message: str
+) -> None:
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            moba_attention(q, q, q, block_size=16, top_k=2, plan="fused")
+
+
+def test_the_fused_plan_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "interpreted", lambda: False)
+    message = "q must be on cuda for plan='fused', got cpu: let plan be 'auto'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moba_attention(x(), x(), x(), **GATE, plan="fused")
 
 
 @pytest.mark.parametrize("plan", ["routed", "masked"])

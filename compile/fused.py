@@ -1,0 +1,329 @@
+"""The fused plan: routed attention whose kernels gather the queries of a block inside the load.
+
+Pairs of a query and a chosen block are sorted by block. A first kernel attends with each tile of
+pairs to its block and writes their partial outputs; a second attends with the queries, in natural
+order, to their own blocks and merges the parts. Backward mirrors it: dk and dv of a block over the
+pairs that chose it and the queries inside it, dq as a sum of parts. Every sum has a fixed order.
+
+Parts are as many values as q has for each block that a query chose, so that they are held for some
+of the key/value heads at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moba_flex.compile import fused_kernels as kernels
+from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.regroup import Pairs, sort_pairs, tile_blocks
+from moba_flex.masks.router import Routing
+
+
+class _Tiles(NamedTuple):
+    """Launch of a kernel: queries or pairs, keys, warps, pipeline stages."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# By padded head_dim, for 16-bit inputs; those of 128 were measured on an H100 (perf/log.md).
+_TILES = {
+    "pair_forward": {
+        64: _Tiles(128, 64, 4, 4),
+        128: _Tiles(128, 32, 4, 3),
+        256: _Tiles(64, 32, 4, 2),
+    },
+    "own_forward": {
+        64: _Tiles(64, 64, 4, 3),
+        128: _Tiles(128, 32, 4, 3),
+        256: _Tiles(64, 32, 4, 2),
+    },
+    "pair_dq": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(64, 64, 4, 2), 256: _Tiles(64, 32, 4, 2)},
+    "own_dq": {64: _Tiles(64, 64, 4, 2), 128: _Tiles(64, 32, 4, 3), 256: _Tiles(64, 32, 4, 2)},
+    "dkv": {64: _Tiles(64, 128, 8, 3), 128: _Tiles(64, 128, 8, 3), 256: _Tiles(32, 64, 8, 2)},
+}
+_TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)}
+_DELTA_ROWS = 64
+
+
+def _share(group: int, block_size: int, picks: int) -> int:
+    """Pairs that one program for dk and dv handles at most: four times those of an average block.
+
+    So blocks that are chosen by many delay nobody.
+    """
+    return 4 * group * block_size * max(1, picks)
+
+
+def _lists_at_once(lists: int, picks: int) -> int:
+    """Lists whose parts are held at a time: as many values as q has, or one list's."""
+    return max(1, lists // max(1, picks))
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and position; those of the head_dim are 1."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _dense_vectors(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+
+
+class _Problem(NamedTuple):
+    """The sizes of a call, and how its kernels are launched."""
+
+    lists: int
+    num_kv_heads: int
+    group: int
+    q_len: int
+    kv_len: int
+    num_blocks: int
+    block_size: int
+    picks: int
+    head_dim: int
+    padded_dim: int
+    dtype: torch.dtype
+    causal: bool
+    scale: float
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, picks: int, block_size: int, causal: bool, scale: float
+    ) -> "_Problem":
+        """Read the sizes off queries and keys."""
+        batch, num_heads, q_len, head_dim = q.shape
+        num_kv_heads, kv_len = k.shape[1:3]
+        return cls(
+            lists=batch * num_kv_heads,
+            num_kv_heads=num_kv_heads,
+            group=num_heads // num_kv_heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            num_blocks=ceil_div(kv_len, block_size),
+            block_size=block_size,
+            picks=picks,
+            head_dim=head_dim,
+            padded_dim=max(16, triton.next_power_of_2(head_dim)),
+            dtype=q.dtype,
+            causal=causal,
+            scale=scale,
+        )
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a list, those of no block included."""
+        return self.group * self.q_len * self.picks
+
+    def launches(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
+        """Yield for each launch the number of its lists, and the sizes that kernels take."""
+        at_once = _lists_at_once(self.lists, self.picks)
+        for first_list in range(0, self.lists, at_once):
+            yield (
+                min(at_once, self.lists - first_list),
+                (
+                    first_list,
+                    self.num_kv_heads,
+                    self.group,
+                    self.q_len,
+                    self.kv_len,
+                    self.num_blocks,
+                    self.block_size,
+                    self.num_pairs,
+                    self.picks,
+                    self.scale / math.log(2),
+                ),
+            )
+
+    def parts(self, like: Tensor, values: int) -> Tensor:
+        """Make room for `values` of each pair of the lists of a launch."""
+        lists = _lists_at_once(self.lists, self.picks)
+        return like.new_empty(lists * self.num_pairs * values)
+
+    def tiles(self, kernel: str) -> _Tiles:
+        """Return the tiles of a kernel."""
+        table = _TILES_FLOAT32 if self.dtype == torch.float32 else _TILES[kernel]
+        tiles = table[max(64, self.padded_dim)]
+        return tiles._replace(n=max(16, min(tiles.n, triton.next_power_of_2(self.block_size))))
+
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Return what a kernel is compiled for."""
+        tiles = self.tiles(kernel)
+        options: dict[str, Any] = {
+            "HEAD_DIM": self.head_dim,
+            "D": self.padded_dim,
+            "TILE_M": tiles.m,
+            "TILE_N": tiles.n,
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "STAGES": tiles.stages,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+        if not kernel.startswith("pair"):
+            options["CAUSAL"] = self.causal
+        if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
+            options["TAIL"] = not self.causal or self.block_size % tiles.n != 0
+        if not kernel.startswith("own"):
+            options["GROUPED"] = self.group > 1
+        return options
+
+
+@triton_op("moba_flex::attend_fused", mutates_args=())
+def attend_fused(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attend to the own block and to the chosen ones; arguments as `attend_cpu`.
+
+    Returns:
+        Output `[B, Hq, Q, D]`, log-sum-exp float32 `[B, Hq, Q]`, and the fields of the `Pairs`.
+    """
+    q, k, v = _dense_vectors(q, k, v)
+    problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
+    routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
+    pairs = sort_pairs(routing, problem.num_kv_heads)
+    tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_forward").m)
+    num_tiles = tile_block.shape[1]
+    q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
+
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    part, part_lse = problem.parts(q, problem.head_dim), problem.parts(lse, 1)
+    for lists, sizes in problem.launches():
+        if problem.picks:
+            wrap_triton(kernels.pair_forward_kernel)[(num_tiles, lists)](
+                *(q, k, v, part, part_lse, pairs.row, pairs.first, tile_block, first_tile),
+                *_strides(q, k, v),
+                *sizes,
+                num_tiles,
+                **problem.options("pair_forward"),
+            )
+        wrap_triton(kernels.own_forward_kernel)[(q_tiles, lists * problem.group)](
+            *(q, k, v, part, part_lse, pairs.rank, out, lse),
+            *_strides(q, k, v, out),
+            *sizes,
+            **problem.options("own_forward"),
+        )
+    return out, lse, pairs.row, pairs.rank, pairs.first
+
+
+@triton_op("moba_flex::attend_fused_backward", mutates_args=())
+def attend_fused_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row: Tensor,
+    rank: Tensor,
+    first: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `attend_fused` with respect to `q`, `k` and `v`."""
+    grad, q, k, v = _dense_vectors(grad, q, k, v)
+    problem = _Problem.of(q, k, rank.shape[3], block_size, causal, scale)
+    pairs = Pairs(row, rank, first)
+    delta, pair_lse, pair_delta = _deltas(problem, out, grad, lse, grad_lse, rank)
+
+    tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_dq").m)
+    num_tiles = tile_block.shape[1]
+    q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
+    key_tile = problem.tiles("dkv").n
+    tiles_per_block = ceil_div(block_size, key_tile)
+    write_dq = tiles_per_block == 1  # then a program meets each of its pairs once
+    share = _share(problem.group, block_size, problem.picks)
+    spill_block, first_spill = tile_blocks(pairs, share, skip=1)
+    num_spills = spill_block.shape[1]
+    spilled = num_spills * tiles_per_block * key_tile * 2 * problem.padded_dim
+    spill = lse.new_empty(_lists_at_once(problem.lists, problem.picks) * spilled)
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    part = problem.parts(q, problem.head_dim)
+    for lists, sizes in problem.launches():
+        for spills in (True, False) if problem.picks else (False,):
+            items = num_spills if spills else problem.num_blocks
+            wrap_triton(kernels.dkv_kernel)[(items * tiles_per_block, lists)](
+                *(q, k, v, grad, lse, delta, pair_lse, pair_delta, part, row, first),
+                *(spill_block, first_spill, spill, dk, dv),
+                *_strides(q, k, v, grad, dk, dv),
+                *sizes,
+                num_spills,
+                tiles_per_block,
+                share,
+                SPILL=spills,
+                WRITE_DQ=write_dq,
+                **problem.options("dkv"),
+            )
+        if problem.picks and not write_dq:
+            wrap_triton(kernels.pair_dq_kernel)[(num_tiles, lists)](
+                *(q, k, v, grad, pair_lse, pair_delta, part, row, first, tile_block, first_tile),
+                *_strides(q, k, v, grad),
+                *sizes,
+                num_tiles,
+                **problem.options("pair_dq"),
+            )
+        wrap_triton(kernels.own_dq_kernel)[(q_tiles, lists * problem.group)](
+            *(q, k, v, grad, lse, delta, part, rank, dq),
+            *_strides(q, k, v, grad, dq),
+            *sizes,
+            **problem.options("own_dq"),
+        )
+    return dq, dk, dv
+
+
+def _deltas(
+    problem: _Problem,
+    out: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    rank: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `out @ grad - grad_lse` by row, and by pair the log-sum-exp in log2 and the same."""
+    delta = torch.empty_like(lse)
+    pair_lse = lse.new_empty(problem.lists * problem.num_pairs)
+    pair_delta = torch.empty_like(pair_lse)
+    heads = problem.lists * problem.group
+    wrap_triton(kernels.delta_kernel)[(ceil_div(problem.q_len, _DELTA_ROWS), heads)](
+        *(out, grad, lse, lse if grad_lse is None else grad_lse.contiguous()),
+        *(rank, delta, pair_lse, pair_delta),
+        *_strides(out, grad),
+        problem.num_kv_heads * problem.group,
+        problem.group,
+        problem.q_len,
+        problem.num_pairs,
+        problem.picks,
+        LSE=grad_lse is not None,
+        HEAD_DIM=problem.head_dim,
+        D=problem.padded_dim,
+        TILE_M=_DELTA_ROWS,
+    )
+    return delta, pair_lse, pair_delta
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, _, ctx.block_size, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *pairs = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = attend_fused_backward(
+        grad, grad_lse, q, k, v, out, lse, *pairs, ctx.block_size, ctx.causal, ctx.scale
+    )
+    return *grads, None, None, None, None
+
+
+attend_fused.register_autograd(_backward, setup_context=_save)

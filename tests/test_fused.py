@@ -1,0 +1,61 @@
+"""The fused plan on CPU: its kernels, interpreted, against the oracle."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moba_flex import moba_attention
+from moba_flex.compile import fused
+from tests.helpers import Case, assert_matches_oracle, attention, cases
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow) .*:RuntimeWarning")
+DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 as integers
+
+
+@pytest.fixture
+def seed() -> int:
+    """Return another seed each time."""
+    return int(torch.randint(2**31, ()))
+
+
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=settings().max_examples // 3 + 1)
+@given(case=cases(max_len=120, min_block=5, groups=(1, 3), dtypes=DTYPES))
+def test_fused_is_the_oracle(case: Case) -> None:
+    assert_matches_oracle("fused, interpreted", case, attention(case, "fused"))
+
+
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=settings().max_examples // 6 + 1)
+@given(case=cases(max_len=90, min_block=5, groups=(1, 3), dtypes=DTYPES), share=st.integers(9, 60))
+def test_blocks_that_many_choose_are_shared_by_programs(case: Case, share: int) -> None:
+    case = replace(case, sink_blocks=1, local_blocks=0, top_k=max(2, case.top_k))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_share", lambda *_: share)
+        assert_matches_oracle("fused, shares", case, attention(case, "fused"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block_size", "kv_len"), [(128, 300), (256, 600)])
+def test_whole_tiles(block_size: int, kv_len: int, seed: int) -> None:
+    """Blocks of one and of two tiles of keys, by the tiles that CUDA uses."""
+    case = Case(1, 1, 2, 200, kv_len, 64, block_size, 2, dtype=torch.float16, seed=seed)
+    assert_matches_oracle("fused, whole tiles", case, attention(case, "fused"))
+
+
+def test_fewer_lists_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, h, 100, 16, requires_grad=True) for h in (4, 2, 2))
+
+    def run() -> list[Any]:
+        out = moba_attention(q, k, v, block_size=10, top_k=3, plan="fused")
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    expected = run()
+    for number in (1, 3, 4):
+        monkeypatch.setattr(fused, "_lists_at_once", lambda *_, number=number: number)
+        for x, y in zip(run(), expected, strict=True):
+            assert torch.equal(x, y)
