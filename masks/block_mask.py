@@ -28,7 +28,8 @@ def create_moba_block_mask(
     the same `q` and `k`, compiled: uncompiled FlexAttention computes every score. Its `mask_mod`
     holds the per-token choice, so the result is Mixture of Block Attention exactly; a `score_mod`
     sees natural positions and does not change the gate. Works inside and outside of
-    `torch.compile`.
+    `torch.compile`. For fewer than 128 queries on CUDA, `flex_attention` also needs
+    `kernel_options={"BACKEND": "TRITON"}`: its decoding kernel may have no tile for such a mask.
 
     A mask block of 128 queries is computed if any of its queries chose it: with unstructured
     routing that is nearly all of them, see `moba_flex.moba_attention` for plans that are fast

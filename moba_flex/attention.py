@@ -73,8 +73,9 @@ def moba_attention(
     in one joint softmax. If `top_k` blocks cover all keys this is exact attention. The result is
     differentiable; the choice carries no gradient.
 
-    On CUDA an eager call compiles itself, once for each set of options; under `torch.compile` the
-    call becomes part of the caller's graph, without a break.
+    Under `torch.compile` the call becomes part of the caller's graph, without a break. Called from
+    eager code, plans that are made of FlexAttention compile themselves, once for each set of
+    options; the plan "fused", which "auto" takes on CUDA, has nothing to compile but its kernels.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.

@@ -7,7 +7,7 @@ One that cannot run there raises `Unavailable` with the reason. Routing is alway
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,12 +44,20 @@ class Peer:
 
 
 def moba_flex(shape: Shape, device: torch.device) -> Attention:
-    """Set up this library's routed plan."""
+    """Set up the plan that this library takes by itself."""
+    return _moba_flex(shape, "auto")
 
+
+def moba_flex_routed(shape: Shape, device: torch.device) -> Attention:
+    """Set up this library's plan that is made of FlexAttention."""
+    if device.type != "cuda":
+        raise Unavailable("on CPU this is what moba_flex takes by itself")
+    return _moba_flex(shape, "routed")
+
+
+def _moba_flex(shape: Shape, plan: Literal["auto", "routed"]) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return moba_attention(
-            q, k, v, block_size=shape.block_size, top_k=shape.top_k, plan="routed"
-        )
+        return moba_attention(q, k, v, block_size=shape.block_size, top_k=shape.top_k, plan=plan)
 
     return attend
 
@@ -142,6 +150,7 @@ def fla(shape: Shape, device: torch.device) -> Attention:
 
 PEERS = {
     "moba_flex": Peer(moba_flex, sparse=True),
+    "moba_flex, plan routed": Peer(moba_flex_routed, sparse=True),
     "FlexAttention, MoBA mask": Peer(flex_moba, sparse=True, trains_on=("cuda",)),
     "FlexAttention, causal": Peer(flex_causal, sparse=False, trains_on=("cuda",)),
     "SDPA flash, causal": Peer(sdpa_flash, sparse=False),
