@@ -145,28 +145,6 @@ def _attend_backward(  # type: ignore[no-untyped-def]
     return dq
 
 
-@triton.jit
-def _pair_tile(  # type: ignore[no-untyped-def]
-    list_id,
-    first_pair_ptr,
-    tile_block_ptr,
-    first_tile_ptr,
-    num_blocks,
-    num_tiles,
-    TILE: tl.constexpr,
-):
-    """Return the block of this program's tile, its pairs, and which of them exist."""
-    tile = tl.program_id(0)
-    block = tl.load(tile_block_ptr + list_id * num_tiles + tile)
-    first_pair_ptr += list_id * (num_blocks + 1)
-    known = tl.minimum(block, num_blocks - 1)
-    first = tl.load(first_pair_ptr + known)
-    stop = tl.load(first_pair_ptr + known + 1)
-    within = tile - tl.load(first_tile_ptr + list_id * (num_blocks + 1) + known)
-    pair = first + within * TILE + tl.arange(0, TILE)
-    return block, pair, pair < stop
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def pair_forward_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
@@ -210,11 +188,14 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     """Attend with the pairs of a tile to the block that they chose."""
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     list_id = first_list + tl.program_id(1)
-    block, pair, exists = _pair_tile(
-        list_id, first_pair_ptr, tile_block_ptr, first_tile_ptr, num_blocks, num_tiles, TILE_M
-    )
+    # Not in a function: PyTorch would take what it reads for what the kernel writes to.
+    block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
     if block >= num_blocks:
         return
+    entry = list_id * (num_blocks + 1) + block
+    within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
+    pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
+    exists = pair < tl.load(first_pair_ptr + entry + 1)
     row = tl.load(row_ptr + list_id.to(tl.int64) * num_pairs + pair, mask=exists, other=0)
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
@@ -542,11 +523,14 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     """Write each pair's part of dq, over the scale."""
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     list_id = first_list + tl.program_id(1)
-    block, pair, exists = _pair_tile(
-        list_id, first_pair_ptr, tile_block_ptr, first_tile_ptr, num_blocks, num_tiles, TILE_M
-    )
+    # Not in a function: PyTorch would take what it reads for what the kernel writes to.
+    block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
     if block >= num_blocks:
         return
+    entry = list_id * (num_blocks + 1) + block
+    within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
+    pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
+    exists = pair < tl.load(first_pair_ptr + entry + 1)
     row = tl.load(row_ptr + list_id.to(tl.int64) * num_pairs + pair, mask=exists, other=0)
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)

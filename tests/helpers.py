@@ -1,8 +1,13 @@
 """Requests drawn at random, the comparison with the oracle, and a reader of block masks."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +111,22 @@ def cases(
         ties=ties,
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+def run_script(name: str) -> Any:
+    """Run a script of this folder, with Triton's compiler and not its interpreter."""
+    compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, f"tests/{name}"],
+        env=compiled | {"PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def chosen_blocks(routing: Routing) -> Tensor:

@@ -14,7 +14,7 @@ from moba_flex import create_moba_block_mask, moba_attention, route
 from moba_flex.compile import cpu, flex, plans
 from moba_flex.masks import router
 from moba_flex.masks.blocks import pool_keys
-from tests.helpers import Case
+from tests.helpers import Case, run_script
 
 LENGTHS = [200, 333, 512, 700, 1024, 1111]
 
@@ -192,3 +192,18 @@ def test_ops_keep_the_rules_of_torch_library(q_len: int, causal: bool) -> None:
         detached = (x.detach() for x in saved)
         arguments = (torch.randn_like(out), grad_lse, *detached, 16, causal, 0.3)
         torch.library.opcheck(cpu.attend_cpu_backward, arguments)
+
+
+@pytest.mark.slow
+def test_fused_plan_is_one_graph_for_any_length() -> None:
+    """Traced without a GPU, forward and backward; and PyTorch sees what each kernel writes."""
+    done = run_script("trace_fused.py")
+    assert done["graphs"] == [2, 2]
+    assert done["written"] == {
+        "pair_forward_kernel": ["part_lse_ptr", "part_ptr"],
+        "own_forward_kernel": ["lse_ptr", "out_ptr"],
+        "delta_kernel": ["delta_ptr", "pair_delta_ptr", "pair_lse_ptr"],
+        "dkv_kernel": ["dk_ptr", "dv_ptr", "spill_ptr"],
+        "pair_dq_kernel": ["part_ptr"],
+        "own_dq_kernel": ["dq_ptr"],
+    }

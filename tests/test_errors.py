@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 
-from moba_flex import attention, choose_plan, create_moba_block_mask, moba_attention
+from moba_flex import choose_plan, create_moba_block_mask, moba_attention
 
 GATE: dict[str, Any] = {"block_size": 4, "top_k": 2}
 
@@ -233,7 +233,7 @@ def test_what_the_fused_plan_cannot_serve(
 
 
 def test_the_fused_plan_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "interpreted", lambda: False)
+    monkeypatch.setattr("moba_flex.attention.interpreted", lambda: False)
     message = "q must be on cuda for plan='fused', got cpu: let plan be 'auto'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         moba_attention(x(), x(), x(), **GATE, plan="fused")

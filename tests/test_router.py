@@ -1,11 +1,6 @@
 """The router against the oracle's gate, on CPU and, interpreted, the CUDA kernel."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +11,7 @@ from torch import Tensor
 from moba_flex import moba_attention_reference, route
 from moba_flex.masks import router
 from moba_flex.masks.blocks import pool_keys
-from tests.helpers import Case, cases, chosen_blocks
+from tests.helpers import Case, cases, chosen_blocks, run_script
 
 
 def assert_gate_is_right(case: Case, q: Tensor, k: Tensor, blocks: Tensor) -> None:
@@ -200,19 +195,8 @@ def test_transposed_inputs_route_alike() -> None:
 
 
 @pytest.mark.slow
-def test_kernel_compiles_for_hopper() -> None:
+def test_kernels_compile_for_hopper() -> None:
     """For real: what the interpreter runs may still not compile."""
-    compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "tests/compile_for_hopper.py"],
-        env=compiled | {"PYTHONPATH": str(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for kernel in json.loads(done.stdout):
+    for kernel in run_script("compile_for_hopper.py"):
         assert kernel["code"] > 0
         assert kernel["shared"] <= 227 * 1024, "what one program may have on Hopper"
