@@ -43,7 +43,7 @@ class KeyLayout:
 
     Attributes:
         block_size: Keys per block.
-        kv_len: Number of keys.
+        kv_len: Number of keys, as a mask_mod may capture it.
         stride: Places per block.
         padded: Whether there are places without a key.
     """
@@ -56,6 +56,7 @@ class KeyLayout:
     @classmethod
     def of(cls, block_size: int, kv_len: int, causal: bool) -> "KeyLayout":
         """Return the layout of `kv_len` keys in blocks of `block_size`."""
+        kv_len = settled(kv_len)
         stride = ceil_div(block_size, TILE) * TILE
         padded = stride != block_size or not (causal or kv_len % block_size == 0)
         return cls(block_size, kv_len, stride, padded)
@@ -123,7 +124,7 @@ def own_block_mask(q_len: int, layout: KeyLayout, causal: bool, device: torch.de
         causal: Whether a query sees only keys at its position and before.
         device: Where to make the mask.
     """
-    block_size, kv_len = layout.block_size, settled(layout.kv_len)
+    block_size, kv_len = layout.block_size, layout.kv_len
     q_len = settled(q_len)
 
     def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
