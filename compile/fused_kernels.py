@@ -33,15 +33,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _load_keys(  # type: ignore[no-untyped-def]
-    ptr,
-    stride,
-    start,
-    stop,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
+    ptr, stride, start, stop, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """Load keys or values `start..start + TILE` as `[TILE, D]`, zeros from `stop` on."""
     key, dim = tl.arange(0, TILE), tl.arange(0, D)
     ptrs = ptr + tl.cast(start, tl.int64) * stride + key[:, None] * stride + dim[None, :]
@@ -68,26 +62,10 @@ def _rows_to_ptrs(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q,
-    acc,
-    top,
-    total,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_vn,
-    start,
-    stop,
-    low,
-    high,
-    scale,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Add keys `start..stop` to a softmax; with MASKED, those of `low..high` of each row."""
     for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
         k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
@@ -109,27 +87,10 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_backward(  # type: ignore[no-untyped-def]
-    q,
-    grad,
-    lse,
-    delta,
-    dq,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_vn,
-    start,
-    stop,
-    low,
-    high,
-    scale,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Add to dq, over the scale, what keys `start..stop` contribute."""
     for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
         k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
@@ -147,44 +108,15 @@ def _attend_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def pair_forward_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    part_ptr,
-    part_lse_ptr,
-    row_ptr,
-    first_pair_ptr,
-    tile_block_ptr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, row_ptr, first_pair_ptr, tile_block_ptr,
     first_tile_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn,
-    first_list,
-    num_kv_heads,
-    group,
-    q_len,
-    kv_len,
-    num_blocks,
-    block_size,
-    num_pairs,
-    picks,
-    scale,
-    num_tiles,
-    TAIL: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
+    scale, num_tiles,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Attend with the pairs of a tile to the block that they chose."""
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     list_id = first_list + tl.program_id(1)
@@ -215,48 +147,14 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     low = tl.zeros([TILE_M], tl.int32) + start
     high = tl.zeros([TILE_M], tl.int32) + stop
     acc, top, total = _attend(
-        q,
-        acc,
-        top,
-        total,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        start,
-        whole,
-        low,
-        high,
-        scale,
-        False,
-        HEAD_DIM,
-        D,
-        TILE_N,
-        PRECISION,
-        STAGES,
-    )
+        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
+        False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+    )  # fmt: skip
     if TAIL:
         acc, top, total = _attend(
-            q,
-            acc,
-            top,
-            total,
-            k_ptr,
-            v_ptr,
-            stride_kn,
-            stride_vn,
-            whole,
-            stop,
-            low,
-            high,
-            scale,
-            True,
-            HEAD_DIM,
-            D,
-            TILE_N,
-            PRECISION,
-            STAGES,
-        )
+            q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
+            scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        )  # fmt: skip
     place = tl.program_id(1).to(tl.int64) * num_pairs + pair
     part = acc / total[:, None]
     tl.store(
@@ -269,14 +167,9 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _own_keys(  # type: ignore[no-untyped-def]
-    query,
-    q_len,
-    kv_len,
-    block_size,
-    TILE_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    TILE_M: tl.constexpr,
-):
+    query, q_len, kv_len, block_size,
+    TILE_N: tl.constexpr, CAUSAL: tl.constexpr, TILE_M: tl.constexpr,
+):  # fmt: skip
     """Return the keys of each query's own block that it sees, and those of the tile.
 
     They are `low..high` of each row; of the tile, `start..whole` are seen by all rows and
@@ -297,44 +190,14 @@ def _own_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def own_forward_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    part_ptr,
-    part_lse_ptr,
-    rank_ptr,
-    out_ptr,
-    lse_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    first_list,
-    num_kv_heads,
-    group,
-    q_len,
-    kv_len,
-    num_blocks,
-    block_size,
-    num_pairs,
-    picks,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, rank_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_ob, stride_oh, stride_om,
+    first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale,
-    CAUSAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Attend with a tile of queries to their own blocks, and merge what their pairs found."""
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
@@ -357,47 +220,13 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
         query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
     )
     acc, top, total = _attend(
-        q,
-        acc,
-        top,
-        total,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        start,
-        whole,
-        low,
-        high,
-        scale,
-        False,
-        HEAD_DIM,
-        D,
-        TILE_N,
-        PRECISION,
-        STAGES,
-    )
+        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
+        False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+    )  # fmt: skip
     acc, top, total = _attend(
-        q,
-        acc,
-        top,
-        total,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        whole,
-        stop,
-        low,
-        high,
-        scale,
-        True,
-        HEAD_DIM,
-        D,
-        TILE_N,
-        PRECISION,
-        STAGES,
-    )
+        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high, scale,
+        True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+    )  # fmt: skip
 
     row = (head_in_group * q_len + query).to(tl.int64)
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
@@ -423,30 +252,11 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def delta_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,
-    grad_ptr,
-    lse_ptr,
-    grad_lse_ptr,
-    rank_ptr,
-    delta_ptr,
-    pair_lse_ptr,
-    pair_delta_ptr,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    num_heads,
-    group,
-    q_len,
-    num_pairs,
-    picks,
-    LSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-):
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, delta_ptr, pair_lse_ptr, pair_delta_ptr,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
+    num_heads, group, q_len, num_pairs, picks,
+    LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+):  # fmt: skip
     """Write what is subtracted from the gradient of each weight: `out @ grad - grad_lse`.
 
     It is written once by row and, with the log-sum-exp in units of log2, once by pair, so that
@@ -477,49 +287,15 @@ def delta_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def pair_dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    pair_lse_ptr,
-    pair_delta_ptr,
-    part_ptr,
-    row_ptr,
-    first_pair_ptr,
-    tile_block_ptr,
-    first_tile_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    first_list,
-    num_kv_heads,
-    group,
-    q_len,
-    kv_len,
-    num_blocks,
-    block_size,
-    num_pairs,
-    picks,
-    scale,
-    num_tiles,
-    TAIL: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, grad_ptr, pair_lse_ptr, pair_delta_ptr, part_ptr, row_ptr,
+    first_pair_ptr, tile_block_ptr, first_tile_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_gb, stride_gh, stride_gm,
+    first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
+    scale, num_tiles,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Write each pair's part of dq, over the scale."""
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     list_id = first_list + tl.program_id(1)
@@ -555,50 +331,14 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     low = tl.zeros([TILE_M], tl.int32) + start
     high = tl.zeros([TILE_M], tl.int32) + stop
     dq = _attend_backward(
-        q,
-        grad,
-        lse,
-        delta,
-        dq,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        start,
-        whole,
-        low,
-        high,
-        scale,
-        False,
-        HEAD_DIM,
-        D,
-        TILE_N,
-        PRECISION,
-        STAGES,
-    )
+        q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high,
+        scale, False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+    )  # fmt: skip
     if TAIL:
         dq = _attend_backward(
-            q,
-            grad,
-            lse,
-            delta,
-            dq,
-            k_ptr,
-            v_ptr,
-            stride_kn,
-            stride_vn,
-            whole,
-            stop,
-            low,
-            high,
-            scale,
-            True,
-            HEAD_DIM,
-            D,
-            TILE_N,
-            PRECISION,
-            STAGES,
-        )
+            q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
+            scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        )  # fmt: skip
     place = tl.program_id(1).to(tl.int64) * num_pairs + pair
     part_ptrs = part_ptr + place[:, None] * HEAD_DIM + dim[None, :]
     tl.store(part_ptrs, dq.to(part_ptr.dtype.element_ty), mask=inside)
@@ -606,48 +346,14 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def own_dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    part_ptr,
-    rank_ptr,
-    dq_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    stride_dqb,
-    stride_dqh,
-    stride_dqm,
-    first_list,
-    num_kv_heads,
-    group,
-    q_len,
-    kv_len,
-    num_blocks,
-    block_size,
-    num_pairs,
-    picks,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, part_ptr, rank_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm,
+    first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale,
-    CAUSAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Write dq of a tile of queries: that of their own blocks and the sum of their pairs'."""
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
@@ -674,49 +380,13 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
         query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
     )
     dq = _attend_backward(
-        q,
-        grad,
-        lse,
-        delta,
-        dq,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        start,
-        whole,
-        low,
-        high,
-        scale,
-        False,
-        HEAD_DIM,
-        D,
-        TILE_N,
-        PRECISION,
-        STAGES,
-    )
+        q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high,
+        scale, False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+    )  # fmt: skip
     dq = _attend_backward(
-        q,
-        grad,
-        lse,
-        delta,
-        dq,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        whole,
-        stop,
-        low,
-        high,
-        scale,
-        True,
-        HEAD_DIM,
-        D,
-        TILE_N,
-        PRECISION,
-        STAGES,
-    )
+        q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
+        scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+    )  # fmt: skip
 
     row = (head_in_group * q_len + query).to(tl.int64)
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
@@ -734,19 +404,9 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_rows(  # type: ignore[no-untyped-def]
-    dk,
-    dv,
-    k,
-    v,
-    q,
-    grad,
-    lse,
-    delta,
-    seen,
-    scale,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk, dv, k, v, q, grad, lse, delta, seen, scale,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add to dk, over the scale, and dv what a tile of rows contributes; also return dscore."""
     score = tl.dot(k, q.T, input_precision=PRECISION)
     weight = tl.exp2(score * scale - lse[None, :])
@@ -761,32 +421,11 @@ def _add_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_pairs(  # type: ignore[no-untyped-def]
-    dk,
-    dv,
-    k,
-    v,
-    first,
-    stop,
-    q_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    row_ptr,
-    part_ptr,
-    stride_qh,
-    stride_qm,
-    stride_gh,
-    stride_gm,
-    q_len,
-    scale,
-    WRITE_DQ: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dk, dv, k, v, first, stop, q_ptr, grad_ptr, lse_ptr, delta_ptr, row_ptr, part_ptr,
+    stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, WRITE_DQ: tl.constexpr,
+    GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Add what pairs `first..stop` of a list contribute; write their parts of dq if asked to."""
     dim = tl.arange(0, D)
     for at in tl.range(first, stop, TILE_M, num_stages=STAGES):
@@ -813,64 +452,17 @@ def _add_pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    pair_lse_ptr,
-    pair_delta_ptr,
-    part_ptr,
-    row_ptr,
-    first_pair_ptr,
-    spill_block_ptr,
-    first_spill_ptr,
-    spill_ptr,
-    dk_ptr,
-    dv_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    stride_dkb,
-    stride_dkh,
-    stride_dkn,
-    stride_dvb,
-    stride_dvh,
-    stride_dvn,
-    first_list,
-    num_kv_heads,
-    group,
-    q_len,
-    kv_len,
-    num_blocks,
-    block_size,
-    num_pairs,
-    picks,
-    scale,
-    num_spills,
-    tiles_per_block,
-    share,
-    SPILL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WRITE_DQ: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, pair_lse_ptr, pair_delta_ptr, part_ptr,
+    row_ptr, first_pair_ptr, spill_block_ptr, first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb,
+    stride_dvh, stride_dvn,
+    first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
+    scale, num_spills, tiles_per_block, share,
+    SPILL: tl.constexpr, CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute dk and dv of a tile of keys, which lies within one block.
 
     A program handles the first `share` pairs of the block and the queries whose own block it is.
@@ -925,32 +517,12 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     stop = tl.minimum(first + share, tl.load(first_pair_ptr + block + 1))
     pairs = list_id.to(tl.int64) * num_pairs
     dk, dv = _add_pairs(
-        dk,
-        dv,
-        k,
-        v,
-        first,
-        stop,
-        q_ptr,
-        grad_ptr,
-        pair_lse_ptr + pairs,
-        pair_delta_ptr + pairs,
-        row_ptr + pairs,
-        part_ptr + tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM,
-        stride_qh,
-        stride_qm,
-        stride_gh,
-        stride_gm,
-        q_len,
-        scale,
-        WRITE_DQ,
-        GROUPED,
-        HEAD_DIM,
-        D,
-        TILE_M,
-        PRECISION,
+        dk, dv, k, v, first, stop, q_ptr, grad_ptr, pair_lse_ptr + pairs,
+        pair_delta_ptr + pairs, row_ptr + pairs,
+        part_ptr + tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM, stride_qh, stride_qm,
+        stride_gh, stride_gm, q_len, scale, WRITE_DQ, GROUPED, HEAD_DIM, D, TILE_M, PRECISION,
         STAGES,
-    )
+    )  # fmt: skip
 
     key = start + tl.arange(0, TILE_N)
     if SPILL:
