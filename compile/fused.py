@@ -164,10 +164,10 @@ class _Problem(NamedTuple):
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
-        if not kernel.startswith("pair"):
-            options["CAUSAL"] = self.causal
         if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
             options["TAIL"] = not self.causal or self.block_size % tiles.n != 0
+        else:
+            options["CAUSAL"] = self.causal
         if not kernel.startswith("own"):
             options["GROUPED"] = self.group > 1
         return options
