@@ -120,12 +120,16 @@ class _Problem(NamedTuple):
         """Pairs of a list, those of no block included."""
         return self.group * self.q_len * self.picks
 
+    @property
+    def at_once(self) -> int:
+        """Lists of a launch."""
+        return _lists_at_once(self.lists, self.picks)
+
     def launches(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
         """Yield for each launch the number of its lists, and the sizes that kernels take."""
-        at_once = _lists_at_once(self.lists, self.picks)
-        for first_list in range(0, self.lists, at_once):
+        for first_list in range(0, self.lists, self.at_once):
             yield (
-                min(at_once, self.lists - first_list),
+                min(self.at_once, self.lists - first_list),
                 (
                     first_list,
                     self.num_kv_heads,
@@ -142,8 +146,7 @@ class _Problem(NamedTuple):
 
     def parts(self, like: Tensor, values: int) -> Tensor:
         """Make room for `values` of each pair of the lists of a launch."""
-        lists = _lists_at_once(self.lists, self.picks)
-        return like.new_empty(lists * self.num_pairs * values)
+        return like.new_empty(self.at_once * self.num_pairs * values)
 
     def tiles(self, kernel: str) -> _Tiles:
         """Return the tiles of a kernel."""
@@ -186,9 +189,11 @@ def attend_fused(
     problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
     routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
     pairs = sort_pairs(routing, problem.num_kv_heads)
-    tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_forward").m)
-    num_tiles = tile_block.shape[1]
+    if problem.picks:
+        tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_forward").m)
+        num_tiles = tile_block.shape[1]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
+    pair_options, own_options = problem.options("pair_forward"), problem.options("own_forward")
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -200,13 +205,13 @@ def attend_fused(
                 *_strides(q, k, v),
                 *sizes,
                 num_tiles,
-                **problem.options("pair_forward"),
+                **pair_options,
             )
         wrap_triton(kernels.own_forward_kernel)[(q_tiles, lists * problem.group)](
             *(q, k, v, part, part_lse, pairs.rank, out, lse),
             *_strides(q, k, v, out),
             *sizes,
-            **problem.options("own_forward"),
+            **own_options,
         )
     return out, lse, pairs.row, pairs.rank, pairs.first
 
@@ -233,17 +238,21 @@ def attend_fused_backward(
     pairs = Pairs(row, rank, first)
     delta, pair_lse, pair_delta = _deltas(problem, out, grad, lse, grad_lse, rank)
 
-    tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_dq").m)
-    num_tiles = tile_block.shape[1]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
     key_tile = problem.tiles("dkv").n
     tiles_per_block = ceil_div(block_size, key_tile)
     write_dq = tiles_per_block == 1  # then a program meets each of its pairs once
+    gather_dq = problem.picks > 0 and not write_dq
+    if gather_dq:
+        tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_dq").m)
+        num_tiles = tile_block.shape[1]
     share = _share(problem.group, block_size, problem.picks)
     spill_block, first_spill = tile_blocks(pairs, share, skip=1)
     num_spills = spill_block.shape[1]
     spilled = num_spills * tiles_per_block * key_tile * 2 * problem.padded_dim
-    spill = lse.new_empty(_lists_at_once(problem.lists, problem.picks) * spilled)
+    spill = lse.new_empty(problem.at_once * spilled)
+    dkv_options = problem.options("dkv")
+    pair_options, own_options = problem.options("pair_dq"), problem.options("own_dq")
 
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     part = problem.parts(q, problem.head_dim)
@@ -260,21 +269,21 @@ def attend_fused_backward(
                 share,
                 SPILL=spills,
                 WRITE_DQ=write_dq,
-                **problem.options("dkv"),
+                **dkv_options,
             )
-        if problem.picks and not write_dq:
+        if gather_dq:
             wrap_triton(kernels.pair_dq_kernel)[(num_tiles, lists)](
                 *(q, k, v, grad, pair_lse, pair_delta, part, row, first, tile_block, first_tile),
                 *_strides(q, k, v, grad),
                 *sizes,
                 num_tiles,
-                **problem.options("pair_dq"),
+                **pair_options,
             )
         wrap_triton(kernels.own_dq_kernel)[(q_tiles, lists * problem.group)](
             *(q, k, v, grad, lse, delta, part, rank, dq),
             *_strides(q, k, v, grad, dq),
             *sizes,
-            **problem.options("own_dq"),
+            **own_options,
         )
     return dq, dk, dv
 

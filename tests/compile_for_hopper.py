@@ -87,7 +87,11 @@ def attention(dtype: torch.dtype, head_dim: int, block_size: int) -> list[dict[s
 
 
 if __name__ == "__main__":
-    cases = [(torch.bfloat16, 128, 7, False), (torch.float32, 80, 11, True)]
+    cases = [
+        (torch.bfloat16, 128, 7, False),
+        (torch.float32, 80, 11, True),
+        (torch.float16, 256, 63, True),
+    ]
     results = [gate(*case) for case in cases]
     results += attention(torch.bfloat16, 128, 128)
     results += attention(torch.float16, 80, 100)

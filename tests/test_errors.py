@@ -176,25 +176,37 @@ def test_calls(call: Callable[[], Any], error: type[Exception], message: str) ->
         call()
 
 
+CUDA_ERRORS: list[tuple[list[Any], torch.dtype, int, type[Exception], str]] = [
+    (
+        ["routed", "masked", "fused"],
+        torch.float64,
+        16,
+        TypeError,
+        "q must be torch.float16 or torch.bfloat16 or torch.float32 on cuda, got "
+        "torch.float64: convert q, k and v",
+    ),
+    (
+        ["routed", "masked"],
+        torch.bfloat16,
+        8,
+        ValueError,
+        "q must have a head_dim of at least 16 on cuda, got 8: pad it",
+    ),
+    (
+        ["fused"],
+        torch.bfloat16,
+        264,
+        ValueError,
+        "q must have a head_dim of at most 256 for plan='fused', got 264: let plan be 'routed'",
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "error", "message"),
-    [
-        (
-            torch.float64,
-            16,
-            TypeError,
-            "q must be torch.float16 or torch.bfloat16 or torch.float32 on cuda, got "
-            "torch.float64: convert q, k and v",
-        ),
-        (
-            torch.bfloat16,
-            8,
-            ValueError,
-            "q must have a head_dim of at least 16 on cuda, got 8: pad it",
-        ),
-    ],
+    ("plan", "dtype", "head_dim", "error", "message"),
+    [(plan, *case) for plans, *case in CUDA_ERRORS for plan in plans],
+    ids=identify,
 )
-@pytest.mark.parametrize("plan", ["routed", "masked"])
 def test_what_cuda_cannot_serve(
     plan: Any, dtype: torch.dtype, head_dim: int, error: type[Exception], message: str
 ) -> None:
@@ -202,34 +214,6 @@ def test_what_cuda_cannot_serve(
         q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             moba_attention(q, q, q, block_size=16, top_k=2, plan=plan)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "error", "message"),
-    [
-        (
-            torch.float64,
-            16,
-            TypeError,
-            "q must be torch.float16 or torch.bfloat16 or torch.float32 on cuda, got "
-            "torch.float64: convert q, k and v",
-        ),
-        (
-            torch.bfloat16,
-            264,
-            ValueError,
-            "q must have a head_dim of at most 256 for plan='fused', got 264: "
-            "let plan be 'routed'",
-        ),
-    ],
-)
-def test_what_the_fused_plan_cannot_serve(
-    dtype: torch.dtype, head_dim: int, error: type[Exception], message: str
-) -> None:
-    with FakeTensorMode():
-        q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
-        with pytest.raises(error, match=f"^{re.escape(message)}$"):
-            moba_attention(q, q, q, block_size=16, top_k=2, plan="fused")
 
 
 def test_the_fused_plan_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
