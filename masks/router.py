@@ -81,9 +81,9 @@ def route(
     with torch.no_grad():
         pool = pool_keys_triton if q.is_cuda else pool_keys
         block_keys = pool(k, block_size)
-        # A number also under dynamic shapes, where `min` would be an expression.
+        # A number also under dynamic shapes, where `min` and `int` would leave an expression.
         num_blocks = block_keys.shape[2]
-        picks = (top_k if top_k <= num_blocks else int(num_blocks)) - 1
+        picks = (top_k if top_k <= num_blocks else len(range(num_blocks))) - 1
         q_offset = k.shape[2] - q.shape[2]
         gate = gate_triton if q.is_cuda else gate_cpu
         blocks = gate(

@@ -109,6 +109,25 @@ def test_mask_mod_captures_the_result_of_topk_alone() -> None:
     assert "topk" in f"{node} {source} {source.target}"
 
 
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_fewer_blocks_than_top_k_are_a_number_of_picks(number: int) -> None:
+    """As an expression of the length, PyTorch 2.11 fails to lower it for CUDA."""
+    picks: list[Any] = []
+
+    def record(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        (gate,) = (n for n in graph.graph.nodes if "gate_cpu" in str(n.target))
+        picks.append(gate.args[4])
+        return graph.forward
+
+    def choose(q: Tensor, k: Tensor) -> Tensor:
+        return route(q, k, block_size=32, top_k=4).blocks
+
+    compiled = torch.compile(choose, fullgraph=True, backend=record, dynamic=True)
+    q, k, _ = qkv(32 * number - 7)
+    assert compiled(q, k).shape[3] == min(number, 4) - 1
+    assert picks == [min(number, 4) - 1]
+
+
 def test_attend_hands_contiguous_tensors_to_flex_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
