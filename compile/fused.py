@@ -11,6 +11,7 @@ of the key/value heads at a time.
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.library import triton_op, wrap_triton
 
 from moba_flex.compile import fused_kernels as kernels
 from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.regroup import Pairs, sort_pairs, tile_blocks
+from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.router import Routing
 
 
@@ -50,20 +51,56 @@ _TILES = {
     "dkv": {64: _Tiles(64, 128, 8, 3), 128: _Tiles(64, 128, 8, 3), 256: _Tiles(32, 64, 8, 2)},
 }
 _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)}
-_DELTA_ROWS = 64
+_STATS_ROWS = 64
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+# Worked out once: in eager code a short sequence waits for what runs between the launches.
+@lru_cache(maxsize=1024)
+def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _Tiles:
+    table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES[kernel]
+    tiles = table[max(64, _padded(head_dim))]
+    return tiles._replace(n=max(16, min(tiles.n, triton.next_power_of_2(block_size))))
+
+
+@lru_cache(maxsize=1024)
+def _options(
+    kernel: str, dtype: torch.dtype, head_dim: int, block_size: int, causal: bool, grouped: bool
+) -> dict[str, Any]:
+    tiles = _tiles(kernel, dtype, head_dim, block_size)
+    options: dict[str, Any] = {
+        "HEAD_DIM": head_dim,
+        "D": _padded(head_dim),
+        "TILE_M": tiles.m,
+        "TILE_N": tiles.n,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "STAGES": tiles.stages,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+    if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
+        options["TAIL"] = not causal or block_size % tiles.n != 0
+    else:
+        options["CAUSAL"] = causal
+    if not kernel.startswith("own"):
+        options["GROUPED"] = grouped
+    return options
 
 
 def _share(group: int, block_size: int, picks: int) -> int:
-    """Pairs that one program for dk and dv handles at most: four times those of an average block.
+    """Pairs that one program for dk and dv handles at most: eight times those of an average block.
 
     So blocks that are chosen by many delay nobody.
     """
-    return 4 * group * block_size * max(1, picks)
+    return 8 * group * block_size * max(1, picks)
 
 
 def _lists_at_once(lists: int, picks: int) -> int:
-    """Lists whose parts are held at a time: as many values as q has, or one list's."""
-    return max(1, lists // max(1, picks))
+    """Lists whose parts are held at a time: three times as many values as q has, or one list's."""
+    return max(1, min(lists, 3 * lists // max(1, picks)))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -109,7 +146,7 @@ class _Problem(NamedTuple):
             block_size=block_size,
             picks=picks,
             head_dim=head_dim,
-            padded_dim=max(16, triton.next_power_of_2(head_dim)),
+            padded_dim=_padded(head_dim),
             dtype=q.dtype,
             causal=causal,
             scale=scale,
@@ -150,47 +187,34 @@ class _Problem(NamedTuple):
 
     def tiles(self, kernel: str) -> _Tiles:
         """Return the tiles of a kernel."""
-        table = _TILES_FLOAT32 if self.dtype == torch.float32 else _TILES[kernel]
-        tiles = table[max(64, self.padded_dim)]
-        return tiles._replace(n=max(16, min(tiles.n, triton.next_power_of_2(self.block_size))))
+        return _tiles(kernel, self.dtype, self.head_dim, int(self.block_size))
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Return what a kernel is compiled for."""
-        tiles = self.tiles(kernel)
-        options: dict[str, Any] = {
-            "HEAD_DIM": self.head_dim,
-            "D": self.padded_dim,
-            "TILE_M": tiles.m,
-            "TILE_N": tiles.n,
-            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
-            "STAGES": tiles.stages,
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-        }
-        if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
-            options["TAIL"] = not self.causal or self.block_size % tiles.n != 0
-        else:
-            options["CAUSAL"] = self.causal
-        if not kernel.startswith("own"):
-            options["GROUPED"] = self.group > 1
-        return options
+        block_size, grouped = int(self.block_size), self.group > 1
+        return _options(kernel, self.dtype, self.head_dim, block_size, self.causal, grouped)
 
 
 @triton_op("moba_flex::attend_fused", mutates_args=())
 def attend_fused(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the own block and to the chosen ones; arguments as `attend_cpu`.
 
     Returns:
-        Output `[B, Hq, Q, D]`, log-sum-exp float32 `[B, Hq, Q]`, and the fields of the `Pairs`.
+        Output `[B, Hq, Q, D]`, log-sum-exp float32 `[B, Hq, Q]`, and of the `Pairs` what backward
+        reads: `rank` and `first`.
     """
+    if scale < 0:  # the kernels' maximum is that of products, before they are scaled
+        q, scale = -q, -scale
     q, k, v = _dense_vectors(q, k, v)
     problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
     routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
     pairs = sort_pairs(routing, problem.num_kv_heads)
     if problem.picks:
-        tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_forward").m)
+        tile_block, first_tile = tile_blocks(
+            pairs.first, problem.num_pairs, problem.tiles("pair_forward").m
+        )
         num_tiles = tile_block.shape[1]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
     pair_options, own_options = problem.options("pair_forward"), problem.options("own_forward")
@@ -213,7 +237,7 @@ def attend_fused(
             *sizes,
             **own_options,
         )
-    return out, lse, pairs.row, pairs.rank, pairs.first
+    return out, lse, pairs.rank, pairs.first
 
 
 @triton_op("moba_flex::attend_fused_backward", mutates_args=())
@@ -225,7 +249,6 @@ def attend_fused_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    row: Tensor,
     rank: Tensor,
     first: Tensor,
     block_size: int,
@@ -235,52 +258,59 @@ def attend_fused_backward(
     """Return the gradients of `attend_fused` with respect to `q`, `k` and `v`."""
     grad, q, k, v = _dense_vectors(grad, q, k, v)
     problem = _Problem.of(q, k, rank.shape[3], block_size, causal, scale)
-    pairs = Pairs(row, rank, first)
-    delta, pair_lse, pair_delta = _deltas(problem, out, grad, lse, grad_lse, rank)
+    row_stats, pair_stats = _row_and_pair_stats(problem, out, grad, lse, grad_lse, rank)
 
+    num_blocks = problem.num_blocks
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
     key_tile = problem.tiles("dkv").n
     tiles_per_block = ceil_div(block_size, key_tile)
     write_dq = tiles_per_block == 1  # then a program meets each of its pairs once
     gather_dq = problem.picks > 0 and not write_dq
     if gather_dq:
-        tile_block, first_tile = tile_blocks(pairs, problem.tiles("pair_dq").m)
+        tile_block, first_tile = tile_blocks(first, problem.num_pairs, problem.tiles("pair_dq").m)
         num_tiles = tile_block.shape[1]
     share = _share(problem.group, block_size, problem.picks)
-    spill_block, first_spill = tile_blocks(pairs, share, skip=1)
+    spill_block, first_spill = tile_blocks(first, problem.num_pairs, share, skip=1)
     num_spills = spill_block.shape[1]
-    spilled = num_spills * tiles_per_block * key_tile * 2 * problem.padded_dim
-    spill = lse.new_empty(problem.at_once * spilled)
+    slots = problem.at_once * 2 * num_spills  # see `_spill_places`
+    spill = lse.new_empty(slots * tiles_per_block * key_tile * 2 * problem.padded_dim)
     dkv_options = problem.options("dkv")
     pair_options, own_options = problem.options("pair_dq"), problem.options("own_dq")
 
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     part = problem.parts(q, problem.head_dim)
     for lists, sizes in problem.launches():
-        for spills in (True, False) if problem.picks else (False,):
-            items = num_spills if spills else problem.num_blocks
-            wrap_triton(kernels.dkv_kernel)[(items * tiles_per_block, lists)](
-                *(q, k, v, grad, lse, delta, pair_lse, pair_delta, part, row, first),
+        wrap_triton(kernels.dkv_kernel)[((num_spills + num_blocks) * tiles_per_block, lists)](
+            *(q, k, v, grad, row_stats, pair_stats, part, first),
+            *(spill_block, first_spill, spill, dk, dv),
+            *_strides(q, k, v, grad, dk, dv),
+            *sizes,
+            num_spills,
+            tiles_per_block,
+            share,
+            WRITE_DQ=write_dq,
+            **dkv_options,
+        )
+        if problem.picks:
+            wrap_triton(kernels.dkv_sum_kernel)[(num_spills * tiles_per_block, lists)](
                 *(spill_block, first_spill, spill, dk, dv),
-                *_strides(q, k, v, grad, dk, dv),
-                *sizes,
-                num_spills,
-                tiles_per_block,
-                share,
-                SPILL=spills,
-                WRITE_DQ=write_dq,
-                **dkv_options,
+                *_strides(dk, dv),
+                *(sizes[0], problem.num_kv_heads, problem.kv_len, num_blocks, block_size),
+                *(sizes[-1], num_spills, tiles_per_block),
+                HEAD_DIM=problem.head_dim,
+                D=problem.padded_dim,
+                TILE_N=key_tile,
             )
         if gather_dq:
             wrap_triton(kernels.pair_dq_kernel)[(num_tiles, lists)](
-                *(q, k, v, grad, pair_lse, pair_delta, part, row, first, tile_block, first_tile),
+                *(q, k, v, grad, pair_stats, part, first, tile_block, first_tile),
                 *_strides(q, k, v, grad),
                 *sizes,
                 num_tiles,
                 **pair_options,
             )
         wrap_triton(kernels.own_dq_kernel)[(q_tiles, lists * problem.group)](
-            *(q, k, v, grad, lse, delta, part, rank, dq),
+            *(q, k, v, grad, row_stats, part, rank, dq),
             *_strides(q, k, v, grad, dq),
             *sizes,
             **own_options,
@@ -288,22 +318,21 @@ def attend_fused_backward(
     return dq, dk, dv
 
 
-def _deltas(
+def _row_and_pair_stats(
     problem: _Problem,
     out: Tensor,
     grad: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
     rank: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `out @ grad - grad_lse` by row, and by pair the log-sum-exp in log2 and the same."""
-    delta = torch.empty_like(lse)
-    pair_lse = lse.new_empty(problem.lists * problem.num_pairs)
-    pair_delta = torch.empty_like(pair_lse)
+) -> tuple[Tensor, Tensor]:
+    """Return what backward reads by row and by pair, see `stats_kernel`; int32, four each."""
+    row_stats = lse.new_empty((*lse.shape, 4), dtype=torch.int32)
+    pair_stats = lse.new_empty((problem.lists, problem.num_pairs, 4), dtype=torch.int32)
     heads = problem.lists * problem.group
-    wrap_triton(kernels.delta_kernel)[(ceil_div(problem.q_len, _DELTA_ROWS), heads)](
+    wrap_triton(kernels.stats_kernel)[(ceil_div(problem.q_len, _STATS_ROWS), heads)](
         *(out, grad, lse, lse if grad_lse is None else grad_lse.contiguous()),
-        *(rank, delta, pair_lse, pair_delta),
+        *(rank, row_stats, pair_stats),
         *_strides(out, grad),
         problem.num_kv_heads * problem.group,
         problem.group,
@@ -313,9 +342,9 @@ def _deltas(
         LSE=grad_lse is not None,
         HEAD_DIM=problem.head_dim,
         D=problem.padded_dim,
-        TILE_M=_DELTA_ROWS,
+        TILE_M=_STATS_ROWS,
     )
-    return delta, pair_lse, pair_delta
+    return row_stats, pair_stats
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -66,18 +66,26 @@ def _attend(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add keys `start..stop` to a softmax; with MASKED, those of `low..high` of each row."""
+    """Add keys `start..stop` to a softmax; with MASKED, those of `low..high` of each row.
+
+    The scale must not be negative.
+    """
     for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
         k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
         v = _load_keys(v_ptr, stride_vn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
-        score = tl.dot(q, k.T, input_precision=PRECISION) * scale
+        score = tl.dot(q, k.T, input_precision=PRECISION)
         if MASKED:
             key = (at + tl.arange(0, TILE_N))[None, :]
-            score = tl.where((key >= low[:, None]) & (key < high[:, None]), score, -float("inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        # A row under a mask may have seen no key yet.
-        shift = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
-        weight = tl.exp2(score - shift[:, None])
+            seen = (key >= low[:, None]) & (key < high[:, None])
+            score = tl.where(seen, score * scale, -float("inf"))
+            higher = tl.maximum(top, tl.max(score, 1))
+            # A row may have seen no key yet.
+            shift = tl.where(higher == -float("inf"), 0.0, higher)
+            weight = tl.exp2(score - shift[:, None])
+        else:
+            higher = tl.maximum(top, tl.max(score, 1) * scale)
+            shift = higher
+            weight = tl.exp2(score * scale - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(weight, 1)
         acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
@@ -231,64 +239,87 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     row = (head_in_group * q_len + query).to(tl.int64)
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
     part_start = local_list.to(tl.int64) * num_pairs
+    # The merged maximum first: then what was found before is scaled once.
+    highest = top
     for pick in range(picks):
         rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
-        exists = rank >= 0
-        place = part_start + rank
+        part_lse = tl.load(part_lse_ptr + part_start + rank, mask=rank >= 0, other=-float("inf"))
+        highest = tl.maximum(highest, part_lse)
+    decay = tl.exp2(top - highest)
+    acc, total = acc * decay[:, None], total * decay
+    for pick in range(picks):
+        rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
+        exists, place = rank >= 0, part_start + rank
         part_lse = tl.load(part_lse_ptr + place, mask=exists, other=-float("inf"))
         part_ptrs = part_ptr + place[:, None] * HEAD_DIM + dim[None, :]
         part = tl.load(part_ptrs, mask=exists[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        higher = tl.maximum(top, part_lse)
-        decay, weight = tl.exp2(top - higher), tl.exp2(part_lse - higher)
-        acc = acc * decay[:, None] + part.to(tl.float32) * weight[:, None]
-        total = total * decay + weight
-        top = higher
+        weight = tl.exp2(part_lse - highest)
+        acc += part.to(tl.float32) * weight[:, None]
+        total += weight
 
     out_ptrs = out_ptr + batch * stride_ob + q_head * stride_oh + offset * stride_om + dim[None, :]
     tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     lse_ptrs = lse_ptr + (batch * num_kv_heads * group + q_head) * q_len + query
-    tl.store(lse_ptrs, (top + tl.log2(total)) * LN_2, mask=query < q_len)
+    tl.store(lse_ptrs, (highest + tl.log2(total)) * LN_2, mask=query < q_len)
+
+
+@triton.jit
+def _stats(lse, delta, row):  # type: ignore[no-untyped-def]
+    """Pack what backward reads of a row or a pair into four integers: one load of 16 bytes."""
+    field = tl.arange(0, 4)[None, :]
+    lse, delta = lse.to(tl.int32, bitcast=True), delta.to(tl.int32, bitcast=True)
+    return tl.where(field == 0, lse[:, None], tl.where(field == 1, delta[:, None], row[:, None]))
+
+
+@triton.jit
+def _unpack(stats):  # type: ignore[no-untyped-def]
+    """Return log-sum-exp in units of log2, delta and row."""
+    field = tl.arange(0, 4)[None, :]
+    lse = tl.sum(tl.where(field == 0, stats, 0), 1).to(tl.float32, bitcast=True)
+    delta = tl.sum(tl.where(field == 1, stats, 0), 1).to(tl.float32, bitcast=True)
+    return lse, delta, tl.sum(tl.where(field == 2, stats, 0), 1)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def delta_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, delta_ptr, pair_lse_ptr, pair_delta_ptr,
+def stats_kernel(  # type: ignore[no-untyped-def]
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, row_stats_ptr, pair_stats_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
     num_heads, group, q_len, num_pairs, picks,
     LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
-    """Write what is subtracted from the gradient of each weight: `out @ grad - grad_lse`.
+    """Write the log-sum-exp, delta and number of each row, by row and by pair.
 
-    It is written once by row and, with the log-sum-exp in units of log2, once by pair, so that
-    kernels that walk the pairs read both in order.
+    Delta is what is subtracted from the gradient of each weight: `out @ grad - grad_lse`. Kernels
+    that walk the pairs read their stats in order.
     """
     head = tl.program_id(1)
     batch, h = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
     query, dim = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, D)
     exists = query < q_len
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
-    row = query[:, None].to(tl.int64)
-    out_ptrs = out_ptr + batch * stride_ob + h * stride_oh + row * stride_om + dim[None, :]
-    grad_ptrs = grad_ptr + batch * stride_gb + h * stride_gh + row * stride_gm + dim[None, :]
+    offset = query[:, None].to(tl.int64)
+    out_ptrs = out_ptr + batch * stride_ob + h * stride_oh + offset * stride_om + dim[None, :]
+    grad_ptrs = grad_ptr + batch * stride_gb + h * stride_gh + offset * stride_gm + dim[None, :]
     out = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptrs, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(out * grad, 1)
     place = head.to(tl.int64) * q_len + query
     if LSE:
         delta -= tl.load(grad_lse_ptr + place, mask=exists, other=0.0)
-    tl.store(delta_ptr + place, delta, mask=exists)
     lse = tl.load(lse_ptr + place, mask=exists, other=0.0) * LOG2_E
-    pairs = (head // group).to(tl.int64) * num_pairs
+    stats = _stats(lse, delta, head % group * q_len + query)
+    field = tl.arange(0, 4)[None, :]
+    tl.store(row_stats_ptr + place[:, None] * 4 + field, stats, mask=exists[:, None])
+    pair_stats_ptr += (head // group).to(tl.int64) * num_pairs * 4
     for pick in range(picks):
-        rank = tl.load(rank_ptr + place * picks + pick, mask=exists, other=-1)
-        tl.store(pair_lse_ptr + pairs + rank, lse, mask=rank >= 0)
-        tl.store(pair_delta_ptr + pairs + rank, delta, mask=rank >= 0)
+        rank = tl.load(rank_ptr + place * picks + pick, mask=exists, other=-1)[:, None]
+        tl.store(pair_stats_ptr + rank.to(tl.int64) * 4 + field, stats, mask=rank >= 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def pair_dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, pair_lse_ptr, pair_delta_ptr, part_ptr, row_ptr,
-    first_pair_ptr, tile_block_ptr, first_tile_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, first_pair_ptr, tile_block_ptr,
+    first_tile_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
@@ -307,7 +338,9 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
     pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
     exists = pair < tl.load(first_pair_ptr + entry + 1)
-    row = tl.load(row_ptr + list_id.to(tl.int64) * num_pairs + pair, mask=exists, other=0)
+    stats_ptrs = stats_ptr + (list_id.to(tl.int64) * num_pairs + pair)[:, None] * 4
+    stats_ptrs += tl.arange(0, 4)[None, :]
+    lse, delta, row = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     dim = tl.arange(0, D)
@@ -318,9 +351,6 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, D)
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad = tl.load(grad_ptrs, mask=inside, other=0.0)
-    pairs = list_id.to(tl.int64) * num_pairs
-    lse = tl.load(pair_lse_ptr + pairs + pair, mask=exists, other=float("inf"))
-    delta = tl.load(pair_delta_ptr + pairs + pair, mask=exists, other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
@@ -346,7 +376,7 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def own_dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, part_ptr, rank_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, rank_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
@@ -370,8 +400,8 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad = tl.load(g_ptrs, mask=inside, other=0.0)
     first_row = (batch * num_kv_heads * group + q_head) * q_len
-    lse = tl.load(lse_ptr + first_row + query, mask=exists, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + first_row + query, mask=exists, other=0.0)
+    stats_ptrs = stats_ptr + (first_row + query)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    lse, delta, _ = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
@@ -404,70 +434,81 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_rows(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, q, grad, lse, delta, seen, scale,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, first, stop, q_ptr, grad_ptr, stats_ptr, part_ptr, stride_qh, stride_qm,
+    stride_gh, stride_gm, q_len, scale, key, offset,
+    MASKED: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk, over the scale, and dv what a tile of rows contributes; also return dscore."""
-    score = tl.dot(k, q.T, input_precision=PRECISION)
-    weight = tl.exp2(score * scale - lse[None, :])
-    if MASKED:
-        weight = tl.where(seen, weight, 0.0)
-    dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    dweight = tl.dot(v, grad.T, input_precision=PRECISION)
-    dscore = (weight * (dweight - delta[None, :])).to(q.dtype)
-    dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
-    return dk, dv, dscore
+    """Add to dk, over the scale, and dv what the rows of stats `first..stop` contribute.
+
+    With MASKED, a row attends to the keys up to its query's position. With WRITE_DQ, each row's
+    part of dq is written.
+    """
+    dim = tl.arange(0, D)
+    for at in tl.range(first, stop, TILE_M, num_stages=STAGES):
+        place = at + tl.arange(0, TILE_M)
+        exists = place < stop
+        # Past the end the last row is read again, which is cheaper than a mask: the weights of
+        # what does not exist are exp2(-inf).
+        stats_ptrs = stats_ptr + tl.minimum(place, stop - 1)[:, None].to(tl.int64) * 4
+        lse, delta, row = _unpack(tl.load(stats_ptrs + tl.arange(0, 4)[None, :]))
+        lse = tl.where(exists, lse, float("inf"))
+        q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
+        grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, D)
+        if HEAD_DIM == D:
+            q, grad = tl.load(q_ptrs), tl.load(grad_ptrs)
+        else:
+            inside = (dim < HEAD_DIM)[None, :]
+            q = tl.load(q_ptrs, mask=inside, other=0.0)
+            grad = tl.load(grad_ptrs, mask=inside, other=0.0)
+        score = tl.dot(k, q.T, input_precision=PRECISION)
+        dweight = tl.dot(v, grad.T, input_precision=PRECISION)
+        weight = tl.exp2(score * scale - lse[None, :])
+        if MASKED:
+            weight = tl.where(key[:, None] <= (row % q_len + offset)[None, :], weight, 0.0)
+        dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dscore = (weight * (dweight - delta[None, :])).to(q.dtype)
+        dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
+        if WRITE_DQ:
+            dq = tl.dot(dscore.T, k, input_precision=PRECISION)
+            part_ptrs = part_ptr + place[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
+            written = exists[:, None] & (dim < HEAD_DIM)[None, :]
+            tl.store(part_ptrs, dq.to(part_ptr.dtype.element_ty), mask=written)
+    return dk, dv
 
 
 @triton.jit
-def _add_pairs(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, first, stop, q_ptr, grad_ptr, lse_ptr, delta_ptr, row_ptr, part_ptr,
-    stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, WRITE_DQ: tl.constexpr,
-    GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Add what pairs `first..stop` of a list contribute; write their parts of dq if asked to."""
-    dim = tl.arange(0, D)
-    for at in tl.range(first, stop, TILE_M, num_stages=STAGES):
-        pair = at + tl.arange(0, TILE_M)
-        exists = pair < stop
-        row = tl.load(row_ptr + pair, mask=exists, other=0)
-        inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
-        q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
-        grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, D)
-        q = tl.load(q_ptrs, mask=inside, other=0.0)
-        grad = tl.load(grad_ptrs, mask=inside, other=0.0)
-        # The weight of a pair that does not exist is exp2(-inf).
-        lse = tl.load(lse_ptr + pair, mask=exists, other=float("inf"))
-        delta = tl.load(delta_ptr + pair, mask=exists, other=0.0)
-        dk, dv, dscore = _add_rows(
-            dk, dv, k, v, q, grad, lse, delta, exists, scale, False, PRECISION
-        )
-        if WRITE_DQ:
-            dq = tl.dot(dscore.T, k, input_precision=PRECISION)
-            part_ptrs = part_ptr + pair[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
-            tl.store(part_ptrs, dq.to(part_ptr.dtype.element_ty), mask=inside)
-    return dk, dv
+def _spill_places(  # type: ignore[no-untyped-def]
+    slot, within, num_spills, tiles_per_block, D: tl.constexpr, TILE_N: tl.constexpr
+):
+    """Return where the sums of a tile of keys lie: those of dk; those of dv are `width` later.
+
+    Each list has a slot for each spill and, from `num_spills` on, one for what was not spilled.
+    """
+    width = tiles_per_block * TILE_N * D
+    place = (tl.program_id(1) * 2 * num_spills + slot).to(tl.int64) * 2 * width
+    inner = (within + tl.arange(0, TILE_N))[:, None] * D + tl.arange(0, D)[None, :]
+    return place + inner, width
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, pair_lse_ptr, pair_delta_ptr, part_ptr,
-    row_ptr, first_pair_ptr, spill_block_ptr, first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, row_stats_ptr, pair_stats_ptr, part_ptr, first_pair_ptr,
+    spill_block_ptr, first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb,
     stride_dvh, stride_dvn,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale, num_spills, tiles_per_block, share,
-    SPILL: tl.constexpr, CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys, which lies within one block.
 
     A program handles the first `share` pairs of the block and the queries whose own block it is.
-    Further shares, of blocks that are chosen by many, are those of the programs of an earlier
-    launch with SPILL, whose results this one adds in order.
+    Further shares, of blocks that are chosen by many, spill to programs of their own, which start
+    first. The sums of such blocks are left for `dkv_sum_kernel`.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
     list_id = first_list + tl.program_id(1)
@@ -475,14 +516,15 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     within = tl.program_id(0) % tiles_per_block * TILE_N
     first_pair_ptr += list_id * (num_blocks + 1)
     first_spill_ptr += list_id * (num_blocks + 1)
-    if SPILL:
+    block, slot, number = item - num_spills, item, 0
+    if item < num_spills:
         block = tl.load(spill_block_ptr + list_id * num_spills + item)
         if block >= num_blocks:
             return
         number = item - tl.load(first_spill_ptr + block) + 1
     else:
-        block = item
-        number = 0
+        slot = num_spills + tl.load(first_spill_ptr + block)
+    shared = tl.load(first_spill_ptr + block) < tl.load(first_spill_ptr + block + 1)
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     block_start = block * block_size
@@ -490,72 +532,86 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     start = block_start + within
     if start >= block_stop:
         return
-    dim = tl.arange(0, D)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     k = _load_keys(k_ptr, stride_kn, start, block_stop, HEAD_DIM, D, TILE_N, True)
     v = _load_keys(v_ptr, stride_vn, start, block_stop, HEAD_DIM, D, TILE_N, True)
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
-    first_row = list_id.to(tl.int64) * group * q_len
-    lse_ptr += first_row
-    delta_ptr += first_row
-    spill_width = tiles_per_block * TILE_N
-    spill_place = (within + tl.arange(0, TILE_N))[:, None] * D + dim[None, :]
-    spill_ptr += tl.program_id(1).to(tl.int64) * num_spills * spill_width * (2 * D)
+    pair_stats_ptr += list_id.to(tl.int64) * num_pairs * 4
+    row_stats_ptr += list_id.to(tl.int64) * group * q_len * 4
+    part_ptr += tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM
+
     dk = tl.zeros([TILE_N, D], tl.float32)
     dv = tl.zeros([TILE_N, D], tl.float32)
-    if not SPILL:
-        spill_start = tl.load(first_spill_ptr + block)
-        spill_stop = tl.load(first_spill_ptr + block + 1)
-        for spill in range(spill_start, spill_stop):
-            spilled = spill_ptr + tl.cast(spill, tl.int64) * spill_width * (2 * D) + spill_place
-            dk += tl.load(spilled)
-            dv += tl.load(spilled + spill_width * D)
-
     first = tl.load(first_pair_ptr + block) + number * share
     stop = tl.minimum(first + share, tl.load(first_pair_ptr + block + 1))
-    pairs = list_id.to(tl.int64) * num_pairs
-    dk, dv = _add_pairs(
-        dk, dv, k, v, first, stop, q_ptr, grad_ptr, pair_lse_ptr + pairs,
-        pair_delta_ptr + pairs, row_ptr + pairs,
-        part_ptr + tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM, stride_qh, stride_qm,
-        stride_gh, stride_gm, q_len, scale, WRITE_DQ, GROUPED, HEAD_DIM, D, TILE_M, PRECISION,
-        STAGES,
+    key, offset = start + tl.arange(0, TILE_N), kv_len - q_len
+    dk, dv = _add_rows(
+        dk, dv, k, v, first, stop, q_ptr, grad_ptr, pair_stats_ptr, part_ptr, stride_qh,
+        stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, False, WRITE_DQ, GROUPED,
+        HEAD_DIM, D, TILE_M, PRECISION, STAGES,
     )  # fmt: skip
+    if number == 0:
+        # The queries whose own block this is; of a causal block those from the first key on.
+        own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
+        own_stop = block_stop - offset
+        for head_in_group in range(group):
+            stats_ptr = row_stats_ptr + tl.cast(head_in_group, tl.int64) * q_len * 4
+            dk, dv = _add_rows(
+                dk, dv, k, v, own_start, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
+                stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, CAUSAL,
+                False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+            )  # fmt: skip
 
-    key = start + tl.arange(0, TILE_N)
-    if SPILL:
-        spill_ptr += item.to(tl.int64) * spill_width * (2 * D)
-        tl.store(spill_ptr + spill_place, dk)
-        tl.store(spill_ptr + spill_width * D + spill_place, dv)
+    if shared:
+        place, width = _spill_places(slot, within, num_spills, tiles_per_block, D, TILE_N)
+        tl.store(spill_ptr + place, dk)
+        tl.store(spill_ptr + place + width, dv)
+    else:
+        dim, row = tl.arange(0, D)[None, :], key[:, None].to(tl.int64)
+        inside = (key < block_stop)[:, None] & (dim < HEAD_DIM)
+        dk_ptrs = dk_ptr + batch * stride_dkb + head * stride_dkh + row * stride_dkn + dim
+        dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + row * stride_dvn + dim
+        tl.store(dk_ptrs, (dk * (scale * LN_2)).to(dk_ptr.dtype.element_ty), mask=inside)
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def dkv_sum_kernel(  # type: ignore[no-untyped-def]
+    spill_block_ptr, first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    first_list, num_kv_heads, kv_len, num_blocks, block_size, scale, num_spills,
+    tiles_per_block,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Add up what the shares of a block left of dk and dv; the program of its first spill does."""
+    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    list_id = first_list + tl.program_id(1)
+    item = tl.program_id(0) // tiles_per_block
+    within = tl.program_id(0) % tiles_per_block * TILE_N
+    block = tl.load(spill_block_ptr + list_id * num_spills + item)
+    if block >= num_blocks:
         return
-
-    # The queries whose own block this is; of a causal block those from the first key on.
-    offset = kv_len - q_len
-    own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
-    own_stop = block_stop - offset
-    own_tiles = tl.cdiv(tl.maximum(own_stop - own_start, 0), TILE_M)
-    for step in tl.range(0, own_tiles * group, num_stages=STAGES):
-        head_in_group = step // own_tiles
-        query = own_start + step % own_tiles * TILE_M + tl.arange(0, TILE_M)
-        exists = query < own_stop
-        inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
-        row = head_in_group * q_len + query
-        q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
-        grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, D)
-        q = tl.load(q_ptrs, mask=inside, other=0.0)
-        grad = tl.load(grad_ptrs, mask=inside, other=0.0)
-        lse = tl.load(lse_ptr + row, mask=exists, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
-        seen = exists[None, :]
-        if CAUSAL:
-            seen = seen & (key[:, None] <= query[None, :] + offset)
-        dk, dv, _ = _add_rows(dk, dv, k, v, q, grad, lse, delta, seen, scale, CAUSAL, PRECISION)
-
-    inside = (key < block_stop)[:, None] & (dim < HEAD_DIM)[None, :]
-    place = key[:, None].to(tl.int64)
-    dk_ptrs = dk_ptr + batch * stride_dkb + head * stride_dkh + place * stride_dkn + dim[None, :]
-    dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + place * stride_dvn + dim[None, :]
+    first_spill_ptr += list_id * (num_blocks + 1)
+    if item > tl.load(first_spill_ptr + block):
+        return
+    place, width = _spill_places(num_spills + item, within, num_spills, tiles_per_block, D, TILE_N)
+    dk, dv = tl.load(spill_ptr + place), tl.load(spill_ptr + place + width)
+    for spill in range(item, tl.load(first_spill_ptr + block + 1)):
+        place, width = _spill_places(spill, within, num_spills, tiles_per_block, D, TILE_N)
+        dk += tl.load(spill_ptr + place)
+        dv += tl.load(spill_ptr + place + width)
+    batch = (list_id // num_kv_heads).to(tl.int64)
+    head = (list_id % num_kv_heads).to(tl.int64)
+    key, dim = (
+        block * block_size + within + tl.arange(0, TILE_N)[:, None],
+        tl.arange(0, D)[None, :],
+    )
+    block_stop = tl.minimum((block + 1) * block_size, kv_len)
+    inside = (key < block_stop) & (dim < HEAD_DIM)
+    row = key.to(tl.int64)
+    dk_ptrs = dk_ptr + batch * stride_dkb + head * stride_dkh + row * stride_dkn + dim
+    dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + row * stride_dvn + dim
     tl.store(dk_ptrs, (dk * (scale * LN_2)).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=inside)

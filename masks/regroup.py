@@ -6,6 +6,7 @@ sorted by block; their places in that order are their *ranks*. For tiles that mu
 key block, pairs are laid into *slots*, each block starting at a multiple of the tile.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.router import Routing
+
+if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
+    from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Pairs:
     first: Tensor
 
 
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
     """Sort the pairs of `routing` by block, and of a block by row."""
     batch, num_heads, q_len, picks = routing.blocks.shape
@@ -43,6 +51,8 @@ def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
         first = torch.zeros(batch, num_kv_heads, num_blocks + 1, dtype=torch.int32, device=device)
         none = first.new_empty(batch, num_kv_heads, 0)
         return Pairs(none, none.new_empty(batch, num_kv_heads, rows, 0), first)
+    if _has_kernels(device):
+        return Pairs(*sort_pairs_triton(routing.blocks, num_kv_heads, num_blocks))
     key = routing.blocks.reshape(lists, pairs)
     if num_blocks < 2**15 - 1:  # half the passes of a radix sort; room for one more than "none"
         key = key.to(torch.int16)
@@ -62,11 +72,12 @@ def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
     )
 
 
-def tile_blocks(pairs: Pairs, tile: int, skip: int = 0) -> tuple[Tensor, Tensor]:
+def tile_blocks(first: Tensor, num_pairs: int, tile: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     """Cut the pairs of each block into tiles, and number the tiles of each list.
 
     Args:
-        pairs: The pairs of `B * Hkv` lists.
+        first: The ranks of the first pairs, of `Pairs`.
+        num_pairs: Pairs per list, those of no block included.
         tile: Pairs per tile.
         skip: The first tiles of each block that are not numbered.
 
@@ -75,13 +86,14 @@ def tile_blocks(pairs: Pairs, tile: int, skip: int = 0) -> tuple[Tensor, Tensor]
         `T` is what the pairs need at worst. And the first tile of each block, and the number of
         all, int32 `[B * Hkv, N + 1]`.
     """
-    first = pairs.first.flatten(0, 1)
-    num_blocks = first.shape[1] - 1
-    num_tiles = (ceil_div(first.diff(dim=1), tile) - skip).clamp(min=0)
-    last_tile = num_tiles.cumsum(dim=1, dtype=torch.int32)
-    num_pairs = pairs.row.shape[2]
+    num_blocks = first.shape[2] - 1
     # Two more than needed: a number of tiles that may be 0 or 1 would become a guard on lengths.
     most = num_pairs // tile + (2 if skip else num_blocks + 1)
+    if _has_kernels(first.device):
+        return tile_blocks_triton(first, tile, skip, most)
+    first = first.flatten(0, 1)
+    num_tiles = (ceil_div(first.diff(dim=1), tile) - skip).clamp(min=0)
+    last_tile = num_tiles.cumsum(dim=1, dtype=torch.int32)
     index = torch.arange(most, device=first.device, dtype=torch.int32)
     index = torch.minimum(index, last_tile[:, -1:])
     tile_block = torch.searchsorted(last_tile, index, right=True, out_int32=True)

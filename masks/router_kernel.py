@@ -86,110 +86,96 @@ def pool_keys_triton(k: Tensor, block_size: int) -> Tensor:
     return out
 
 
+@triton.jit
+def _offer(  # type: ignore[no-untyped-def]
+    best, block, q, block_keys_ptr, stride_kn, stride_kd, first, stop, own, num_blocks,
+    sink_blocks, local_blocks,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Offer tiles of blocks to the best so far, tile `stop - 1` first and tile `first` last.
+
+    Blocks come from the most recent to the oldest, so one replaces a slot only if it is strictly
+    better. Without MASKED, all of them are candidates of all queries.
+    """
+    dim, lane = tl.arange(0, HEAD_DIM_PADDED)[:, None], tl.arange(0, TILE_N)[None, :]
+    largest = 3.4028234663852886e38
+    for step in range(first, stop):
+        top = (first + stop - step) * TILE_N - 1
+        col = top - lane
+        key_ptrs = block_keys_ptr + col.to(tl.int64) * stride_kn + dim * stride_kd
+        if MASKED:
+            block_keys = tl.load(key_ptrs, mask=(col < num_blocks) & (dim < HEAD_DIM), other=0.0)
+        else:
+            block_keys = tl.load(key_ptrs, mask=dim < HEAD_DIM, other=0.0)
+        affinity = tl.dot(q, block_keys, input_precision="ieee")
+        affinity = tl.where(affinity == affinity, affinity, -largest)  # NaN counts as lowest
+        # Infinity is left to forced blocks and empty slots.
+        affinity = tl.minimum(tl.maximum(affinity, -largest), largest)
+        if FORCED:
+            forced = (col < sink_blocks) | ((col < own) & (col >= own - local_blocks))
+            affinity = tl.where(forced, float("inf"), affinity)
+        if MASKED:
+            candidate = col < own if CAUSAL else (col != own) & (col < num_blocks)
+            affinity = tl.where(candidate, affinity, -float("inf"))
+
+        new, worst = tl.max(affinity, 1, keep_dims=True), tl.min(best, 1, keep_dims=True)
+        while tl.max((new > worst).to(tl.int32)) > 0:
+            # Ties break to the left, which is the more recent block, and evict the oldest.
+            at = tl.min(tl.where(affinity == new, lane, TILE_N), 1, keep_dims=True)
+            oldest = tl.min(tl.where(best == worst, block, 0x7FFFFFFF), 1, keep_dims=True)
+            evicted = (new > worst) & (best == worst) & (block == oldest)
+            best = tl.where(evicted, new, best)
+            block = tl.where(evicted, top - at, block)
+            affinity = tl.where(lane == at, -float("inf"), affinity)
+            new, worst = tl.max(affinity, 1, keep_dims=True), tl.min(best, 1, keep_dims=True)
+    return best, block
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def gate_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    block_keys_ptr,
-    out_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    num_heads,
-    group,
-    q_len,
-    q_offset,
-    num_blocks,
-    block_size,
-    sink_blocks,
-    local_blocks,
-    picks,
-    CAUSAL: tl.constexpr,
-    FORCED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_N: tl.constexpr,
-):
-    """Choose `PICKS` blocks for `TILE_Q` queries of one head.
+    q_ptr, block_keys_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    num_heads, group, q_len, q_offset, num_blocks, block_size, sink_blocks, local_blocks, picks,
+    CAUSAL: tl.constexpr, FORCED: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Choose `picks` blocks for `TILE_Q` queries of one head.
 
-    The best so far sit in `SLOTS` (a power of two) registers a query, unordered. Blocks come from
-    the most recent to the oldest, so a later candidate replaces a slot only if it is strictly
-    better.
+    The best so far sit in `SLOTS` (a power of two) registers a query, unordered.
     """
     # Tiles at the end of the sequence have the most candidates: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
-
     row = tile * TILE_Q + tl.arange(0, TILE_Q)
     dim = tl.arange(0, HEAD_DIM_PADDED)
-    q = tl.load(
-        q_ptr
-        + batch * stride_qb
-        + head * stride_qh
-        + row[:, None].to(tl.int64) * stride_qm
-        + dim[None, :] * stride_qd,
-        mask=(row[:, None] < q_len) & (dim[None, :] < HEAD_DIM),
-        other=0.0,
-    )
+    q_ptr += batch * stride_qb + head * stride_qh
+    q_ptrs = q_ptr + row[:, None].to(tl.int64) * stride_qm + dim[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=(row[:, None] < q_len) & (dim[None, :] < HEAD_DIM), other=0.0)
     own = ((row + q_offset) // block_size)[:, None]
 
     slot = tl.arange(0, SLOTS)[None, :]
     # Slots past `picks` hold what nothing replaces. Empty slots have numbers of their own, for the
-    # eviction below.
-    best = tl.where(slot < picks, -float("inf"), float("inf")) + tl.zeros(
-        [TILE_Q, SLOTS], tl.float32
-    )
+    # eviction.
+    best = tl.where(slot < picks, -float("inf"), float("inf"))
+    best += tl.zeros([TILE_Q, SLOTS], tl.float32)
     block = tl.zeros([TILE_Q, SLOTS], tl.int32) - 1 - slot
 
-    largest = 3.4028234663852886e38
-    candidates = num_blocks
+    # Tiles `whole` to `tiles` need a mask.
+    candidates = tl.minimum(tl.max(own), num_blocks) if CAUSAL else num_blocks
+    tiles = tl.cdiv(candidates, TILE_N)
+    whole = tl.minimum(tl.min(own) // TILE_N, tiles) if CAUSAL else 0
+    block_keys_ptr += batch * stride_kb + (head // group) * stride_kh
+    best, block = _offer(
+        best, block, q, block_keys_ptr, stride_kn, stride_kd, whole, tiles, own, num_blocks,
+        sink_blocks, local_blocks, True, CAUSAL, FORCED, HEAD_DIM, HEAD_DIM_PADDED, TILE_N,
+    )  # fmt: skip
     if CAUSAL:
-        candidates = tl.minimum(tl.max(own), num_blocks)
-    key_tiles = tl.cdiv(candidates, TILE_N)
-    for step in range(key_tiles):
-        top = (key_tiles - step) * TILE_N - 1
-        col = top - tl.arange(0, TILE_N)[None, :]
-        block_keys = tl.load(
-            block_keys_ptr
-            + batch * stride_kb
-            + (head // group) * stride_kh
-            + col.to(tl.int64) * stride_kn
-            + dim[:, None] * stride_kd,
-            mask=(col < num_blocks) & (dim[:, None] < HEAD_DIM),
-            other=0.0,
-        )
-        affinity = tl.dot(q, block_keys, input_precision="ieee")
-        affinity = tl.where(affinity == affinity, affinity, -largest)  # NaN counts as lowest
-        affinity = tl.minimum(tl.maximum(affinity, -largest), largest)
-        if FORCED:
-            forced = (col < sink_blocks) | ((col < own) & (col >= own - local_blocks))
-            affinity = tl.where(forced, float("inf"), affinity)
-        if CAUSAL:
-            candidate = (col < own) & (col < num_blocks)
-        else:
-            candidate = (col != own) & (col < num_blocks)
-        affinity = tl.where(candidate, affinity, -float("inf"))
-
-        # Ties break to the left, which is the more recent block.
-        new, at = tl.max(affinity, 1, return_indices=True, keep_dims=True)
-        worst = tl.min(best, 1, keep_dims=True)
-        enters = new > worst
-        while tl.max(enters.to(tl.int32)) > 0:
-            oldest = tl.min(tl.where(best == worst, block, 0x7FFFFFFF), 1, keep_dims=True)
-            evicted = enters & (best == worst) & (block == oldest)
-            best = tl.where(evicted, new, best)
-            block = tl.where(evicted, top - at, block)
-            affinity = tl.where(tl.arange(0, TILE_N)[None, :] == at, -float("inf"), affinity)
-            new, at = tl.max(affinity, 1, return_indices=True, keep_dims=True)
-            worst = tl.min(best, 1, keep_dims=True)
-            enters = new > worst
+        best, block = _offer(
+            best, block, q, block_keys_ptr, stride_kn, stride_kd, 0, whole, own, num_blocks,
+            sink_blocks, local_blocks, False, CAUSAL, FORCED, HEAD_DIM, HEAD_DIM_PADDED, TILE_N,
+        )  # fmt: skip
 
     block = tl.sort(tl.where((block < 0) | (slot >= picks), num_blocks, block), 1)
     out_row = (tl.program_id(1).to(tl.int64) * q_len + row[:, None]) * picks

@@ -9,10 +9,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moba_flex.compile import fused, fused_kernels
-from moba_flex.masks import router_kernel
+from moba_flex.masks import regroup_kernel, router_kernel
 
-INTS = ("rank", "row", "first", "tile_block", "spill_block")
-FLOATS = ("lse", "delta", "spill_ptr")
+INTS = (
+    *("rank", "row", "first", "tile_block", "spill_block", "stats", "pair_stats"),
+    *("block_ptr", "count", "next"),
+)
+FLOATS = ("lse", "spill_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -73,6 +76,16 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, forced: bool) -> dict[st
     return compile_kernel(router_kernel.gate_kernel, dtype, constants, router_kernel._WARPS, 2)
 
 
+def sorting() -> list[dict[str, Any]]:
+    """Compile the kernels that sort pairs by block."""
+    constants = {"TILE": regroup_kernel._TILE, "WIDTH": regroup_kernel._WIDTH, "ROOM": 16}
+    kernels = [("count", 4), ("place", 1), ("tile", 4)]
+    return [
+        compile_kernel(getattr(regroup_kernel, f"{name}_kernel"), torch.int32, constants, warps, 1)
+        for name, warps in kernels
+    ]
+
+
 def attention(dtype: torch.dtype, head_dim: int, block_size: int) -> list[dict[str, Any]]:
     """Compile the kernels of the fused plan."""
     q, k = (torch.empty(1, heads, 256, head_dim, dtype=dtype) for heads in (2, 1))
@@ -80,7 +93,7 @@ def attention(dtype: torch.dtype, head_dim: int, block_size: int) -> list[dict[s
     found = []
     for name in fused._TILES:
         tiles, constants = problem.tiles(name), problem.options(name)
-        constants |= {"WRITE_DQ": block_size <= tiles.n, "SPILL": False}
+        constants |= {"WRITE_DQ": block_size <= tiles.n}
         kernel = getattr(fused_kernels, f"{name}_kernel")
         found.append(compile_kernel(kernel, dtype, constants, tiles.warps, tiles.stages))
     return found
@@ -93,6 +106,7 @@ if __name__ == "__main__":
         (torch.float16, 256, 63, True),
     ]
     results = [gate(*case) for case in cases]
+    results += sorting()
     results += attention(torch.bfloat16, 128, 128)
     results += attention(torch.float16, 80, 100)
     print(json.dumps(results))

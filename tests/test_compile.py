@@ -219,10 +219,14 @@ def test_fused_plan_is_one_graph_for_any_length() -> None:
     done = run_script("trace_fused.py")
     assert done["graphs"] == [2, 2]
     assert done["written"] == {
+        "count_kernel": ["count_ptr"],
+        "place_kernel": ["first_ptr", "next_ptr", "rank_ptr", "row_ptr"],
+        "tile_kernel": ["first_tile_ptr", "tile_block_ptr"],
         "pair_forward_kernel": ["part_lse_ptr", "part_ptr"],
         "own_forward_kernel": ["lse_ptr", "out_ptr"],
-        "delta_kernel": ["delta_ptr", "pair_delta_ptr", "pair_lse_ptr"],
+        "stats_kernel": ["pair_stats_ptr", "row_stats_ptr"],
         "dkv_kernel": ["dk_ptr", "dv_ptr", "spill_ptr"],
+        "dkv_sum_kernel": ["dk_ptr", "dv_ptr"],
         "pair_dq_kernel": ["part_ptr"],
         "own_dq_kernel": ["dq_ptr"],
     }

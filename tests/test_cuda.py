@@ -11,8 +11,15 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
-from moba_flex import Routing, create_moba_block_mask, moba_attention, moba_attention_reference
+from moba_flex import (
+    Routing,
+    create_moba_block_mask,
+    moba_attention,
+    moba_attention_reference,
+    route,
+)
 from tests.helpers import Case, assert_matches_oracle, attention, cases, chosen_blocks
+from tests.test_masks import assert_kernels_sort_alike
 from tests.test_router import assert_gate_is_right, has_exact_ties, launch_kernel
 
 pytestmark = pytest.mark.cuda
@@ -109,6 +116,21 @@ def test_kernel_chooses_what_the_contract_says(case: Case) -> None:
     assert_gate_is_right(case, q, k, chosen)
     if has_exact_ties(case):
         assert torch.equal(chosen, moba_attention_reference(q, k, v, **case.gate).blocks)
+
+
+@settings(max_examples=10 * settings().max_examples, phases=PHASES)
+@given(case=cases(), tile=st.integers(1, 200))
+def test_kernels_sort_like_the_cpu(case: Case, tile: int) -> None:
+    q, k, _ = replace(case, device="cuda").inputs()
+    assert_kernels_sort_alike(route(q, k, **case.gate), case.num_kv_heads, tile)
+
+
+def test_kernels_sort_many_pairs_of_many_blocks() -> None:
+    q, k = (
+        torch.randn(1, 4, 100_000, 16, device="cuda"),
+        torch.randn(1, 2, 100_000, 16, device="cuda"),
+    )
+    assert_kernels_sort_alike(route(q, k, block_size=20, top_k=9), 2, 128)
 
 
 def qkv(length: int, *, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,18 @@
 """Regrouped order and block masks, entry by entry, against the oracle's choice of tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from moba_flex import create_moba_block_mask, moba_attention_reference, route
+from moba_flex.masks import regroup_kernel
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.regroup import regroup, sort_pairs, tile_blocks
+from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton
 from moba_flex.masks.router import Routing
 from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
 from tests.helpers import Case, cases, chosen_blocks, listed_tiles, token_mask, visited_pairs
@@ -65,7 +69,7 @@ def test_pairs_are_sorted_by_block_and_cut_into_tiles(case: Case, tile: int) -> 
     assert torch.equal(pairs.rank >= 0, exists)
     assert pairs.first.dtype == pairs.row.dtype == pairs.rank.dtype == torch.int32
     lists = [(b, h) for b in range(case.batch) for h in range(case.num_kv_heads)]
-    tables = {skip: tile_blocks(pairs, tile, skip) for skip in (0, 1)}
+    tables = {skip: tile_blocks(pairs.first, pairs.row.shape[2], tile, skip) for skip in (0, 1)}
     for number, (b, h) in enumerate(lists):
         row, pick = exists[b, h].nonzero(as_tuple=True)
         rank = pairs.rank[b, h, row, pick].long()
@@ -84,6 +88,32 @@ def test_pairs_are_sorted_by_block_and_cut_into_tiles(case: Case, tile: int) -> 
             assert first_tile[number, -1] == used
             assert found[:used] == expected[skip]
             assert set(found[used:]) <= {routing.num_blocks}
+
+
+def assert_kernels_sort_alike(routing: Routing, num_kv_heads: int, tile: int) -> None:
+    """Compare the kernels with the operations on CPU: interpreted, or for real on a GPU."""
+    on_cpu = replace(routing, blocks=routing.blocks.cpu())
+    expected = sort_pairs(on_cpu, num_kv_heads)
+    if routing.blocks.shape[3] == 0:
+        return
+    found = sort_pairs_triton(routing.blocks, num_kv_heads, routing.num_blocks)
+    for x, y in zip(found, (expected.row, expected.rank, expected.first), strict=True):
+        assert torch.equal(x.cpu(), y)
+    for skip in (0, 1):
+        tables = tile_blocks(expected.first, expected.row.shape[2], tile, skip)
+        most = tables[0].shape[1]
+        for x, y in zip(tile_blocks_triton(found[2], tile, skip, most), tables, strict=True):
+            assert torch.equal(x.cpu(), y)
+
+
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=settings().max_examples // 3 + 1)
+@given(case=cases(max_len=300), tile=st.integers(1, 200), per_tile=st.integers(1, 40))
+def test_kernels_sort_alike(case: Case, tile: int, per_tile: int) -> None:
+    q, k, _ = case.inputs()
+    with pytest.MonkeyPatch.context() as patch:  # chunks of many tiles and of few
+        patch.setattr(regroup_kernel, "_BLOCKS_PER_TILE", per_tile)
+        assert_kernels_sort_alike(route(q, k, **case.gate), case.num_kv_heads, tile)
 
 
 @given(case=cases())

@@ -1,0 +1,160 @@
+"""Regrouped order on CUDA: a counting sort that is stable, so that every run gives the same."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moba_flex.masks.blocks import ceil_div
+
+# Pairs that a warp places at a time. A chunk is a number of such tiles: with more blocks a chunk
+# holds more, so that there are half as many counts as pairs.
+_TILE = 32
+_BLOCKS_PER_TILE = 16
+_WIDTH = 128
+
+# Arguments that vary with lengths: kernels are not compiled anew for what divides them.
+_SIZES = ["num_pairs", "num_blocks", "picks", "chunks", "chunk_size", "tile", "skip", "num_tiles"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def count_kernel(  # type: ignore[no-untyped-def]
+    block_ptr, count_ptr, num_pairs, num_blocks, chunks, chunk_size, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Count the pairs of a chunk that chose each block, or none, in the place after its own."""
+    chunk, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block_ptr += list_id * num_pairs
+    count_ptr += list_id * (num_blocks + 1) * chunks + chunk + 1
+    stop = tl.minimum((chunk + 1) * chunk_size, num_pairs)
+    for at in range(chunk * chunk_size, stop, WIDTH):
+        pair = at + tl.arange(0, WIDTH)
+        exists = pair < stop
+        block = tl.load(block_ptr + pair, mask=exists, other=0).to(tl.int64)
+        tl.atomic_add(count_ptr + block * chunks, 1, mask=exists, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def place_kernel(  # type: ignore[no-untyped-def]
+    block_ptr, next_ptr, row_ptr, rank_ptr, first_ptr, num_pairs, num_blocks, picks, chunks,
+    chunk_size, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Give each pair of a chunk the next rank of its block."""
+    chunk, list_id = tl.program_id(0), tl.program_id(1)
+    list_start = list_id * num_pairs  # modulo 2**32, like the running sum of all lists
+    first_pair = list_id.to(tl.int64) * num_pairs
+    entry = list_id.to(tl.int64) * (num_blocks + 1)
+    next_ptr += entry * chunks + chunk
+    if chunk == 0:
+        for at in range(0, num_blocks + 1, WIDTH):
+            block = (at + tl.arange(0, WIDTH)).to(tl.int64)
+            exists = block <= num_blocks
+            first = tl.load(next_ptr + block * chunks, mask=exists, other=0) - list_start
+            tl.store(first_ptr + entry + block, first, mask=exists)
+    index = tl.arange(0, TILE)
+    stop = tl.minimum((chunk + 1) * chunk_size, num_pairs)
+    for at in range(chunk * chunk_size, stop, TILE):
+        pair = at + index
+        exists = pair < stop
+        block = tl.load(block_ptr + first_pair + pair, mask=exists, other=-1)
+        # Of the pairs of the tile with the same block, how many there are and, in the upper half,
+        # how many come before.
+        weight = tl.where(index[:, None] < index[None, :], (1 << 16) + 1, 1)
+        same = tl.sum(tl.where(block[:, None] == block[None, :], weight, 0), 0)
+        earlier = same >> 16
+        is_last = earlier + 1 == same & 0xFFFF
+        next_ptrs = next_ptr + block.to(tl.int64) * chunks
+        # What one thread writes here others read in the next step.
+        tl.debug_barrier()
+        number = tl.load(next_ptrs, mask=exists, other=0) + earlier
+        tl.debug_barrier()
+        tl.store(next_ptrs, number + 1, mask=exists & is_last)
+        rank = number - list_start
+        tl.store(row_ptr + first_pair + rank, pair // picks, mask=exists)
+        rank = tl.where(block < num_blocks, rank, -1)
+        tl.store(rank_ptr + first_pair + pair, rank, mask=exists)
+
+
+@triton_op("moba_flex::sort_pairs_triton", mutates_args=())
+def sort_pairs_triton(
+    blocks: Tensor, num_kv_heads: int, num_blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the fields of `Pairs` of `Routing.blocks`, `[B, Hq, Q, K - 1]` with `K > 1`."""
+    blocks = blocks.contiguous()
+    batch, num_heads, q_len, picks = blocks.shape
+    rows = num_heads // num_kv_heads * q_len
+    lists, pairs = batch * num_kv_heads, rows * picks
+    chunk_size = ceil_div(num_blocks + 1, _BLOCKS_PER_TILE) * _TILE
+    chunks = ceil_div(pairs, chunk_size)
+    # The running sum of what is counted before each block and chunk, of all lists one after the
+    # other: over the lists side by side PyTorch's is slow.
+    count = blocks.new_zeros(lists * (num_blocks + 1) * chunks + 1)
+    wrap_triton(count_kernel)[(chunks, lists)](
+        blocks, count, pairs, num_blocks, chunks, chunk_size, WIDTH=_WIDTH
+    )
+    row = blocks.new_empty(batch, num_kv_heads, pairs)
+    rank = blocks.new_empty(batch, num_kv_heads, rows, picks)
+    first = blocks.new_empty(batch, num_kv_heads, num_blocks + 1)
+    wrap_triton(place_kernel)[(chunks, lists)](
+        blocks,
+        count.cumsum(0, dtype=torch.int32),
+        row,
+        rank,
+        first,
+        pairs,
+        num_blocks,
+        picks,
+        chunks,
+        chunk_size,
+        TILE=_TILE,
+        WIDTH=_WIDTH,
+        num_warps=1,
+    )
+    return row, rank, first
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def tile_kernel(  # type: ignore[no-untyped-def]
+    first_ptr, tile_block_ptr, first_tile_ptr, num_blocks, tile, skip, num_tiles,
+    WIDTH: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Number the tiles of `WIDTH` blocks; the program of the last ones fills up the table."""
+    list_id, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * WIDTH
+    first_ptr += list_id * (num_blocks + 1)
+    first_tile_ptr += list_id * (num_blocks + 1)
+    tile_block_ptr += list_id * num_tiles
+    before, total = 0, 0
+    count = tl.zeros([WIDTH], tl.int32)
+    for at in range(0, start + 1, WIDTH):
+        block = at + tl.arange(0, WIDTH)
+        exists = block < num_blocks
+        stop = tl.load(first_ptr + block + 1, mask=exists, other=0)
+        pairs = stop - tl.load(first_ptr + block, mask=exists, other=0)
+        count = tl.maximum(tl.cdiv(pairs, tile) - skip, 0)
+        total = before
+        before += tl.sum(count)
+    block = start + tl.arange(0, WIDTH)
+    first_tile = total + tl.cumsum(count) - count
+    tl.store(first_tile_ptr + block, first_tile, mask=block < num_blocks)
+    for at in range(0, tl.max(count), ROOM):
+        number = at + tl.arange(0, ROOM)[None, :]
+        place = first_tile[:, None] + number
+        tl.store(tile_block_ptr + place, block[:, None], mask=number < count[:, None])
+    if start + WIDTH >= num_blocks:
+        tl.store(first_tile_ptr + num_blocks, before)
+        for at in range(before, num_tiles, WIDTH):
+            place = at + tl.arange(0, WIDTH)
+            tl.store(tile_block_ptr + place, num_blocks, mask=place < num_tiles)
+
+
+def tile_blocks_triton(
+    first: Tensor, tile: int, skip: int, num_tiles: int
+) -> tuple[Tensor, Tensor]:
+    """Return the two tables of `tile_blocks`, of `num_tiles` tiles, from `Pairs.first`."""
+    lists, num_blocks = first.shape[0] * first.shape[1], first.shape[2] - 1
+    tile_block = first.new_empty(lists, num_tiles)
+    first_tile = first.new_empty(lists, num_blocks + 1)
+    wrap_triton(tile_kernel)[(ceil_div(num_blocks, _WIDTH), lists)](
+        first, tile_block, first_tile, num_blocks, tile, skip, num_tiles, WIDTH=_WIDTH, ROOM=16
+    )
+    return tile_block, first_tile
