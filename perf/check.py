@@ -5,6 +5,7 @@ it reaches lengths at which a whole reference would not fit.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # The gate decides by rounded scores, and implementations round their block means differently: a
 # query with two blocks of nearly the same affinity may take the other one.
 RIGHT_ROWS = 0.95
+
+Index = tuple[slice, slice]
 
 
 def check(
@@ -42,59 +45,112 @@ def check(
     tolerance = TOLERANCE[q.dtype]
     block_size, top_k = (shape.block_size, shape.top_k) if sparse else (shape.seq_len, 1)
     rows = torch.linspace(0, shape.seq_len - 1, QUERIES, device=q.device).long()
+
+    def reference(q_rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_rows(
+            q_rows, k, v, rows, gate(q_rows, k, rows, block_size, top_k), block_size
+        )
+
     out = attend(q, k, v)
-    expected = reference_rows(q, k, v, rows, block_size, top_k)
-    error = _relative(out[:, :, rows].detach(), expected.detach())
+    expected = torch.empty_like(out[:, :, rows], dtype=torch.float64)
+    with torch.no_grad():
+        for of_q, of_k in by_head(q, k):
+            expected[of_q] = reference(q[of_q][:, :, rows], k[of_k], v[of_k])
+    error = (out[:, :, rows].detach() - expected).norm(dim=-1) / expected.norm(dim=-1)
     right = error < tolerance
     share = float(right.float().mean())
     median = float(error.median())
     assert share >= RIGHT_ROWS, f"{share:.1%} of the queries are right; median error {median:.2g}"
     if out.requires_grad:
-        grad_rows = torch.randn_like(expected) * right[..., None]
-        grad_out = torch.zeros_like(out).index_copy(2, rows, grad_rows.to(out.dtype))
-        grads = torch.autograd.grad(out, (q, k, v), grad_out)
-        expected_grads = torch.autograd.grad(expected, (q, k, v), grad_out[:, :, rows].double())
-        for name, grad, expected_grad in zip("qkv", grads, expected_grads, strict=True):
-            grad_error = float(_relative(grad.flatten(), expected_grad.flatten()))
+        grad_rows = (torch.randn_like(expected) * right[..., None]).to(out.dtype)
+        grad_out = torch.zeros_like(out).index_copy_(2, rows, grad_rows)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
+
+        def gradients() -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+            for of_q, of_k in by_head(q, k):
+                of_head = (q[of_q][:, :, rows], k[of_k], v[of_k])
+                leaves = [x.detach().requires_grad_() for x in of_head]
+                grad = grad_rows[of_q].double()
+                exact = torch.autograd.grad(reference(*leaves), leaves, grad)
+                yield (dq[of_q][:, :, rows], dk[of_k], dv[of_k]), exact
+
+        for name, grad_error in zip("qkv", relative_errors(gradients()), strict=True):
             assert grad_error < tolerance, f"the gradient of {name} is off by {grad_error:.2g}"
     return {"error": median, "right_rows": share}
 
 
-def reference_rows(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, block_size: int, top_k: int
-) -> Tensor:
-    """Compute MoBA (arXiv 2502.13189) for some queries of a causal self-attention, in float64.
+def by_head(q: Tensor, k: Tensor) -> Iterator[tuple[Index, Index]]:
+    """Yield where each key head of each sequence lies: its `G` query heads, and itself.
+
+    Head by head, what is computed in float64 fits at any length.
+    """
+    group = q.shape[1] // k.shape[1]
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            batch = slice(b, b + 1)
+            yield (batch, slice(h * group, (h + 1) * group)), (batch, slice(h, h + 1))
+
+
+def gate(q: Tensor, k: Tensor, rows: Tensor, block_size: int, top_k: int) -> Tensor:
+    """Choose blocks for some queries (arXiv 2502.13189, equations 5 to 7).
 
     Args:
-        q: Queries, `[B, Hq, S, D]`.
-        k: Keys, `[B, Hkv, S, D]`.
-        v: Values, `[B, Hkv, S, D]`.
-        rows: Positions of the `R` queries, `[R]`.
+        q: The `R` queries of a key head, `[1, G, R, D]`.
+        k: Its keys, `[1, 1, S, D]`.
+        rows: Positions of the queries, `[R]`.
         block_size: Keys per routed block.
         top_k: Blocks a query attends to, its own included.
 
     Returns:
-        Outputs, `[B, Hq, R, D]`.
+        The others' numbers, int `[1, G, R, K - 1]`; the number of blocks stands for none.
     """
-    group = q.shape[1] // k.shape[1]
-    rounded_to = k.dtype
-    q = q[:, :, rows].double()
-    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    seq_len, head_dim = k.shape[2:]
     with torch.no_grad():
-        means = torch.stack([block.mean(2) for block in k.split(block_size, 2)], 2)
-        affinity = q @ means.to(rounded_to).double().mT
-        blocks = torch.arange(means.shape[2], device=q.device)
-        own = (rows // block_size)[:, None]
-        affinity = affinity.masked_fill(blocks == own, math.inf)
-        affinity = affinity.masked_fill(blocks > own, -math.inf)
-        best = affinity.topk(min(top_k, len(blocks)), -1).indices
-        chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, best, True)
-        positions = torch.arange(seq_len, device=q.device)
-        mask = chosen[..., positions // block_size] & (positions <= rows[:, None])
-    logits = (q @ k.mT / math.sqrt(head_dim)).masked_fill(~mask, -math.inf)
-    return logits.softmax(-1) @ v
+        block = torch.arange(k.shape[2], device=k.device) // block_size
+        size = block.bincount()
+        total = k.new_zeros(1, 1, len(size), k.shape[3], dtype=torch.float64)
+        means = total.index_add(2, block, k.double()) / size[:, None]
+        affinity = q.double() @ means.to(k.dtype).double().mT
+        past = torch.arange(len(size), device=k.device) < (rows // block_size)[:, None]
+        best = affinity.masked_fill(~past, -math.inf).topk(min(top_k, len(size)) - 1)
+        return best.indices.masked_fill(best.values == -math.inf, len(size))
 
 
-def _relative(actual: Tensor, expected: Tensor) -> Tensor:
-    return (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, blocks: Tensor, block_size: int
+) -> Tensor:
+    """Attend, in float64, with some queries to their own blocks and to chosen ones.
+
+    Args:
+        q: The `R` queries of a key head, `[1, G, R, D]`.
+        k: Its keys, `[1, 1, S, D]`.
+        v: Its values, `[1, 1, S, D]`.
+        rows: Positions of the queries, `[R]`.
+        blocks: What `gate` returns.
+        block_size: Keys per routed block.
+
+    Returns:
+        Outputs, `[1, G, R, D]`.
+    """
+    positions = torch.arange(k.shape[2], device=k.device)
+    block, own = positions // block_size, rows[:, None] // block_size
+    chosen = torch.zeros(*q.shape[:3], int(block[-1]) + 2, dtype=torch.bool, device=k.device)
+    chosen.scatter_(3, blocks.long(), True)
+    mask = (chosen[..., block] | (block == own)) & (positions <= rows[:, None])
+    logits = q.double() @ k.double().mT / math.sqrt(k.shape[3])
+    return logits.masked_fill(~mask, -math.inf).softmax(-1) @ v.double()
+
+
+def relative_errors(heads: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]) -> list[float]:
+    """Compare several tensors that come head by head, each time as `(actual, exact)`."""
+    squares = torch.tensor(
+        [
+            [
+                [float((x.double() - y).square().sum()), float(y.double().square().sum())]
+                for x, y in zip(actual, exact, strict=True)
+            ]
+            for actual, exact in heads
+        ],
+        dtype=torch.float64,
+    )
+    wrong, whole = squares.sum(0).unbind(-1)
+    return list((wrong / whole).sqrt().tolist())

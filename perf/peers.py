@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -71,7 +72,7 @@ def flex_moba(shape: Shape, device: torch.device) -> Attention:
         assert isinstance(out, Tensor)
         return out
 
-    return torch.compile(attend, fullgraph=True, dynamic=False)
+    return _compiled(attend)
 
 
 def flex_causal(shape: Shape, device: torch.device) -> Attention:
@@ -84,12 +85,23 @@ def flex_causal(shape: Shape, device: torch.device) -> Attention:
         shape.seq_len,
         device=str(device),
     )
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q, k, v, block_mask=mask, enable_gqa=is_grouped(shape))
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=is_grouped(shape))
+        assert isinstance(out, Tensor)
+        return out
 
-    return attend
+    return _compiled(attend)
+
+
+def _compiled(attend: Attention) -> Attention:
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with functorch_config.patch(donated_buffer=False):  # backward is timed many times
+            return compiled(q, k, v)
+
+    return call
 
 
 def sdpa_flash(shape: Shape, device: torch.device) -> Attention:
@@ -106,10 +118,15 @@ def sdpa_cudnn(shape: Shape, device: torch.device) -> Attention:
 
 def _sdpa(shape: Shape, backend: SDPBackend) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=is_grouped(shape)
-            )
+        try:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=is_grouped(shape)
+                )
+        except RuntimeError as reason:
+            if "No available kernel" not in str(reason):
+                raise
+            raise Unavailable(f"{backend} takes no such inputs") from reason
 
     return attend
 

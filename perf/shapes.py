@@ -1,8 +1,13 @@
-"""The shapes that are timed, and how much attention each of them needs."""
+"""The shapes that are timed, their inputs, and how much work each of them is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+STAGES = ("forward", "backward", "forward+backward")
+PARTS = ("route", "regroup", "attend")  # of the forward pass; to regroup is part of attend
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Shape:
         block_size: Keys per routed block.
         top_k: Blocks a query attends to, its own included.
         dtype: Of queries, keys and values.
+        routing: "uniform" if blocks are chosen evenly; "one" if all queries want the first block;
+            "skewed" if 90 % of the queries want the first 5 % of the blocks.
     """
 
     name: str
@@ -30,6 +37,17 @@ class Shape:
     block_size: int
     top_k: int
     dtype: torch.dtype
+    routing: Literal["uniform", "one", "skewed"] = "uniform"
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is dense attention: one block."""
+        return self.num_blocks == 1
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a sequence; the last may be short."""
+        return -(-self.seq_len // self.block_size)
 
     @property
     def selected_pairs(self) -> int:
@@ -61,9 +79,56 @@ class Shape:
         products = {"forward": 2, "backward": 5, "forward+backward": 7}[stage]
         return 2.0 * products * self.head_dim * self.selected_pairs
 
+    def operations(self, stage: str) -> float:
+        """Operations that MoBA cannot do without: those of a stage, and the scores of its gate."""
+        gate = 0
+        if stage != "backward":
+            candidates = sum(query // self.block_size for query in range(self.seq_len))
+            gate = 2 * self.head_dim * candidates * self.batch * self.num_heads
+        return self.flops(stage) + gate
 
-def _gpu(name: str, seq_len: int, block_size: int, top_k: int) -> Shape:
-    return Shape(name, 1, 16, 16, seq_len, 128, block_size, top_k, torch.bfloat16)
+    def bytes(self, stage: str) -> int:
+        """Bytes of inputs and outputs: q, k, v and out; in backward these and four gradients."""
+        times = {"forward": 1, "backward": 2, "forward+backward": 3}[stage]
+        tokens = self.batch * self.seq_len * 2 * (self.num_heads + self.num_kv_heads)
+        return times * tokens * self.head_dim * self.dtype.itemsize
+
+
+def draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw normal queries `[B, Hq, S, D]`, keys and values `[B, Hkv, S, D]` of a shape.
+
+    Unless routing is uniform, the keys of the wanted blocks and the queries that want them are
+    shifted along one direction: by so little that attention stays spread, by so much that the
+    affinity, 12 more, outdoes that of all other blocks.
+    """
+    torch.manual_seed(0)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    sizes = [(shape.batch, count, shape.seq_len, shape.head_dim) for count in heads]
+    q, k, v = (torch.randn(size, dtype=shape.dtype, device=device) for size in sizes)
+    if shape.routing != "uniform":
+        share, blocks = (1.0, 1) if shape.routing == "one" else (0.9, shape.num_blocks // 20)
+        direction = shape.head_dim**-0.5  # all elements alike make a vector of length 1
+        q += 6 * direction * (torch.rand(shape.seq_len, 1, device=device) < share)
+        k[:, :, : blocks * shape.block_size] += 2 * direction
+    return q, k, v
+
+
+def _gpu(thousands: int, block_size: int, top_k: int, note: str = "", **changed: Any) -> Shape:
+    """Make a shape of so many times 1,024 tokens, named by its numbers and what is changed."""
+    length = f"{thousands}K" if thousands < 1024 else f"{thousands // 1024}M"
+    blocks = "dense" if block_size >= thousands * 1024 else f"{block_size}/{top_k}"
+    name = f"{length}/{blocks} {note}".rstrip()
+    seq_len = thousands * 1024
+    usual = Shape(name, 1, 16, 16, seq_len, 128, block_size, top_k, torch.bfloat16)
+    return replace(usual, **changed)
+
+
+def _eight(thousands: int, block_size: int, top_k: int) -> Shape:
+    return _gpu(thousands, block_size, top_k, "8:8", num_heads=8, num_kv_heads=8)
+
+
+def _dense(thousands: int) -> Shape:
+    return _eight(thousands, thousands * 1024, 1)
 
 
 def _cpu(name: str, seq_len: int) -> Shape:
@@ -71,15 +136,49 @@ def _cpu(name: str, seq_len: int) -> Shape:
 
 
 TINY = Shape("tiny", 2, 4, 2, 320, 32, 64, 3, torch.float32)
+_LENGTHS = [4, 8, 16, 32, 64, 128, 256, 512, 1024]
 ROWS = {
-    "cuda": [
-        _gpu("16K/512/3", 16 * 1024, 512, 3),
-        _gpu("64K/512/3", 64 * 1024, 512, 3),
-        _gpu("64K/128/8", 64 * 1024, 128, 8),
-    ],
-    "cpu": [
-        _cpu("8K/512/3", 8 * 1024),
-        _cpu("16K/512/3", 16 * 1024),
-        _cpu("32K/512/3", 32 * 1024),
-    ],
+    "cuda": {
+        "main": [
+            _gpu(8, 512, 3),
+            _gpu(16, 512, 3),
+            _gpu(64, 512, 3),
+            _gpu(64, 128, 8),
+            _gpu(64, 128, 8, "32:8", num_heads=32, num_kv_heads=8),
+            _gpu(128, 128, 8),
+            _gpu(128, 2048, 3),
+        ],
+        "variants": [
+            _gpu(64, 128, 8, "head_dim 64", head_dim=64),
+            _gpu(64, 128, 8, "head_dim 256", head_dim=256, num_heads=8, num_kv_heads=8),
+            _gpu(64, 128, 8, "float16", dtype=torch.float16),
+            _gpu(32, 128, 8, "batch 2", batch=2),
+            _gpu(8, 128, 8, "batch 8", batch=8),
+            _gpu(64, 128, 8, "one block", routing="one"),
+            _gpu(64, 128, 8, "skewed", routing="skewed"),
+        ],
+        "sweep": [
+            *(_eight(length, 512, 3) for length in _LENGTHS),
+            *(_eight(length, 128, 8) for length in _LENGTHS),
+            _eight(1024, 4096, 12),
+            *(_dense(length) for length in _LENGTHS if length <= 256),
+        ],
+        "dense": [_dense(512), _dense(1024)],  # takes minutes; else it is extrapolated
+        "map": [
+            _dense(64),
+            *(
+                _eight(64, block_size, top_k)
+                for block_size in (64, 128, 256, 512, 1024, 2048, 4096)
+                for top_k in (2, 3, 4, 8, 12, 16)
+            ),
+        ],
+        "errors": [_gpu(32, 128, 8)],
+    },
+    "cpu": {
+        "main": [
+            _cpu("8K/512/3", 8 * 1024),
+            _cpu("16K/512/3", 16 * 1024),
+            _cpu("32K/512/3", 32 * 1024),
+        ],
+    },
 }

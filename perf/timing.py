@@ -1,11 +1,13 @@
-"""A clock that waits for the device, and what the machine is."""
+"""A clock that waits for the device, what the machine is, and how fast."""
 
 import importlib.metadata
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ def l2_flusher(device: torch.device) -> Callable[[], None]:
         buffer.zero_()
 
     return flush
-    return lambda: buffer.zero_() and None
 
 
 def peak_mib(
@@ -47,6 +48,32 @@ def peak_mib(
     run(*args)
     torch.cuda.synchronize()
     return float((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+@cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the operations per second of a large matrix product."""
+    size = 16384 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b)
+
+
+@cache
+def copy_rate(device: torch.device) -> float:
+    """Measure the bytes per second, read or written, of a large copy."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source))
+
+
+def _seconds(run: Callable[[], object], rounds: int = 11) -> float:
+    """Time a call; the median leaves out that the first rounds are slower."""
+    times = []
+    for _ in range(rounds):
+        start = synced_clock()
+        run()
+        times.append(synced_clock() - start)
+    return statistics.median(times)
 
 
 def machine_info(device: torch.device) -> dict[str, str | int | None]:

@@ -1,7 +1,11 @@
 """The benchmarks count, check and report what they say."""
 
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,24 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import moba_attention_reference
-from perf import plot
-from perf.check import check, reference_rows
-from perf.peers import PEERS, Unavailable
-from perf.shapes import ROWS, TINY, Shape
-from perf.timing import machine_info, synced_clock
+from moba_flex import moba_attention, moba_attention_reference
+from perf import bench_attention, conftest, errors, plot, tables, timing
+from perf.check import attend_rows, by_head, check, gate, relative_errors
+from perf.fit import fit
+from perf.peers import PEERS, Peer, Unavailable
+from perf.shapes import PARTS, ROWS, STAGES, TINY, Shape, draw
 
 CPU = torch.device("cpu")
 
 
 def inputs(shape: Shape, *, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(num_heads: int) -> Tensor:
-        size = (shape.batch, num_heads, shape.seq_len, shape.head_dim)
-        return torch.randn(size, generator=generator).requires_grad_(requires_grad)
-
-    return draw(shape.num_heads), draw(shape.num_kv_heads), draw(shape.num_kv_heads)
+    q, k, v = (x.requires_grad_(requires_grad) for x in draw(shape, CPU))
+    return q, k, v
 
 
 @pytest.mark.parametrize(("seq_len", "block_size", "top_k"), [(64, 16, 3), (61, 8, 4), (7, 9, 2)])
@@ -39,6 +38,10 @@ def test_selected_pairs_are_those_of_the_gate(seq_len: int, block_size: int, top
     assert shape.selected_pairs == int(pairs.sum())
     causal = seq_len * (seq_len + 1) // 2 * shape.batch * shape.num_heads
     assert shape.density == pytest.approx(int(pairs.sum()) / causal)
+    own = positions // block_size
+    scores = 2 * shape.head_dim * int((own < own[:, None])[:, ::block_size].sum()) * 2 * 2
+    assert shape.operations("forward") == shape.flops("forward") + scores
+    assert shape.operations("backward") == shape.flops("backward")
 
 
 def test_flops_of_a_dense_shape() -> None:
@@ -49,20 +52,68 @@ def test_flops_of_a_dense_shape() -> None:
     assert shape.flops("forward+backward") == 3.5 * shape.flops("forward")
 
 
+def test_bytes_are_those_of_inputs_and_outputs() -> None:
+    q, k, v = inputs(TINY)
+    assert TINY.bytes("forward") == sum(x.nbytes for x in (q, k, v, q))
+    assert TINY.bytes("backward") == sum(x.nbytes for x in (q, k, v, q, q, q, k, v))
+    assert TINY.bytes("forward+backward") == TINY.bytes("forward") + TINY.bytes("backward")
+
+
 @pytest.mark.parametrize("device", ROWS)
-def test_shapes_have_names_of_their_own(device: str) -> None:
-    names = [shape.name for shape in [*ROWS[device], TINY]]
-    assert len(set(names)) == len(names)
+def test_shapes_are_what_they_are_called(device: str) -> None:
+    shapes = [TINY, *(shape for rows in ROWS[device].values() for shape in rows)]
+    named = {shape.name: shape for shape in shapes}
+    for shape in shapes:
+        assert named[shape.name] == shape
+        if shape != TINY:
+            length, *options = shape.name.split()[0].split("/")
+            tokens = int(length[:-1]) * {"K": 2**10, "M": 2**20}[length[-1]]
+            assert tokens == shape.seq_len
+            dense = ["dense"] if shape.dense else [str(shape.block_size), str(shape.top_k)]
+            assert options == dense
 
 
-def test_reference_rows_equal_the_oracle() -> None:
+@pytest.mark.parametrize(
+    ("routing", "blocks", "wants"), [("uniform", 1, 0.0), ("one", 1, 1.0), ("skewed", 4, 0.9)]
+)
+def test_inputs_make_the_gate_choose_what_is_wanted(
+    routing: Any, blocks: int, wants: float
+) -> None:
+    shape = Shape("", 1, 2, 1, 80 * 16, 64, 16, 4, torch.float32, routing)
+    q, k, v = inputs(shape)
+    chosen = moba_attention_reference(q, k, v, block_size=16, top_k=4).blocks
+    picks = chosen[:, :, shape.seq_len // 2 :, :blocks].sum(-1)
+    share = (picks == min(blocks, 3)).double().mean().item()
+    assert share == pytest.approx(wants, abs=0.08)
+
+
+def test_gate_and_rows_are_those_of_the_oracle() -> None:
     q, k, v = inputs(TINY)
     rows = torch.arange(0, TINY.seq_len, 3)
     expected = moba_attention_reference(
         q, k, v, block_size=TINY.block_size, top_k=TINY.top_k, dtype=torch.float64
     ).out[:, :, rows]
-    actual = reference_rows(q, k, v, rows, TINY.block_size, TINY.top_k)
-    torch.testing.assert_close(actual, expected.double(), rtol=1e-5, atol=1e-6)
+    for of_q, of_k in by_head(q, k):
+        q_rows = q[of_q][:, :, rows]
+        blocks = gate(q_rows, k[of_k], rows, TINY.block_size, TINY.top_k)
+        actual = attend_rows(q_rows, k[of_k], v[of_k], rows, blocks, TINY.block_size)
+        torch.testing.assert_close(actual, expected[of_q], rtol=1e-9, atol=1e-12)
+
+
+def test_heads_are_visited_once() -> None:
+    q, k, _ = (torch.zeros_like(x) for x in inputs(TINY))
+    for of_q, of_k in by_head(q, k):
+        q[of_q] += 1
+        k[of_k] += 1
+        assert q[of_q].shape[1] == 2
+    assert (q == 1).all()
+    assert (k == 1).all()
+
+
+def test_relative_errors_are_over_all_heads() -> None:
+    exact = torch.tensor([3.0, 4.0]), torch.tensor([1.0])
+    heads = [((exact[0] + torch.tensor([1.0, 0.0]), exact[1]), exact), (exact, exact)]
+    assert relative_errors(heads) == pytest.approx([1 / math.sqrt(50), 0.0])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,18 +149,204 @@ def test_peer_that_cannot_run_says_why(name: str) -> None:
         PEERS[name].setup(TINY, CPU)
 
 
+def test_peer_whose_kernel_takes_no_such_inputs_is_unavailable() -> None:
+    q, k, v = inputs(TINY)
+    attend = PEERS["SDPA flash, causal"].setup(TINY, CPU)
+    assert attend(q, k, v).shape == q.shape
+    with pytest.raises(Unavailable, match="FLASH_ATTENTION takes no such inputs"):
+        attend(q, k, v[..., :8])
+
+
+def test_parts_are_those_of_moba_flex() -> None:
+    q, k, v = inputs(TINY)
+    calls = bench_attention.part_calls(TINY, q, k, v)
+    assert calls.keys() == {*PARTS}
+    found: dict[str, Any] = {part: call() for part, call in calls.items()}
+    assert found["route"].blocks.shape == (2, 4, 320, 2)
+    assert found["regroup"].rank.shape == (2, 2, 2 * 320, 2)
+    expected = moba_attention(q, k, v, block_size=TINY.block_size, top_k=TINY.top_k)
+    assert torch.equal(found["attend"][0], expected)
+
+
+def test_set_up_holds_one_subject() -> None:
+    first = bench_attention.set_up("moba_flex", TINY, CPU)
+    assert bench_attention.set_up("moba_flex", TINY, CPU) is first
+    assert bench_attention.set_up("SDPA flash, causal", TINY, CPU) is not first
+    assert len(bench_attention._held) == 1
+
+
+def test_what_is_timed_of_a_group() -> None:
+    sweep = list(conftest.timed("sweep", ROWS["cuda"]["sweep"]))
+    assert all(shape.dense != PEERS[peer].sparse for shape, peer, _ in sweep)
+    assert max(shape.seq_len for shape, peer, _ in sweep if "SDPA" in peer) == 2**18
+    assert {stage for _, peer, stage in sweep if peer == "moba_flex"} == {*STAGES, *PARTS}
+    grid = list(conftest.timed("map", ROWS["cuda"]["map"]))
+    assert {stage for *_, stage in grid} == {"forward+backward"}
+    assert [peer for _, peer, _ in grid].count("SDPA cuDNN, causal") == 1
+    assert [peer for _, peer, _ in grid].count("moba_flex") == 7 * 6
+    main = list(conftest.timed("main", ROWS["cuda"]["main"]))
+    assert len(main) == 7 * (len(PEERS) * len(STAGES) + len(PARTS))
+    assert len(set(main)) == len(main)
+
+
+def test_unknown_rows_are_refused() -> None:
+    with pytest.raises(pytest.UsageError, match="--rows must be one of a, b, got c"):
+        conftest.check_known("--rows", ["a", "c"], ["a", "b"])
+
+
+def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_a_second(run: Any) -> float:
+        run()
+        return 0.5
+
+    monkeypatch.setattr(timing, "_seconds", half_a_second)
+    assert timing.matmul_rate.__wrapped__(CPU, torch.float32) == 2 * 2048**3 / 0.5
+    assert timing.copy_rate.__wrapped__(CPU) == 2 * 2**28 / 0.5
+
+
+def test_a_call_is_timed_by_its_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 9.0, 9.0, 10.0, 10.0, 12.0])
+    monkeypatch.setattr(timing, "synced_clock", lambda: next(ticks))
+    assert timing._seconds(lambda: None, rounds=3) == 2
+
+
+@pytest.mark.parametrize(("operations", "size", "share"), [(3e12, 1e9, 0.3), (1e12, 5e9, 0.5)])
+def test_share_of_the_limit(
+    monkeypatch: pytest.MonkeyPatch, operations: float, size: float, share: float
+) -> None:
+    monkeypatch.setattr(conftest, "matmul_rate", lambda device, dtype: 1e13)
+    monkeypatch.setattr(conftest, "copy_rate", lambda device: 1e10)
+    config: Any = SimpleNamespace(getoption={"device": "cpu"}.get)
+    extra = {"dtype": "float32", "flops": 2e12, "operations": operations, "bytes": size}
+    document: dict[str, Any] = {
+        "machine_info": {},
+        "benchmarks": [
+            {"extra_info": extra, "stats": {"median": 1.0, "data": [1.0]}, "params": {}},
+            {"extra_info": {"dtype": "float32"}, "stats": {"median": 1.0}, "params": {}},
+        ],
+    }
+    conftest.pytest_benchmark_update_json(config, document)
+    assert document["machine_info"] == {"matmul_flops": {"float32": 1e13}, "copy_bytes": 1e10}
+    assert extra["tflops"] == 2
+    assert extra["limit_share"] == pytest.approx(share)
+    assert document["benchmarks"][0]["stats"] == {"median": 1.0}
+
+
+def test_errors_are_those_of_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "CHUNK", 100)
+    found = errors.measure(TINY, CPU)
+    assert found["bitwise_equal"]["moba_flex"]
+    assert max(found["errors"]["moba_flex"].values()) < 1e-6
+    assert max(found["errors"]["SDPA flash, causal"].values()) < 1e-6
+
+    scale = iter([1.01, 1.02])
+
+    def scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = moba_attention(q, k, v, block_size=TINY.block_size, top_k=TINY.top_k)
+        return next(scale) * out
+
+    monkeypatch.setitem(PEERS, "moba_flex", Peer(lambda shape, device: scaled, sparse=True))
+    found = errors.measure(TINY, CPU)
+    assert not found["bitwise_equal"]["moba_flex"]
+    for result, error in found["errors"]["moba_flex"].items():
+        assert error == pytest.approx(0.01, rel=1e-2)
+        ratio = error / found["errors"]["SDPA flash, causal"][result]
+        assert found["errors"]["ratio"][result] == pytest.approx(ratio)
+
+
+def test_errors_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "errors.json"
+    errors.main(["--device", "cpu", "--json", str(file)])
+    document = json.loads(file.read_text())
+    assert document["shape"] == "tiny"
+    assert document["errors"]["ratio"].keys() == {"out", "dq", "dk", "dv"}
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["tiny:", "moba_flex", "SDPA", "ratio", "two"]
+    assert "'moba_flex': True" in printed[-1]
+
+
+@pytest.mark.slow
+def test_a_run_holds_what_is_shown_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "attention_run.json"
+    options = ["-q", "--device=cpu", "--rows=tiny", "--seconds=0.01", "-k", "moba_flex-"]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "perf", *options, f"--benchmark-json={file}"],
+        cwd=plot.ROOT,
+        check=True,
+        capture_output=True,
+    )
+    document = json.loads(file.read_text())
+    stages = tables.group(document["benchmarks"])["tiny"]["moba_flex"]
+    assert stages.keys() == {*STAGES, *PARTS}
+    assert all(bench["stats"]["rounds"] >= 3 for bench in stages.values())
+    assert all("limit_share" in stages[stage]["extra_info"] for stage in STAGES)
+    info = stages["forward"]["extra_info"]
+    assert (info["rows"], info["dtype"], info["seq_len"]) == ("tiny", "float32", 320)
+    assert "moba_flex" in tables.table(document["benchmarks"])
+
+
 def test_machine_is_described_without_its_name() -> None:
-    info = machine_info(CPU)
+    info = timing.machine_info(CPU)
     assert info["torch"] == torch.__version__
     assert {"device", "cpu", "threads", "python", "triton", "commit"} == info.keys() - {"torch"}
-    assert synced_clock() <= synced_clock()
+    assert timing.synced_clock() <= timing.synced_clock()
 
 
-def bench(shape: str, peer: str, stage: str, seconds: float) -> dict[str, Any]:
+def bench(shape: str, peer: str, stage: str, seconds: float, **changed: Any) -> dict[str, Any]:
     info = {"shape": shape, "peer": peer, "stage": stage, "density": 0.25, "tflops": 1.234}
     sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float32"}
     stats = {"median": seconds, "iqr": seconds / 100}
-    return {"extra_info": info | sizes | {"peak_mib": 2048.0}, "stats": stats}
+    return {"extra_info": info | sizes | {"peak_mib": 2048.0} | changed, "stats": stats}
+
+
+MAIN = [
+    bench("8K/512/3", "moba_flex", "forward", 0.1, limit_share=0.5),
+    bench("8K/512/3", "moba_flex", "backward", 0.25, tflops=2.0, limit_share=0.25),
+    bench("8K/512/3", "moba_flex", "forward+backward", 0.4),
+    bench("8K/512/3", "moba_flex", "route", 0.01),
+    bench("8K/512/3", "moba_flex", "regroup", 0.02),
+    bench("8K/512/3", "moba_flex", "attend", 0.09),
+    bench("8K/512/3", "dense", "forward", 1.236),
+]
+
+
+def sweep() -> list[dict[str, Any]]:
+    """Make up a sweep: attention 10 ns a token, routing 1 ns and 10 ps a block."""
+    benches = []
+    for length in (2**14, 2**15, 2**16, 2**17):
+        name, options = f"{length // 1024}K", {"seq_len": length, "rows": "sweep"}
+        times = {
+            "forward": 12e-9 * length,
+            "backward": 20e-9 * length,
+            "forward+backward": 30e-9 * length,
+            "attend": 10e-9 * length,
+            "route": (1e-9 + 10e-12 * length / 128) * length,
+        }
+        for stage, time in times.items():
+            sizes = options | {"block_size": 128, "top_k": 8, "peak_mib": length / 64}
+            benches.append(bench(f"{name}/128/8", "moba_flex", stage, time, **sizes))
+        for peer in ("SDPA flash, causal", "SDPA cuDNN, causal"):
+            if length <= 2**16:
+                sizes = options | {"block_size": length, "top_k": 1, "peak_mib": length / 32}
+                benches += [
+                    bench(f"{name}/dense", peer, stage, 1e-12 * length**2, **sizes)
+                    for stage in STAGES
+                ]
+    return benches
+
+
+def grid() -> list[dict[str, Any]]:
+    both, sizes = "forward+backward", {"seq_len": 2**16, "rows": "map"}
+    cells = [
+        bench(
+            f"64K/{size}/{top_k}", "moba_flex", both, time, block_size=size, top_k=top_k, **sizes
+        )
+        for size, top_k, time in ((512, 3, 0.5), (64, 2, 0.1), (64, 3, 0.2))
+    ]
+    dense = sizes | {"block_size": 2**16, "top_k": 1}
+    return [bench("64K/dense", "SDPA cuDNN, causal", both, 1.0, **dense), *cells]
 
 
 DOCUMENT: dict[str, Any] = {
@@ -122,32 +359,100 @@ DOCUMENT: dict[str, Any] = {
         "torch": "2.13.0",
         "triton": None,
         "commit": "abc",
+        "matmul_flops": {"float32": 1.5e11},
+        "copy_bytes": 2e10,
     },
-    "benchmarks": [
-        bench("8K/512/3", "moba_flex", "forward", 0.1),
-        bench("8K/512/3", "moba_flex", "forward+backward", 0.4),
-        bench("8K/512/3", "dense", "forward", 1.2345),
-    ],
+    "benchmarks": [*MAIN, *sweep(), *grid()],
 }
 
 
-def test_table() -> None:
-    head, *rows = plot.table(DOCUMENT).splitlines()
-    assert head == (
-        "**A processor, 2 cores, 2 threads, torch 2.13.0, python 3.11.0, commit abc, 2026-01-02**"
-        "; batch 1, 4 query and 2 key heads, head_dim 64, float32"
+def test_heading() -> None:
+    assert tables.heading(DOCUMENT) == (
+        "A processor, 2 cores, 2 threads, torch 2.13.0, python 3.11.0, commit abc, 2026-01-02"
     )
-    assert rows[3:] == [
-        "| 8K/512/3, 25.0% | moba_flex | 100 ± 1 | 1.00 | - |  | 400 ± 4 | 1.00 | 1.23 | 2,048 |",
-        "| 8K/512/3, 25.0% | dense | 1,234 ± 12 | 12.35 | - |  | - |  | 1.23 | - |",
+    assert tables.rates(DOCUMENT) == "; float32 matrix product 0.15 TFLOP/s; copy 20 GB/s"
+    assert tables.rates({"machine_info": {}}) == ""
+    usual = "batch 1, 4 query and 2 key heads, head_dim 64, float32"
+    assert tables.sizes(MAIN) == usual
+    other = bench("8K/512/3 batch 2", "moba_flex", "forward", 0.1, batch=2)
+    assert tables.sizes([*MAIN, other]) == f"{usual} unless a shape says otherwise"
+
+
+def test_table() -> None:
+    assert tables.table(MAIN).splitlines()[2:] == [
+        "| 8K/512/3, 25.0% | moba_flex | 100 ± 1 | 1.00 | 250 ± 2 | 1.00 | 400 ± 4 | 1.00 "
+        "| 1.23 / 2 | 50.0% / 25.0% | 2,048 |",
+        "| 8K/512/3, 25.0% | dense | 1,236 ± 12 | 12.36 | - |  | - |  | 1.23 / - | - / - | - |",
+        "",
+        "| moba_flex, parts of forward | route ms | regroup ms | attend ms |",
+        "| --- | --- | --- | --- |",
+        "| 8K/512/3 | 10.0 ± 0.1 | 20.0 ± 0.2 | 90.0 ± 0.9 |",
     ]
+    assert "parts" not in tables.table(MAIN[:3])
+
+
+def test_sweep_table() -> None:
+    titles, _, *rows = tables.sweep_table(sweep()).splitlines()
+    assert titles.split(" | ")[-2:] == ["MiB", "MiB, SDPA flash |"]
+    assert rows[2:4] == [
+        "| 64K/128/8 | 0.786 ± 0.008 | 5.46 | 1.31 ± 0.01 | 3.28 | 1.97 ± 0.02 | 2.18 "
+        "| 1,024 | 2,048 |",
+        "| 128K/128/8 | 1.57 ± 0.02 | ~10.92 | 2.62 ± 0.03 | ~6.55 | 3.93 ± 0.04 | ~4.37 "
+        "| 2,048 | ~4,096 |",
+    ]
+    assert rows[-1].startswith("- 128/8: attention 10 ns a token, +0.0% at each doubling; ")
+
+
+def test_map_table() -> None:
+    assert tables.map_table(grid()).splitlines() == [
+        "| forward+backward, x cuDNN | top_k 2 | top_k 3 |",
+        "| --- | --- | --- |",
+        "| block_size 64 | 10.00 | 5.00 |",
+        "| block_size 512 | - | 2.00 |",
+    ]
+
+
+def test_fit() -> None:
+    lengths = [2**12, 2**14, 2**16, 2**18, 2**20]
+    attend = {n: 10e-9 * n for n in lengths} | {2**12: 1.0}  # too short to count
+    route = {n: (1e-9 + 20e-12 * n / 64) * n for n in lengths}
+    found = fit(attend, route, 64)
+    assert found is not None
+    assert found.attend == pytest.approx(10e-9)
+    assert found.growth == pytest.approx(0, abs=1e-9)
+    assert found.route == pytest.approx(1e-9)
+    assert found.route_block == pytest.approx(20e-12)
+    assert found.misfit < 1e-6
+    assert found.overtakes == pytest.approx(9e-9 / 20e-12 * 64)
+    assert str(found) == (
+        "attention 10 ns a token, +0.0% at each doubling; routing 1 ns and 20 ps for each block, "
+        "within 0%; overtakes at 28,800 tokens"
+    )
+
+
+def test_fit_tells_growth_and_misfit() -> None:
+    lengths = [2**14, 2**16, 2**18]
+    attend = {n: (1 + (math.log2(n) - 16) / 10) * n for n in lengths}
+    route = {n: 1.0 * n for n in lengths} | {2**16: 1.2 * 2**16}
+    found = fit(attend, route, 128)
+    assert found is not None
+    assert found.growth == pytest.approx(0.1)
+    assert 0.05 < found.misfit < 0.2
+    assert fit(attend, {n: route[n] for n in lengths[:2]}, 128) is None
+
+
+def test_routing_that_does_not_grow_never_overtakes() -> None:
+    times = dict.fromkeys((2**14, 2**15, 2**16), 1.0)
+    found = fit(times, times, 128)
+    assert found is not None
+    assert found.overtakes == math.inf
 
 
 @pytest.mark.parametrize(
     ("number", "text"), [(1234.5, "1,234"), (12.345, "12.3"), (1.0, "1.00"), (0.01234, "0.0123")]
 )
 def test_figures(number: float, text: str) -> None:
-    assert plot.figures(number) == text
+    assert tables.figures(number) == text
 
 
 def test_main_updates_the_readme_once(
@@ -158,14 +463,35 @@ def test_main_updates_the_readme_once(
     readme, file = tmp_path / "README.md", tmp_path / "attention_run.json"
     readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
     file.write_text(json.dumps(DOCUMENT))
+    title = tables.heading(DOCUMENT)
+    sections = [plot.LEGEND]
+    for name, text, sizes in (
+        ("attention_run", tables.table(MAIN), tables.sizes(MAIN)),
+        ("attention_run_sweep", tables.sweep_table(sweep()), tables.sizes(sweep())),
+        ("attention_run_map", tables.map_table(grid()), tables.sizes(grid())),
+    ):
+        head = f"**{title}**{tables.rates(DOCUMENT)}; {sizes}"
+        sections += [head, text, f"![{title}]({name}.png)"]
+    expected = "\n\n".join(sections)
     for _ in range(2):
         plot.main(["--update-readme", str(file)])
-        assert readme.read_text() == (
-            f"before\n{plot.BEGIN}\n{plot.LEGEND}\n\n{plot.table(DOCUMENT)}\n\n"
-            f"![{plot.heading(DOCUMENT)}](attention_run.png)\n{plot.END}\nafter\n"
-        )
-    assert (tmp_path / "attention_run.png").read_bytes().startswith(b"\x89PNG")
-    assert plot.LEGEND in capsys.readouterr().out
+        assert readme.read_text() == f"before\n{plot.BEGIN}\n{expected}\n{plot.END}\nafter\n"
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["attention_run.png", "attention_run_map.png", "attention_run_sweep.png"]
+    for picture in pictures:
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert expected in capsys.readouterr().out
+
+
+def test_only_what_a_run_holds_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "attention_map.json"
+    file.write_text(json.dumps(DOCUMENT | {"benchmarks": grid()}))
+    plot.main([str(file)])
+    assert [path.name for path in tmp_path.glob("*.png")] == ["attention_map_map.png"]
+    assert tables.map_table(grid()) in capsys.readouterr().out
 
 
 def test_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
