@@ -15,6 +15,7 @@ class Fit(NamedTuple):
     Attributes:
         attend: Of attention, regrouping and merge included: the mean over lengths.
         growth: Its change at each doubling of the length, as a share of the mean.
+        route_call: Seconds of routing that no token adds to.
         route: Of routing, but for what follows.
         route_block: Of routing, for each block of the sequence.
         misfit: Largest relative error of this line.
@@ -23,6 +24,7 @@ class Fit(NamedTuple):
 
     attend: float
     growth: float
+    route_call: float
     route: float
     route_block: float
     misfit: float
@@ -32,12 +34,13 @@ class Fit(NamedTuple):
         return (
             f"attention {self.attend * 1e9:.3g} ns a token, {self.growth:+.1%} at each doubling; "
             f"routing {self.route * 1e9:.3g} ns and {self.route_block * 1e12:.3g} ps for each "
-            f"block, within {self.misfit:.0%}; overtakes at {self.overtakes:,.0f} tokens"
+            f"block, beside {self.route_call * 1e3:.2g} ms, within {self.misfit:.0%}; overtakes at "
+            f"{self.overtakes:,.0f} tokens"
         )
 
 
 def fit(attend: dict[int, float], route: dict[int, float], block_size: int) -> Fit | None:
-    """Fit a constant to attention and a line in the number of blocks to routing.
+    """Fit a constant to attention and, beside a cost of each call, a line in blocks to routing.
 
     Args:
         attend: Seconds of attention, by length.
@@ -46,20 +49,20 @@ def fit(attend: dict[int, float], route: dict[int, float], block_size: int) -> F
 
     Returns:
         The fit, in which each length weighs the same by its relative error; None if fewer than
-        three lengths were measured.
+        four lengths were measured.
     """
     lengths = sorted(n for n in attend.keys() & route.keys() if n >= SHORTEST)
-    if len(lengths) < 3:
+    if len(lengths) < 4:
         return None
     costs = [attend[n] / n for n in lengths]
     constant = mean(costs)
     growth = linear_regression([math.log2(n) for n in lengths], costs).slope / constant
     # The line, divided by what it should be, is near 1 at each length.
-    shares = [[n / route[n], n / block_size * n / route[n]] for n in lengths]
+    shares = [[1 / route[n], n / route[n], n / block_size * n / route[n]] for n in lengths]
     line = torch.tensor(shares, dtype=torch.float64)
     one = torch.ones_like(line[:, :1])
     solution = torch.linalg.lstsq(line, one).solution
-    base, slope = solution.flatten().tolist()
+    call, base, slope = solution.flatten().tolist()
     misfit = float((line @ solution - one).abs().max())
     overtakes = (constant - base) / slope * block_size if slope > 0 else math.inf
-    return Fit(constant, growth, base, slope, misfit, overtakes)
+    return Fit(constant, growth, call, base, slope, misfit, overtakes)

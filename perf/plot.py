@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from perf.pictures import bars, curves, heat
-from perf.tables import Bench, heading, map_table, rates, sizes, sweep_table, table
+from perf.tables import OURS, Bench, heading, map_table, rates, sizes, sweep_table, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "perf" / "results"
@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         title = heading(document)
         for kind, (write, draw) in KINDS.items():
             benches = [bench for bench in document["benchmarks"] if kind_of(bench) == kind]
-            if not benches:
+            if not any(bench["extra_info"]["peer"] == OURS for bench in benches):
                 continue
             suffix = "" if kind == "main" else f"_{kind}"
-            picture = file.with_name(f"{file.stem}{suffix}.png")
+            picture = file.with_name(f"{file.stem.removesuffix(suffix)}{suffix}.png")
             draw(benches, title, picture)
             link = os.path.relpath(picture, ROOT)
             head = f"**{title}**{rates(document)}; {sizes(benches)}"

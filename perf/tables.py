@@ -104,7 +104,7 @@ def sweep_table(benches: list[Bench]) -> str:
                 bench = stages.get(stage)
                 cells += [timing(bench), marked(speedup(benches, bench), "{:.2f}")]
             rows.append([*cells, memory(stages), marked(flash, "{:,.0f}")])
-    lines = ["~: extrapolated from the longest length, time by its square, memory in proportion."]
+    lines = ["~: extrapolated from the next shorter length, time by its square, memory as it."]
     attend, route = (series(benches, OURS, part) for part in ("attend", "route"))
     for options in attend:
         block_size = int(options.split("/")[0])
@@ -169,11 +169,14 @@ def dense(
     read: Callable[[Bench], float | None] = seconds,
     power: int = 2,
 ) -> Estimate | None:
-    """Return a figure of dense attention, which grows with a power of the length."""
-    known = series(benches, peer, stage, read).get(DENSE)
-    if not known:
+    """Return a figure of dense attention, which grows with a power of the length.
+
+    Shorter sequences than those measured cost more than the power says: they fill no GPU.
+    """
+    known = series(benches, peer, stage, read).get(DENSE, {})
+    nearest = max((n for n in known if n <= length), default=None)
+    if nearest is None:
         return None
-    nearest = length if length in known else max(known)
     return Estimate(known[nearest] * (length / nearest) ** power, nearest != length)
 
 
