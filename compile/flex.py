@@ -5,11 +5,12 @@ import itertools
 import types
 from collections.abc import Callable, Hashable
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd import graph_compile
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 _serial = itertools.count()
@@ -82,15 +83,29 @@ def compiled(
     code = bound.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, globals(), closure=bound.__closure__)
     # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
-    graph = torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
+    graph = repeatable(
+        torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
+    )
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        # An eager caller may keep the graph and go backward twice; and lengths of less than a tile
-        # or of fewer than `top_k` blocks make more graphs than PyTorch's limit of 8 lets pass.
-        with (
-            functorch_config.patch(donated_buffer=False),
-            dynamo_config.patch(recompile_limit=_MOST_GRAPHS),
-        ):
+        # Lengths of less than a tile or of fewer than `top_k` blocks make more graphs than
+        # PyTorch's limit of 8 lets pass.
+        with dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
             return graph(q, k, v)
+
+    return call
+
+
+def repeatable(graph: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an eager caller of a compiled function keep its graph and go backward twice.
+
+    Backward would overwrite ("donate") saved tensors. PyTorch's setting against that fails: up to
+    2.13 a backward that keeps the graph takes "not looked for" for "some are overwritten". So here
+    they are looked for, and none are found.
+    """
+
+    def call(*args: Any) -> Any:
+        with patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: []):
+            return graph(*args)
 
     return call

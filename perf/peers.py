@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import create_moba_block_mask, moba_attention
+from moba_flex.compile.flex import repeatable
 from perf.shapes import Shape
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,13 +95,8 @@ def flex_causal(shape: Shape, device: torch.device) -> Attention:
 
 
 def _compiled(attend: Attention) -> Attention:
-    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with functorch_config.patch(donated_buffer=False):  # backward is timed many times
-            return compiled(q, k, v)
-
-    return call
+    # Backward is timed many times.
+    return repeatable(torch.compile(attend, fullgraph=True, dynamic=False))
 
 
 def sdpa_flash(shape: Shape, device: torch.device) -> Attention:

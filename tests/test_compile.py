@@ -174,6 +174,23 @@ def test_compiled_function_is_made_once() -> None:
     assert flex.compiled(double, ("kind",), times=3)(x, x, x).tolist() == [3, 3, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_backward_of_a_compiled_function_runs_twice(keep_first: bool) -> None:
+    """Also after a backward that ran once and was compiled for that."""
+
+    def mix(q: Tensor, k: Tensor, v: Tensor, *, kept: bool) -> Tensor:
+        return (q.sin() * k).cos() @ v.mT
+
+    inputs = [torch.randn(1, 1, 8, 8, requires_grad=True) for _ in range(3)]
+    run = flex.compiled(mix, ("twice",), kept=keep_first)
+    torch.autograd.grad(run(*inputs).sum(), inputs, retain_graph=keep_first)
+    out = run(*inputs).sum()
+    first = torch.autograd.grad(out, inputs, retain_graph=True)
+    for x, y in zip(first, torch.autograd.grad(out, inputs), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_flex_attention_never_runs_uncompiled() -> None:
     """Every plan that calls it says so, and then `moba_attention` compiles."""
     with FakeTensorMode():

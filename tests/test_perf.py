@@ -491,7 +491,9 @@ def test_only_what_a_run_holds_is_shown(
     file = tmp_path / "attention_map.json"
     file.write_text(json.dumps(DOCUMENT | {"benchmarks": grid()}))
     plot.main([str(file)])
-    assert [path.name for path in tmp_path.glob("*.png")] == ["attention_map.png"]  # the name says it
+    assert [path.name for path in tmp_path.glob("*.png")] == [
+        "attention_map.png"
+    ]  # the name says it
     assert tables.map_table(grid()) in capsys.readouterr().out
 
 
