@@ -34,8 +34,8 @@ class Fit(NamedTuple):
         return (
             f"attention {self.attend * 1e9:.3g} ns a token, {self.growth:+.1%} at each doubling; "
             f"routing {self.route * 1e9:.3g} ns and {self.route_block * 1e12:.3g} ps for each "
-            f"block, beside {self.route_call * 1e3:.2g} ms, within {self.misfit:.0%}; overtakes at "
-            f"{self.overtakes:,.0f} tokens"
+            f"block, beside {self.route_call * 1e3:.2g} ms, within {self.misfit:.0%}; overtakes "
+            f"at {self.overtakes:,.0f} tokens"
         )
 
 
