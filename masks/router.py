@@ -9,7 +9,7 @@ from torch import Tensor
 from moba_flex.masks.blocks import ceil_div, pool_keys
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
-    from moba_flex.masks.router_kernel import gate_triton, pool_keys_triton
+    from moba_flex.masks.router_kernel import gate_triton
 
 # Scores held at a time by the gate on CPU: 2**22 of them are 32 MiB of float64.
 _CPU_CHUNK = 1 << 22
@@ -79,16 +79,14 @@ def route(
         The routing, with `K = min(top_k, N)`.
     """
     with torch.no_grad():
-        pool = pool_keys_triton if q.is_cuda else pool_keys
-        block_keys = pool(k, block_size)
         # A number also under dynamic shapes, where `min` and `int` would leave an expression.
-        num_blocks = block_keys.shape[2]
+        num_blocks = ceil_div(k.shape[2], block_size)
         picks = (top_k if top_k <= num_blocks else len(range(num_blocks))) - 1
-        q_offset = k.shape[2] - q.shape[2]
-        gate = gate_triton if q.is_cuda else gate_cpu
-        blocks = gate(
-            q, block_keys, q_offset, block_size, picks, sink_blocks, local_blocks, causal
-        )
+        options = block_size, picks, sink_blocks, local_blocks, causal
+        if q.is_cuda:
+            blocks = gate_triton(q, k, *options)
+        else:
+            blocks = gate_cpu(q, pool_keys(k, block_size), k.shape[2] - q.shape[2], *options)
     return Routing(blocks, block_size, q.shape[2], k.shape[2], causal)
 
 

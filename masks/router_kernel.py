@@ -65,8 +65,7 @@ def pool_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-@triton_op("moba_flex::pool_keys_triton", mutates_args=())
-def pool_keys_triton(k: Tensor, block_size: int) -> Tensor:
+def _pool_keys(k: Tensor, block_size: int) -> Tensor:
     """Average the keys of each block; argument and result as `pool_keys`."""
     batch, num_heads, kv_len, head_dim = k.shape
     num_blocks = ceil_div(kv_len, block_size)
@@ -185,20 +184,19 @@ def gate_kernel(  # type: ignore[no-untyped-def]
 @triton_op("moba_flex::gate_triton", mutates_args=())
 def gate_triton(
     q: Tensor,
-    block_keys: Tensor,
-    q_offset: int,
+    k: Tensor,
     block_size: int,
     picks: int,
     sink_blocks: int,
     local_blocks: int,
     causal: bool,
 ) -> Tensor:
-    """Choose `picks` blocks besides the own one; arguments and result as `gate_cpu`."""
+    """Choose `picks` blocks besides the own one; result as of `gate_cpu`."""
     out = torch.empty(*q.shape[:3], picks, dtype=torch.int32, device=q.device)
     if picks:
-        kernel = wrap_triton(gate_kernel)
+        block_keys, q_offset = _pool_keys(k, block_size), k.shape[2] - q.shape[2]
         gate = block_size, sink_blocks, local_blocks, causal
-        launch_gate(kernel, q, block_keys, out, q_offset, *gate)
+        launch_gate(wrap_triton(gate_kernel), q, block_keys, out, q_offset, *gate)
     return out
 
 

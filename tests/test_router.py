@@ -194,6 +194,19 @@ def test_transposed_inputs_route_alike() -> None:
     assert torch.equal(launch_kernel(strided_q, strided_k, case), expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_gate_op_pools_and_chooses_like_the_cpu(causal: bool) -> None:
+    from moba_flex.masks.router_kernel import gate_triton
+
+    q, k = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16)
+    q, k = (x.round() for x in (q, k))  # sums of small integers are exact
+    k[:, :, 80:] = 0  # as is the mean of a short block
+    gate: dict[str, Any] = {"block_size": 16, "top_k": 4, "sink_blocks": 1, "causal": causal}
+    expected = route(q, k, **gate).blocks
+    assert torch.equal(gate_triton(q, k, 16, 3, 1, 0, causal), expected)
+    assert gate_triton(q, k, 16, 0, 0, 0, causal).shape == (2, 4, 70, 0)
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_hopper() -> None:
     """For real: what the interpreter runs may still not compile."""
