@@ -228,7 +228,7 @@ def assert_matches_oracle(
         errors = [(x[key].double() - value).abs().max().item() for x in roughs if key in x]
         tolerance = 2 * max(errors) + rounding[key]
         ratio, count = WORST.get(f"{name} {key}", (0.0, 0))
-        WORST[f"{name} {key}"] = max(ratio, error / tolerance), count + 1
+        WORST[f"{name} {key}"] = max(ratio, error / tolerance if error else 0.0), count + 1
         assert math.isfinite(error), f"{key} must be finite, got error {error} for {case}"
         assert error <= tolerance, f"{key}: error {error} over {tolerance} for {case}"
 
@@ -247,14 +247,14 @@ def rounding_errors(
     k, v = k.repeat_interleave(case.group, dim=1), v.repeat_interleave(case.group, dim=1)
     scores = (q @ k.mT * scale).masked_fill(~mask, -math.inf)
     lse = scores.logsumexp(-1, keepdim=True)
-    score_error = high * (q.abs() @ k.abs().mT * scale + lse.abs())
+    score_error = high * (q.abs() @ k.abs().mT * abs(scale) + lse.abs())
     weight = (low + score_error) * scores.softmax(-1)
     grad = weights[0].double().abs()
     share = scores.softmax(-1) @ v.abs()
     delta = (grad * share).sum(-1, keepdim=True)
     if len(weights) == 2:
         delta = delta + weights[1].double().abs().unsqueeze(-1)
-    dscore = weight * (grad @ v.abs().mT + delta) * scale
+    dscore = weight * (grad @ v.abs().mT + delta) * abs(scale)
 
     def over_group(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, case.group)).sum(2)

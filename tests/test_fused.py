@@ -47,6 +47,12 @@ def test_whole_tiles(block_size: int, kv_len: int, seed: int) -> None:
     assert_matches_oracle("fused, whole tiles", case, attention(case, "fused"))
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_that_are_not_positive(scale: float, seed: int) -> None:
+    case = Case(1, 2, 2, 60, 90, 16, 20, 3, scale=scale, seed=seed)
+    assert_matches_oracle("fused, scale", case, attention(case, "fused"))
+
+
 def test_fewer_lists_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(2, h, 100, 16, requires_grad=True) for h in (4, 2, 2))
 
