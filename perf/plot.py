@@ -17,14 +17,15 @@ BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 # How rows of a kind are written and drawn.
 KINDS = {"main": (table, bars), "sweep": (sweep_table, curves), "map": (map_table, heat)}
 LEGEND = """\
-Median and interquartile range in ms; routing is inside every MoBA figure. "x" is the time over
-moba_flex's in the same run: above 1, moba_flex is faster. A shape is tokens/block_size/top_k, with
-its density: the share of the causal (query, key) pairs that MoBA selects. TFLOP/s, forward /
-backward, counts the selected pairs only, 4 and 10 head_dim operations each, for dense
-implementations too. The limit, of which a share is given alike, is what these operations and the
-gate's scores take at the rate of a large matrix product, or inputs and outputs at that of a large
-copy, whichever is longer; both rates are measured in the same run. MiB is the most memory held
-during forward and backward, beyond the inputs. Of the parts, attend contains regroup."""
+Median and interquartile range in ms of calls that, if they are short, follow each other; routing
+is inside every MoBA figure. "x" is the time over moba_flex's in the same run: above 1, moba_flex
+is faster. A shape is tokens/block_size/top_k, with its density: the share of the causal (query,
+key) pairs that MoBA selects. TFLOP/s, forward / backward, counts the selected pairs only, 4 and 10
+head_dim operations each, for dense implementations too. The limit, of which a share is given
+alike, is what these operations and the gate's scores take at the rate of a large matrix product,
+or inputs and outputs at that of a large copy, whichever is longer; both rates are measured in the
+same run. MiB is the most memory held during forward and backward, beyond the inputs. Of the parts,
+attend contains regroup."""
 
 
 def main(argv: list[str] | None = None) -> None:
