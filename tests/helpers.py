@@ -1,5 +1,6 @@
 """Requests drawn at random, the comparison with the oracle, and a reader of block masks."""
 
+import inspect
 import json
 import math
 import os
@@ -7,16 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import wrap_triton
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import Routing, moba_attention, moba_attention_reference, route
+from moba_flex.compile.plans import interpreted
 
 WORST: dict[str, tuple[float, int]] = {}
 
@@ -111,6 +116,20 @@ def cases(
         ties=ties,
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+def needs_interpreter(*, op: bool = False) -> None:
+    """Skip what runs Triton kernels on CPU tensors where they are compiled for a GPU.
+
+    Args:
+        op: Whether the kernels are launched by an op.
+    """
+    if not interpreted():
+        pytest.skip("kernels run for real here, see test_cuda.py, or there is no Triton")
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
+        pytest.skip("Triton's interpreter takes NumPy 2.4 from 3.7 on")
+    if op and "Interpreted" not in inspect.getsource(wrap_triton):
+        pytest.skip("this PyTorch launches no interpreted kernels from an op")
 
 
 def run_script(name: str) -> Any:

@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 
 from moba_flex import moba_attention
 from moba_flex.compile import fused
-from tests.helpers import Case, assert_matches_oracle, attention, cases
+from tests.helpers import Case, assert_matches_oracle, attention, cases, needs_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow) .*:RuntimeWarning")
 DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 as integers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter() -> None:
+    needs_interpreter(op=True)
 
 
 @pytest.fixture

@@ -15,7 +15,15 @@ from moba_flex.masks.regroup import regroup, sort_pairs, tile_blocks
 from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton
 from moba_flex.masks.router import Routing
 from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
-from tests.helpers import Case, cases, chosen_blocks, listed_tiles, token_mask, visited_pairs
+from tests.helpers import (
+    Case,
+    cases,
+    chosen_blocks,
+    listed_tiles,
+    needs_interpreter,
+    token_mask,
+    visited_pairs,
+)
 
 
 @given(case=cases())
@@ -110,6 +118,7 @@ def assert_kernels_sort_alike(routing: Routing, num_kv_heads: int, tile: int) ->
 @settings(max_examples=settings().max_examples // 3 + 1)
 @given(case=cases(max_len=300), tile=st.integers(1, 200), per_tile=st.integers(1, 40))
 def test_kernels_sort_alike(case: Case, tile: int, per_tile: int) -> None:
+    needs_interpreter(op=True)
     q, k, _ = case.inputs()
     with pytest.MonkeyPatch.context() as patch:  # chunks of many tiles and of few
         patch.setattr(regroup_kernel, "_BLOCKS_PER_TILE", per_tile)

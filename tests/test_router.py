@@ -11,7 +11,7 @@ from torch import Tensor
 from moba_flex import moba_attention_reference, route
 from moba_flex.masks import router
 from moba_flex.masks.blocks import pool_keys
-from tests.helpers import Case, cases, chosen_blocks, run_script
+from tests.helpers import Case, cases, chosen_blocks, needs_interpreter, run_script
 
 
 def assert_gate_is_right(case: Case, q: Tensor, k: Tensor, blocks: Tensor) -> None:
@@ -79,7 +79,9 @@ def has_exact_ties(case: Case) -> bool:
 
 
 def launch_kernel(q: Tensor, k: Tensor, case: Case) -> Tensor:
-    """Run the CUDA kernel, interpreted; where there is CUDA, run it for real."""
+    """Run the CUDA kernel: on CUDA for real, on CPU interpreted."""
+    if not q.is_cuda:
+        needs_interpreter()
     from moba_flex.masks.router_kernel import gate_kernel, launch_gate
 
     block_keys = pool_keys(k, case.block_size)
@@ -196,6 +198,7 @@ def test_transposed_inputs_route_alike() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_gate_op_pools_and_chooses_like_the_cpu(causal: bool) -> None:
+    needs_interpreter(op=True)
     from moba_flex.masks.router_kernel import gate_triton
 
     q, k = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16)
