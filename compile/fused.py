@@ -124,7 +124,6 @@ class _Problem(NamedTuple):
     block_size: int
     picks: int
     head_dim: int
-    padded_dim: int
     dtype: torch.dtype
     causal: bool
     scale: float
@@ -146,7 +145,6 @@ class _Problem(NamedTuple):
             block_size=block_size,
             picks=picks,
             head_dim=head_dim,
-            padded_dim=_padded(head_dim),
             dtype=q.dtype,
             causal=causal,
             scale=scale,
@@ -273,7 +271,7 @@ def attend_fused_backward(
     spill_block, first_spill = tile_blocks(first, problem.num_pairs, share, skip=1)
     num_spills = spill_block.shape[1]
     slots = problem.at_once * 2 * num_spills  # see `_spill_places`
-    spill = lse.new_empty(slots * tiles_per_block * key_tile * 2 * problem.padded_dim)
+    spill = lse.new_empty(slots * tiles_per_block * key_tile * 2 * _padded(problem.head_dim))
     dkv_options = problem.options("dkv")
     pair_options, own_options = problem.options("pair_dq"), problem.options("own_dq")
 
@@ -298,7 +296,7 @@ def attend_fused_backward(
                 *(sizes[0], problem.num_kv_heads, problem.kv_len, num_blocks, block_size),
                 *(sizes[-1], num_spills, tiles_per_block),
                 HEAD_DIM=problem.head_dim,
-                D=problem.padded_dim,
+                D=_padded(problem.head_dim),
                 TILE_N=key_tile,
             )
         if gather_dq:
@@ -341,7 +339,7 @@ def _row_and_pair_stats(
         problem.picks,
         LSE=grad_lse is not None,
         HEAD_DIM=problem.head_dim,
-        D=problem.padded_dim,
+        D=_padded(problem.head_dim),
         TILE_M=_STATS_ROWS,
     )
     return row_stats, pair_stats

@@ -16,11 +16,7 @@ from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.router import Routing
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
-    from moba_flex.masks.regroup_kernel import (
-        sort_pairs_op,
-        sort_pairs_triton,
-        tile_blocks_triton,
-    )
+    from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
         none = first.new_empty(batch, num_kv_heads, 0)
         return Pairs(none, none.new_empty(batch, num_kv_heads, rows, 0), first)
     if _has_kernels(device):
-        sort = sort_pairs_op if torch.compiler.is_compiling() else sort_pairs_triton
-        return Pairs(*sort(routing.blocks, num_kv_heads, num_blocks))
+        return Pairs(*sort_pairs_triton(routing.blocks, num_kv_heads, num_blocks))
     key = routing.blocks.reshape(lists, pairs)
     if num_blocks < 2**15 - 1:  # half the passes of a radix sort; room for one more than "none"
         key = key.to(torch.int16)

@@ -75,6 +75,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
         tl.store(rank_ptr + first_pair + pair, rank, mask=exists)
 
 
+@triton_op("moba_flex::sort_pairs_triton", mutates_args=())
 def sort_pairs_triton(
     blocks: Tensor, num_kv_heads: int, num_blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,10 +111,6 @@ def sort_pairs_triton(
         num_warps=1,
     )
     return row, rank, first
-
-
-# For graphs: PyTorch traces these launches within an op alone.
-sort_pairs_op = triton_op("moba_flex::sort_pairs_triton", sort_pairs_triton, mutates_args=())
 
 
 @triton.jit(do_not_specialize=_SIZES)
