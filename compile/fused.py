@@ -17,10 +17,19 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from moba_flex.compile import fused_kernels as kernels
+from moba_flex.compile.fused_kernels import (
+    dkv_kernel,
+    dkv_sum_kernel,
+    own_dq_kernel,
+    own_forward_kernel,
+    pair_dq_kernel,
+    pair_forward_kernel,
+    stats_kernel,
+)
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.kernel_op import kernel_op, launch
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.router import Routing
 
@@ -34,10 +43,10 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-# By padded head_dim, for 16-bit inputs; those of 128 were measured on an H100 (perf/log.md).
+# By padded head_dim, for 16-bit inputs; measured on an H100 (perf/log.md).
 _TILES = {
     "pair_forward": {
-        64: _Tiles(128, 64, 4, 4),
+        64: _Tiles(128, 64, 4, 3),
         128: _Tiles(128, 32, 4, 3),
         256: _Tiles(64, 32, 4, 2),
     },
@@ -46,9 +55,14 @@ _TILES = {
         128: _Tiles(128, 32, 4, 3),
         256: _Tiles(64, 32, 4, 2),
     },
-    "pair_dq": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(64, 64, 4, 2), 256: _Tiles(64, 32, 4, 2)},
-    "own_dq": {64: _Tiles(64, 64, 4, 2), 128: _Tiles(64, 32, 4, 3), 256: _Tiles(64, 32, 4, 2)},
-    "dkv": {64: _Tiles(64, 128, 8, 3), 128: _Tiles(64, 128, 8, 3), 256: _Tiles(32, 64, 8, 2)},
+    "pair_dq": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(128, 64, 8, 3), 256: _Tiles(128, 32, 8, 2)},
+    "own_dq": {64: _Tiles(64, 32, 4, 3), 128: _Tiles(64, 32, 4, 3), 256: _Tiles(128, 32, 8, 2)},
+    "dkv": {64: _Tiles(128, 128, 8, 2), 128: _Tiles(64, 128, 8, 3), 256: _Tiles(64, 64, 8, 2)},
+}
+# For blocks of more than 128 keys, which are several tiles in any case.
+_TILES_LONG = {
+    "pair_forward": {256: _Tiles(128, 64, 8, 2)},
+    "dkv": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(64, 64, 4, 2)},
 }
 _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)}
 _STATS_ROWS = 64
@@ -62,6 +76,8 @@ def _padded(head_dim: int) -> int:
 @lru_cache(maxsize=1024)
 def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _Tiles:
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES[kernel]
+    if dtype != torch.float32 and block_size > 128:
+        table = table | _TILES_LONG.get(kernel, {})
     tiles = table[max(64, _padded(head_dim))]
     return tiles._replace(n=max(16, min(tiles.n, triton.next_power_of_2(block_size))))
 
@@ -193,52 +209,7 @@ class _Problem(NamedTuple):
         return _options(kernel, self.dtype, self.head_dim, block_size, self.causal, grouped)
 
 
-@triton_op("moba_flex::attend_fused", mutates_args=())
-def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attend to the own block and to the chosen ones; arguments as `attend_cpu`.
-
-    Returns:
-        Output `[B, Hq, Q, D]`, log-sum-exp float32 `[B, Hq, Q]`, and of the `Pairs` what backward
-        reads: `rank` and `first`.
-    """
-    if scale < 0:  # the kernels' maximum is that of products, before they are scaled
-        q, scale = -q, -scale
-    q, k, v = _dense_vectors(q, k, v)
-    problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
-    routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
-    pairs = sort_pairs(routing, problem.num_kv_heads)
-    if problem.picks:
-        tile_block, first_tile = tile_blocks(
-            pairs.first, problem.num_pairs, problem.tiles("pair_forward").m
-        )
-        num_tiles = tile_block.shape[1]
-    q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
-    pair_options, own_options = problem.options("pair_forward"), problem.options("own_forward")
-
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    part, part_lse = problem.parts(q, problem.head_dim), problem.parts(lse, 1)
-    for lists, sizes in problem.launches():
-        if problem.picks:
-            wrap_triton(kernels.pair_forward_kernel)[(num_tiles, lists)](
-                *(q, k, v, part, part_lse, pairs.row, pairs.first, tile_block, first_tile),
-                *_strides(q, k, v),
-                *sizes,
-                num_tiles,
-                **pair_options,
-            )
-        wrap_triton(kernels.own_forward_kernel)[(q_tiles, lists * problem.group)](
-            *(q, k, v, part, part_lse, pairs.rank, out, lse),
-            *_strides(q, k, v, out),
-            *sizes,
-            **own_options,
-        )
-    return out, lse, pairs.rank, pairs.first
-
-
-@triton_op("moba_flex::attend_fused_backward", mutates_args=())
+@kernel_op("moba_flex::attend_fused_backward")
 def attend_fused_backward(
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -264,21 +235,19 @@ def attend_fused_backward(
     tiles_per_block = ceil_div(block_size, key_tile)
     write_dq = tiles_per_block == 1  # then a program meets each of its pairs once
     gather_dq = problem.picks > 0 and not write_dq
-    if gather_dq:
-        tile_block, first_tile = tile_blocks(first, problem.num_pairs, problem.tiles("pair_dq").m)
-        num_tiles = tile_block.shape[1]
     share = _share(problem.group, block_size, problem.picks)
     spill_block, first_spill = tile_blocks(first, problem.num_pairs, share, skip=1)
     num_spills = spill_block.shape[1]
     slots = problem.at_once * 2 * num_spills  # see `_spill_places`
     spill = lse.new_empty(slots * tiles_per_block * key_tile * 2 * _padded(problem.head_dim))
-    dkv_options = problem.options("dkv")
-    pair_options, own_options = problem.options("pair_dq"), problem.options("own_dq")
 
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     part = problem.parts(q, problem.head_dim)
+    tiles = None
     for lists, sizes in problem.launches():
-        wrap_triton(kernels.dkv_kernel)[((num_spills + num_blocks) * tiles_per_block, lists)](
+        launch(
+            wrap_triton(dkv_kernel),
+            ((num_spills + num_blocks) * tiles_per_block, lists),
             *(q, k, v, grad, row_stats, pair_stats, part, first),
             *(spill_block, first_spill, spill, dk, dv),
             *_strides(q, k, v, grad, dk, dv),
@@ -287,10 +256,12 @@ def attend_fused_backward(
             tiles_per_block,
             share,
             WRITE_DQ=write_dq,
-            **dkv_options,
+            **problem.options("dkv"),
         )
         if problem.picks:
-            wrap_triton(kernels.dkv_sum_kernel)[(num_spills * tiles_per_block, lists)](
+            launch(
+                wrap_triton(dkv_sum_kernel),
+                (num_spills * tiles_per_block, lists),
                 *(spill_block, first_spill, spill, dk, dv),
                 *_strides(dk, dv),
                 *(sizes[0], problem.num_kv_heads, problem.kv_len, num_blocks, block_size),
@@ -300,18 +271,26 @@ def attend_fused_backward(
                 TILE_N=key_tile,
             )
         if gather_dq:
-            wrap_triton(kernels.pair_dq_kernel)[(num_tiles, lists)](
+            # Made now, when the device has enough to do.
+            tiles = tiles or tile_blocks(first, problem.num_pairs, problem.tiles("pair_dq").m)
+            tile_block, first_tile = tiles
+            num_tiles = tile_block.shape[1]
+            launch(
+                wrap_triton(pair_dq_kernel),
+                (num_tiles, lists),
                 *(q, k, v, grad, pair_stats, part, first, tile_block, first_tile),
                 *_strides(q, k, v, grad),
                 *sizes,
                 num_tiles,
-                **pair_options,
+                **problem.options("pair_dq"),
             )
-        wrap_triton(kernels.own_dq_kernel)[(q_tiles, lists * problem.group)](
+        launch(
+            wrap_triton(own_dq_kernel),
+            (q_tiles, lists * problem.group),
             *(q, k, v, grad, row_stats, part, rank, dq),
             *_strides(q, k, v, grad, dq),
             *sizes,
-            **own_options,
+            **problem.options("own_dq"),
         )
     return dq, dk, dv
 
@@ -328,7 +307,9 @@ def _row_and_pair_stats(
     row_stats = lse.new_empty((*lse.shape, 4), dtype=torch.int32)
     pair_stats = lse.new_empty((problem.lists, problem.num_pairs, 4), dtype=torch.int32)
     heads = problem.lists * problem.group
-    wrap_triton(kernels.stats_kernel)[(ceil_div(problem.q_len, _STATS_ROWS), heads)](
+    launch(
+        wrap_triton(stats_kernel),
+        (ceil_div(problem.q_len, _STATS_ROWS), heads),
         *(out, grad, lse, lse if grad_lse is None else grad_lse.contiguous()),
         *(rank, row_stats, pair_stats),
         *_strides(out, grad),
@@ -354,12 +335,56 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *pairs = ctx.saved_tensors
+    q, k, v, out, lse, rank, first = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    grads = attend_fused_backward(
-        grad, grad_lse, q, k, v, out, lse, *pairs, ctx.block_size, ctx.causal, ctx.scale
-    )
+    saved = q, k, v, out, lse, rank, first
+    grads = attend_fused_backward(grad, grad_lse, *saved, ctx.block_size, ctx.causal, ctx.scale)
     return *grads, None, None, None, None
 
 
-attend_fused.register_autograd(_backward, setup_context=_save)
+@kernel_op("moba_flex::attend_fused", setup_context=_save, backward=_backward)
+def attend_fused(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend to the own block and to the chosen ones; arguments as `attend_cpu`.
+
+    Returns:
+        Output `[B, Hq, Q, D]`, log-sum-exp float32 `[B, Hq, Q]`, and of the `Pairs` what backward
+        reads: `rank` and `first`.
+    """
+    if scale < 0:  # the kernels' maximum is that of products, before they are scaled
+        q, scale = -q, -scale
+    q, k, v = _dense_vectors(q, k, v)
+    problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
+    routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
+    pairs = sort_pairs(routing, problem.num_kv_heads)
+    if problem.picks:
+        tile_block, first_tile = tile_blocks(
+            pairs.first, problem.num_pairs, problem.tiles("pair_forward").m
+        )
+        num_tiles = tile_block.shape[1]
+    q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
+
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    part, part_lse = problem.parts(q, problem.head_dim), problem.parts(lse, 1)
+    for lists, sizes in problem.launches():
+        if problem.picks:
+            launch(
+                wrap_triton(pair_forward_kernel),
+                (num_tiles, lists),
+                *(q, k, v, part, part_lse, pairs.row, pairs.first, tile_block, first_tile),
+                *_strides(q, k, v),
+                *sizes,
+                num_tiles,
+                **problem.options("pair_forward"),
+            )
+        launch(
+            wrap_triton(own_forward_kernel),
+            (q_tiles, lists * problem.group),
+            *(q, k, v, part, part_lse, pairs.rank, out, lse),
+            *_strides(q, k, v, out),
+            *sizes,
+            **problem.options("own_forward"),
+        )
+    return out, lse, pairs.rank, pairs.first

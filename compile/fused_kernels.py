@@ -553,16 +553,27 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
         HEAD_DIM, D, TILE_M, PRECISION, STAGES,
     )  # fmt: skip
     if number == 0:
-        # The queries whose own block this is; of a causal block those from the first key on.
+        # The queries whose own block this is; of a causal block those from the first key on, of
+        # which the first see some keys of the tile and the others all.
         own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
         own_stop = block_stop - offset
+        some = (
+            tl.minimum(tl.maximum(start + TILE_N - offset, 0), own_stop) if CAUSAL else own_start
+        )
         for head_in_group in range(group):
             stats_ptr = row_stats_ptr + tl.cast(head_in_group, tl.int64) * q_len * 4
-            dk, dv = _add_rows(
-                dk, dv, k, v, own_start, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
-                stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, CAUSAL,
-                False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
-            )  # fmt: skip
+            if CAUSAL:
+                dk, dv = _add_rows(
+                    dk, dv, k, v, own_start, some, q_ptr, grad_ptr, stats_ptr, part_ptr,
+                    stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, True,
+                    False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+                )  # fmt: skip
+            if not (CAUSAL and WRITE_DQ):  # in a block of one tile no causal query sees all keys
+                dk, dv = _add_rows(
+                    dk, dv, k, v, some, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
+                    stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, False,
+                    False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+                )  # fmt: skip
 
     if shared:
         place, width = _spill_places(slot, within, num_spills, tiles_per_block, D, TILE_N)

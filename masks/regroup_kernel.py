@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.kernel_op import kernel_op, launch
 
 # Pairs that a warp places at a time. A chunk is a number of such tiles: with more blocks a chunk
 # holds more, so that there are half as many counts as pairs.
@@ -75,7 +76,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
         tl.store(rank_ptr + first_pair + pair, rank, mask=exists)
 
 
-@triton_op("moba_flex::sort_pairs_triton", mutates_args=())
+@kernel_op("moba_flex::sort_pairs_triton")
 def sort_pairs_triton(
     blocks: Tensor, num_kv_heads: int, num_blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,13 +90,23 @@ def sort_pairs_triton(
     # The running sum of what is counted before each block and chunk, of all lists one after the
     # other: over the lists side by side PyTorch's is slow.
     count = blocks.new_zeros(lists * (num_blocks + 1) * chunks + 1)
-    wrap_triton(count_kernel)[(chunks, lists)](
-        blocks, count, pairs, num_blocks, chunks, chunk_size, WIDTH=_WIDTH
+    launch(
+        wrap_triton(count_kernel),
+        (chunks, lists),
+        blocks,
+        count,
+        pairs,
+        num_blocks,
+        chunks,
+        chunk_size,
+        WIDTH=_WIDTH,
     )
     row = blocks.new_empty(batch, num_kv_heads, pairs)
     rank = blocks.new_empty(batch, num_kv_heads, rows, picks)
     first = blocks.new_empty(batch, num_kv_heads, num_blocks + 1)
-    wrap_triton(place_kernel)[(chunks, lists)](
+    launch(
+        wrap_triton(place_kernel),
+        (chunks, lists),
         blocks,
         count.cumsum(0, dtype=torch.int32),
         row,
@@ -154,7 +165,17 @@ def tile_blocks_triton(
     lists, num_blocks = first.shape[0] * first.shape[1], first.shape[2] - 1
     tile_block = first.new_empty(lists, num_tiles)
     first_tile = first.new_empty(lists, num_blocks + 1)
-    wrap_triton(tile_kernel)[(ceil_div(num_blocks, _WIDTH), lists)](
-        first, tile_block, first_tile, num_blocks, tile, skip, num_tiles, WIDTH=_WIDTH, ROOM=16
+    launch(
+        wrap_triton(tile_kernel),
+        (ceil_div(num_blocks, _WIDTH), lists),
+        first,
+        tile_block,
+        first_tile,
+        num_blocks,
+        tile,
+        skip,
+        num_tiles,
+        WIDTH=_WIDTH,
+        ROOM=16,
     )
     return tile_block, first_tile

@@ -1,14 +1,13 @@
 """The gate on CUDA: a streaming top-k in Triton that never writes the affinities."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.kernel_op import kernel_op, launch
 
 _TILE_Q = 64
 _TILE_N = 32
@@ -70,7 +69,9 @@ def _pool_keys(k: Tensor, block_size: int) -> Tensor:
     batch, num_heads, kv_len, head_dim = k.shape
     num_blocks = ceil_div(kv_len, block_size)
     out = torch.empty(batch, num_heads, num_blocks, head_dim, dtype=k.dtype, device=k.device)
-    wrap_triton(pool_kernel)[(num_blocks, batch * num_heads)](
+    launch(
+        wrap_triton(pool_kernel),
+        (num_blocks, batch * num_heads),
         k,
         out,
         *k.stride(),
@@ -181,7 +182,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + out_row + slot, block, mask=(row[:, None] < q_len) & (slot < picks))
 
 
-@triton_op("moba_flex::gate_triton", mutates_args=())
+@kernel_op("moba_flex::gate_triton")
 def gate_triton(
     q: Tensor,
     k: Tensor,
@@ -192,51 +193,35 @@ def gate_triton(
     causal: bool,
 ) -> Tensor:
     """Choose `picks` blocks besides the own one; result as of `gate_cpu`."""
-    out = torch.empty(*q.shape[:3], picks, dtype=torch.int32, device=q.device)
-    if picks:
-        block_keys, q_offset = _pool_keys(k, block_size), k.shape[2] - q.shape[2]
-        gate = block_size, sink_blocks, local_blocks, causal
-        launch_gate(wrap_triton(gate_kernel), q, block_keys, out, q_offset, *gate)
-    return out
-
-
-def launch_gate(
-    kernel: Any,
-    q: Tensor,
-    block_keys: Tensor,
-    out: Tensor,
-    q_offset: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-    causal: bool,
-) -> None:
-    """Launch `kernel`, which is `gate_kernel`, to fill `out`, int32 `[B, Hq, Q, picks]`."""
     batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, num_blocks = block_keys.shape[1:3]
-    picks = out.shape[3]
-    kernel[(ceil_div(q_len, _TILE_Q), batch * num_heads)](
-        q,
-        block_keys,
-        out,
-        *q.stride(),
-        *block_keys.stride(),
-        num_heads,
-        num_heads // num_kv_heads,
-        q_len,
-        q_offset,
-        num_blocks,
-        block_size,
-        sink_blocks,
-        local_blocks,
-        picks,
-        CAUSAL=causal,
-        FORCED=sink_blocks + local_blocks > 0,
-        SLOTS=max(2, triton.next_power_of_2(picks)),
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-        TILE_Q=_TILE_Q,
-        TILE_N=_TILE_N,
-        num_warps=_WARPS,
-        num_stages=2,
-    )
+    out = torch.empty(batch, num_heads, q_len, picks, dtype=torch.int32, device=q.device)
+    if picks:
+        block_keys = _pool_keys(k, block_size)
+        launch(
+            wrap_triton(gate_kernel),
+            (ceil_div(q_len, _TILE_Q), batch * num_heads),
+            q,
+            block_keys,
+            out,
+            *q.stride(),
+            *block_keys.stride(),
+            num_heads,
+            num_heads // k.shape[1],
+            q_len,
+            k.shape[2] - q_len,
+            block_keys.shape[2],
+            block_size,
+            sink_blocks,
+            local_blocks,
+            picks,
+            CAUSAL=causal,
+            FORCED=sink_blocks + local_blocks > 0,
+            SLOTS=max(2, triton.next_power_of_2(picks)),
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
+            TILE_Q=_TILE_Q,
+            TILE_N=_TILE_N,
+            num_warps=_WARPS,
+            num_stages=2,
+        )
+    return out

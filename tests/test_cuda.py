@@ -133,6 +133,25 @@ def test_kernels_sort_many_pairs_of_many_blocks() -> None:
     assert_kernels_sort_alike(route(q, k, block_size=20, top_k=9), 2, 128)
 
 
+def test_launches_are_remembered_for_one_layout_alone() -> None:
+    """The same sizes, aligned or not, transposed or not, one after another and again."""
+    case = replace(KINDS["aligned"], q_len=600, kv_len=600, device="cuda")
+
+    def lay_out(x: Tensor, kind: int) -> Tensor:
+        if kind == 1:  # a multiple of two bytes, and not of sixteen
+            return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if kind == 2 else x
+
+    attend = attention(case, "fused")
+    for kind in (0, 1, 2, 0, 1, 2):
+
+        def laid_out(*inputs: Tensor, kind: int = kind) -> tuple[Tensor, Tensor | None]:
+            q, k, v = (lay_out(x, kind) for x in inputs)
+            return attend(q, k, v)
+
+        assert_matches_oracle("cuda fused, layouts", case, laid_out)
+
+
 def qkv(length: int, *, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     case = Case(1, 2, 2, length, length, head_dim=64, dtype=BF16, device="cuda")
     q, k, v = (x.requires_grad_(grad) for x in case.inputs())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moba_flex import moba_attention_reference, route
 from moba_flex.masks import router
-from moba_flex.masks.blocks import pool_keys
+from moba_flex.masks.blocks import ceil_div, pool_keys
 from tests.helpers import Case, cases, chosen_blocks, needs_interpreter, run_script
 
 
@@ -82,16 +82,11 @@ def launch_kernel(q: Tensor, k: Tensor, case: Case) -> Tensor:
     """Run the CUDA kernel: on CUDA for real, on CPU interpreted."""
     if not q.is_cuda:
         needs_interpreter()
-    from moba_flex.masks.router_kernel import gate_kernel, launch_gate
+    from moba_flex.masks.router_kernel import gate_triton
 
-    block_keys = pool_keys(k, case.block_size)
-    picks = min(case.top_k, block_keys.shape[2]) - 1
-    if picks == 0:
-        return q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
-    out = torch.full((*q.shape[:3], picks), -7, dtype=torch.int32, device=q.device)
-    gate = case.block_size, case.sink_blocks, case.local_blocks, case.causal
-    launch_gate(gate_kernel, q, block_keys, out, case.kv_len - case.q_len, *gate)
-    return out
+    picks = min(case.top_k, ceil_div(case.kv_len, case.block_size)) - 1
+    gate = case.block_size, picks, case.sink_blocks, case.local_blocks, case.causal
+    return gate_triton(q, k, *gate)
 
 
 def test_no_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

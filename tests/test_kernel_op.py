@@ -1,0 +1,150 @@
+"""Functions that launch kernels: what sees an op, and what is remembered of a launch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moba_flex.masks import kernel_op as module
+from moba_flex.masks.kernel_op import kernel_op, launch
+
+LOOKED_UP: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+LAUNCHED: list[tuple[Any, ...]] = []
+
+
+class Kernel:
+    """Stands for a Triton kernel: notes down what is looked up, and what is launched."""
+
+    arg_names = ("x", "out", "number", "TILE")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def look_up(*args: Any, **options: Any) -> Any:
+            LOOKED_UP.append((grid, options))
+            compiled = Compiled()
+            compiled[grid](*args, options["TILE"])
+            return compiled
+
+        return look_up
+
+
+class Compiled:
+    """Stands for a compiled kernel, which takes compile-time arguments in place."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(x: Tensor, out: Tensor, number: int, tile: int) -> None:
+            LAUNCHED.append((*grid, number, tile))
+            torch.add(x, number, out=out)
+
+        return run
+
+
+KERNEL = Kernel()
+
+
+@kernel_op("moba_flex_test::add_twice")
+def add_twice(x: Tensor, number: int) -> Tensor:
+    out = torch.empty_like(x)
+    launch(KERNEL, (1, 1, 1), x, out, number, TILE=number + 1, num_warps=4)
+    launch(KERNEL, (2, 1, 1), out, out, number, TILE=number + 2, num_warps=4)
+    return out
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.factor = inputs[1]
+
+
+def times(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad * ctx.factor, None
+
+
+@kernel_op("moba_flex_test::times", setup_context=save, backward=times)
+def multiplied(x: Tensor, factor: int) -> Tensor:
+    return x * factor
+
+
+class Watch(TorchDispatchMode):
+    """Sees the names of ops."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    LOOKED_UP.clear()
+    LAUNCHED.clear()
+    module._known.clear()
+
+
+def test_the_second_call_looks_nothing_up() -> None:
+    for number in range(3):
+        x = torch.randn(5)
+        torch.testing.assert_close(add_twice(x, 3), x + 6)
+        assert len(LOOKED_UP) == 2
+        assert LAUNCHED[2 * number :] == [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: torch.randn(6),
+        lambda: torch.randn(10)[::2],
+        lambda: torch.randn(5, dtype=torch.float64),
+        lambda: torch.randn(6)[1:],  # of another alignment
+    ],
+)
+def test_another_layout_is_looked_up(other: Callable[[], Tensor]) -> None:
+    add_twice(torch.randn(5), 3)
+    x = other()
+    torch.testing.assert_close(add_twice(x, 3), x + 6)
+    assert len(LOOKED_UP) == 4
+    torch.testing.assert_close(add_twice(x, 2), x + 4)
+    assert len(LOOKED_UP) == 6
+
+
+def test_what_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Compiled, "__getitem__", lambda *_: fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            add_twice(torch.randn(5), 3)
+    x = torch.randn(5)
+    torch.testing.assert_close(add_twice(x, 3), x + 6)
+
+
+def test_modes_see_an_op() -> None:
+    with Watch() as watch:
+        add_twice(torch.randn(5), 3)
+        multiplied(torch.randn(5), 3)
+    assert "moba_flex_test.add_twice.default" in watch.seen
+    assert "moba_flex_test.times.default" in watch.seen
+
+
+def test_fake_tensors_launch_nothing_for_real() -> None:
+    with FakeTensorMode():
+        out = multiplied(torch.empty(5, 7), 3)
+    assert out.shape == (5, 7)
+
+
+def test_gradient() -> None:
+    x = torch.randn(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(multiplied(x, 3).sum(), x)
+    torch.testing.assert_close(grad, torch.full((5,), 3.0))
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = torch.randn(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(multiplied(x, 3).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
