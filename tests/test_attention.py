@@ -211,6 +211,20 @@ def test_transposed_layout(plan: Any) -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("plan", ["auto", "routed", "dense"])
+def test_vectors_in_pieces(plan: Any) -> None:
+    """Head dims whose elements do not lie next to each other."""
+    inputs = [x.mT.contiguous().mT.requires_grad_() for x in torch.randn(3, 2, 4, 100, 16)]
+    gate: dict[str, Any] = {"block_size": 32, "top_k": 4 if plan == "dense" else 2}
+    out = moba_attention(*inputs, **gate, plan=plan)
+    expected = moba_attention_reference(*inputs, **gate).out
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, weight)
+    for x, y in zip(grads, torch.autograd.grad(expected, inputs, weight), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_nan_in_a_query_stays_in_its_row() -> None:
     q, k, v = torch.randn(3, 1, 2, 200, 16)
     clean = moba_attention(q, k, v, block_size=16, top_k=3)
