@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.router import Routing
 
@@ -118,11 +119,6 @@ def _chosen_block(b: int, h: int, group: int, k_start: int, k_stop: int, rows: T
     )
 
 
-def _dense_vectors(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors whose vectors lie in one piece, which flash attention takes for granted."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join attention over two disjoint sets of keys: outputs `[..., D]`, log-sum-exps `[...]`."""
     weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
@@ -150,7 +146,7 @@ def attend_cpu(
     """
     routing = Routing(blocks, block_size, q.shape[2], k.shape[2], causal)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = q.contiguous(), *_dense_vectors(k, v)
+    q, k, v = q.contiguous(), *dense_vectors(k, v)
     out = torch.zeros(q.shape, dtype=exact)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=exact)
     for part in _parts(routing, k.shape[1]):
@@ -193,7 +189,7 @@ def attend_cpu_backward(
         q, k, out = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(out, (0, 1))
         v = F.pad(v, (0, 1), value=1.0)
     q, grad, out, lse = (x.contiguous() for x in (q, grad, out, lse))
-    k, v = _dense_vectors(k, v)
+    k, v = dense_vectors(k, v)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
     for part in _parts(routing, k.shape[1]):
         part_q, part_grad, part_out, part_lse = (part.take(x) for x in (q, grad, out, lse))

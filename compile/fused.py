@@ -29,6 +29,7 @@ from moba_flex.compile.fused_kernels import (
     stats_kernel,
 )
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.kernel_op import kernel_op, launch
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.router import Routing
@@ -75,9 +76,10 @@ def _padded(head_dim: int) -> int:
 # Worked out once: in eager code a short sequence waits for what runs between the launches.
 @lru_cache(maxsize=1024)
 def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _Tiles:
-    table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES[kernel]
-    if dtype != torch.float32 and block_size > 128:
-        table = table | _TILES_LONG.get(kernel, {})
+    if dtype == torch.float32:
+        table = _TILES_FLOAT32
+    else:
+        table = _TILES[kernel] | (_TILES_LONG.get(kernel, {}) if block_size > 128 else {})
     tiles = table[max(64, _padded(head_dim))]
     return tiles._replace(n=max(16, min(tiles.n, triton.next_power_of_2(block_size))))
 
@@ -122,10 +124,6 @@ def _lists_at_once(lists: int, picks: int) -> int:
 def _strides(*tensors: Tensor) -> list[int]:
     """Strides of batch, head and position; those of the head_dim are 1."""
     return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _dense_vectors(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
 
 
 class _Problem(NamedTuple):
@@ -225,7 +223,7 @@ def attend_fused_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `attend_fused` with respect to `q`, `k` and `v`."""
-    grad, q, k, v = _dense_vectors(grad, q, k, v)
+    grad, q, k, v = dense_vectors(grad, q, k, v)
     problem = _Problem.of(q, k, rank.shape[3], block_size, causal, scale)
     row_stats, pair_stats = _row_and_pair_stats(problem, out, grad, lse, grad_lse, rank)
 
@@ -354,7 +352,7 @@ def attend_fused(
     """
     if scale < 0:  # the kernels' maximum is that of products, before they are scaled
         q, scale = -q, -scale
-    q, k, v = _dense_vectors(q, k, v)
+    q, k, v = dense_vectors(q, k, v)
     problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
     routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
     pairs = sort_pairs(routing, problem.num_kv_heads)

@@ -7,7 +7,7 @@ which it would look up by each argument of each launch.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -19,22 +19,24 @@ from torch.autograd.function import once_differentiable
 from torch.library import triton_op
 
 F = TypeVar("F", bound=Callable[..., Any])
-_Launches = list[tuple[Callable[..., None], tuple[Any, ...]]]
+_Launch = tuple[Callable[..., None], tuple[Any, ...]]
+"""What launches a compiled kernel over a grid, and the kernel's compile-time arguments."""
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_LAYOUTS = 16384
-_known: dict[tuple[Any, ...], _Launches] = {}  # by function and layout of its arguments
+_known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and layout of its arguments
 
 
 class _Call(threading.local):
     """What the function that is running launches.
 
     Attributes:
-        replay: Launches of an earlier call, with compile-time arguments, in reverse order.
+        replay: The launches of an earlier call that are still to come.
         record: Where to note down the launches of this one.
     """
 
-    replay: _Launches | None = None
-    record: _Launches | None = None
+    replay: Iterator[_Launch] | None = None
+    record: list[_Launch] | None = None
 
 
 _call = _Call()
@@ -50,7 +52,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         options: Its compile-time arguments and launch options.
     """
     if _call.replay is not None:
-        run, constants = _call.replay.pop()
+        run, constants = next(_call.replay)
         run(*args, *constants)
         return
     compiled = kernel[grid](*args, **options)
@@ -112,10 +114,9 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
                 return run(*args)
         layout = (function, device, *map(_layout, args))
         launches = _known.get(layout)
-        replay = None if launches is None else launches.copy()
-        record: _Launches | None = [] if launches is None else None
+        record: list[_Launch] = []
         outer = _call.replay, _call.record
-        _call.replay, _call.record = replay, record
+        _call.replay, _call.record = (None, record) if launches is None else (iter(launches), None)
         try:
             with set_wrap_triton_enabled(False):
                 result = function(*args)
@@ -124,7 +125,7 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         if record:
             if len(_known) >= _MOST_LAYOUTS:
                 _known.clear()
-            _known[layout] = record[::-1]
+            _known[layout] = record
         return result
 
     return run

@@ -118,18 +118,14 @@ def cases(
     )
 
 
-def needs_interpreter(*, op: bool = False) -> None:
-    """Skip what runs Triton kernels on CPU tensors where they are compiled for a GPU.
-
-    Args:
-        op: Whether the kernels are launched by an op.
-    """
+def needs_interpreter() -> None:
+    """Skip what runs Triton kernels on CPU tensors where nothing interprets them."""
     if not interpreted():
         pytest.skip("kernels run for real here, see test_cuda.py, or there is no Triton")
     if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
         pytest.skip("Triton's interpreter takes NumPy 2.4 from 3.7 on")
-    if op and "Interpreted" not in inspect.getsource(wrap_triton):
-        pytest.skip("this PyTorch launches no interpreted kernels from an op")
+    if "Interpreted" not in inspect.getsource(wrap_triton):
+        pytest.skip("this PyTorch wraps no interpreted kernels")
 
 
 def run_script(name: str) -> Any:

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 a
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter() -> None:
-    needs_interpreter(op=True)
+    needs_interpreter()
 
 
 @pytest.fixture

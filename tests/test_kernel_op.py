@@ -131,10 +131,12 @@ def test_modes_see_an_op() -> None:
     assert "moba_flex_test.times.default" in watch.seen
 
 
-def test_fake_tensors_launch_nothing_for_real() -> None:
+def test_fake_tensors_are_not_remembered() -> None:
     with FakeTensorMode():
         out = multiplied(torch.empty(5, 7), 3)
+        add_twice(torch.empty(5), 3)
     assert out.shape == (5, 7)
+    assert not module._known
 
 
 def test_gradient() -> None:

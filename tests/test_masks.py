@@ -118,7 +118,7 @@ def assert_kernels_sort_alike(routing: Routing, num_kv_heads: int, tile: int) ->
 @settings(max_examples=settings().max_examples // 3 + 1)
 @given(case=cases(max_len=300), tile=st.integers(1, 200), per_tile=st.integers(1, 40))
 def test_kernels_sort_alike(case: Case, tile: int, per_tile: int) -> None:
-    needs_interpreter(op=True)
+    needs_interpreter()
     q, k, _ = case.inputs()
     with pytest.MonkeyPatch.context() as patch:  # chunks of many tiles and of few
         patch.setattr(regroup_kernel, "_BLOCKS_PER_TILE", per_tile)

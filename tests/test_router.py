@@ -193,7 +193,7 @@ def test_transposed_inputs_route_alike() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_gate_op_pools_and_chooses_like_the_cpu(causal: bool) -> None:
-    needs_interpreter(op=True)
+    needs_interpreter()
     from moba_flex.masks.router_kernel import gate_triton
 
     q, k = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16)
