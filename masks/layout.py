@@ -1,0 +1,118 @@
+"""Where the blocks of packed documents and of padded rows lie, and which each query may choose."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moba_flex.masks.blocks import ceil_div
+
+
+class Tables(NamedTuple):
+    """Queries and blocks by number, where arithmetic on positions alone does not tell.
+
+    `R` is the batch size, or 1 where all rows are alike. Blocks are numbered in the order of their
+    keys; there are at most `N`. A query that sees nothing, being padding, has the position -1, the
+    own block `N`, and no candidates.
+
+    Attributes:
+        queries: Of each query its position among the keys, its own block, and the first and the
+            last block that it may choose (none if that is before the first), int32 `[4, R, Q]`.
+        extents: Of each block its first key and the key after its last, int32 `[2, R, N]`; equal
+            for a block that there is not.
+    """
+
+    queries: Tensor
+    extents: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        """`N`, the number that stands for no block."""
+        return self.extents.shape[2]
+
+
+def plain_tables(
+    q_len: int, kv_len: int, block_size: int, causal: bool, device: torch.device
+) -> Tables:
+    """Return the tables `R = 1` of one sequence a row, of which queries are the last positions."""
+    start = torch.arange(ceil_div(kv_len, block_size), device=device) * block_size
+    position = torch.arange(kv_len - q_len, kv_len, device=device)
+    own = position // block_size
+    newest = own - 1 if causal else torch.full_like(own, start.shape[0] - 1)
+    queries = torch.stack((position, own, torch.zeros_like(own), newest))
+    extents = torch.stack((start, (start + block_size).clamp(max=kv_len)))
+    return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
+
+
+def document_tables(
+    cu_seqlens_q: Tensor,
+    cu_seqlens: Tensor,
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    causal: bool,
+) -> Tables:
+    """Return the tables `R = 1` of documents that lie one after another.
+
+    Blocks start at the start of each document, and a query chooses among those of its own.
+
+    Args:
+        cu_seqlens_q: Where the queries of each document start, and the end, int `[docs + 1]`.
+        cu_seqlens: Where its keys start, and the end, likewise. The queries of a document are the
+            last of its positions.
+        q_len: Number of queries.
+        kv_len: Number of keys.
+        block_size: Keys per block.
+        causal: Whether only blocks before the own one can be chosen.
+    """
+    device, cu_q, cu_k = cu_seqlens.device, cu_seqlens_q.int(), cu_seqlens.int()
+    per_document = ceil_div(cu_k.diff(), block_size)
+    after = per_document.cumsum(0, dtype=torch.int32)  # number of the block after each document
+    before = after - per_document
+    last_document = after.shape[0] - 1
+    # Each document has at most one short block.
+    block = torch.arange(kv_len // block_size + after.shape[0], device=device, dtype=torch.int32)
+    document = torch.searchsorted(after, block, right=True).clamp(max=last_document)
+    start = cu_k[document] + (block - before[document]) * block_size
+    stop = torch.minimum(start + block_size, cu_k[document + 1])
+    exists = block < after[last_document]
+    extents = torch.stack((start, stop)).where(exists, kv_len)
+
+    query = torch.arange(q_len, device=device, dtype=torch.int32)
+    document = torch.searchsorted(cu_q[1:], query, right=True).clamp(max=last_document)
+    position = query - cu_q[document + 1] + cu_k[document + 1]
+    own = before[document] + (position - cu_k[document]) // block_size
+    newest = (own if causal else after[document]) - 1
+    queries = torch.stack((position, own, before[document], newest))
+    return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
+
+
+def padded_tables(key_mask: Tensor, q_len: int, block_size: int, causal: bool) -> Tables:
+    """Return the tables `R = B` of rows with padding.
+
+    Args:
+        key_mask: True for the keys that are not padding, bool `[B, KV]`: one run a row, or none.
+        q_len: Number of queries, the last of the positions.
+        block_size: Keys per block, counted from each row's first key.
+        causal: Whether only blocks before the own one can be chosen.
+    """
+    kv_len, device = key_mask.shape[1], key_mask.device
+    first = key_mask.int().argmax(dim=1, keepdim=True)
+    after = first + key_mask.sum(dim=1, keepdim=True)
+    num_blocks = ceil_div(kv_len, block_size)
+    start = first + torch.arange(num_blocks, device=device) * block_size
+    extents = torch.stack((torch.minimum(start, after), torch.minimum(start + block_size, after)))
+
+    position = torch.arange(kv_len - q_len, kv_len, device=device)
+    real = (position >= first) & (position < after)
+    own = (position - first) // block_size
+    newest = own - 1 if causal else ceil_div(after - first, block_size) - 1
+    queries = torch.stack(
+        (
+            torch.where(real, position, -1),
+            torch.where(real, own, num_blocks),
+            torch.zeros_like(own),
+            torch.where(real, newest, -1),
+        )
+    )
+    return Tables(queries.int(), extents.int())
