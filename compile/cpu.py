@@ -128,22 +128,34 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Te
 
 @torch.library.custom_op("moba_flex::attend_cpu", mutates_args=(), device_types="cpu")
 def attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the own block and to the chosen ones.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
-        v: Values, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
         blocks: Chosen blocks, int32 `[B, Hq, Q, K - 1]`, as in `Routing`.
         block_size: Keys per block.
         causal: Whether a query sees only keys at its position and before.
         scale: Factor on the scores.
+        queries: Of `Tables`, if rows are packed documents or are padded.
+        extents: Likewise.
 
     Returns:
-        Output `[B, Hq, Q, D]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
+        Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
     """
+    if queries is not None or extents is not None:
+        raise NotImplementedError("plan='routed' on cpu serves no documents or padding yet")
     routing = Routing(blocks, block_size, q.shape[2], k.shape[2], causal)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.contiguous(), *dense_vectors(k, v)
@@ -159,7 +171,15 @@ def attend_cpu(
 
 @attend_cpu.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=exact)
@@ -225,7 +245,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block_size, ctx.causal, ctx.scale = inputs
+    *tensors, ctx.block_size, ctx.causal, ctx.scale, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -236,7 +256,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
     grads = attend_cpu_backward(
         grad, grad_lse, q, k, v, blocks, out, lse, ctx.block_size, ctx.causal, ctx.scale
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 attend_cpu.register_autograd(_backward, setup_context=_save)

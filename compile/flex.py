@@ -64,18 +64,18 @@ def compiled(
     Uncompiled FlexAttention computes every score, masked or not, so it never runs in eager code.
 
     Args:
-        function: A function of q, k, v and options.
+        function: A function of q, k and v, of tensors by name, and of options.
         kind: What beside the options sets apart calls that share no graph: dtype, heads.
         options: Keyword arguments of the function.
 
     Returns:
-        A function of q, k and v; the same one for the same arguments.
+        A function of q, k and v and of tensors by name; the same one for the same arguments.
     """
 
     # The names matter: PyTorch names the symbols of dynamic shapes after them, and those of *args
     # break its C++ template.
-    def bound(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return function(q, k, v, **options)
+    def bound(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Any:
+        return function(q, k, v, **tensors, **options)
 
     # PyTorch counts recompilations by code object, and learns from its name what varies from call
     # to call: a code object and a name for each kind of call leave both to lengths and batch
@@ -87,11 +87,11 @@ def compiled(
         torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
     )
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         # Lengths of less than a tile or of fewer than `top_k` blocks make more graphs than
         # PyTorch's limit of 8 lets pass.
         with dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
-            return graph(q, k, v)
+            return graph(q, k, v, tensors)
 
     return call
 

@@ -10,6 +10,8 @@ from moba_flex.compile.cpu import attend_cpu
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.layout import Tables
+from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.router import Routing, route
 from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
@@ -20,27 +22,39 @@ if _HAS_TRITON:
 
     from moba_flex.compile.fused import attend_fused
 
+# Longer than any sequence, and a number: a length that varies would be part of a mask_mod.
+ONE_BLOCK = 2**30
+
 Result = tuple[Tensor, Tensor | None]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lse: bool) -> Result:
-    """Attend to everything: all blocks are chosen."""
-    if _is_plain(q, k, causal=causal, lse=lse):
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    lse: bool,
+    tables: Tables | None = None,
+    mods: Mods | None = None,
+) -> Result:
+    """Attend to everything: all blocks are chosen. Tables are those of blocks of `ONE_BLOCK`."""
+    if tables is None and mods is None and _is_plain(q, k, causal=causal, lse=lse):
         gqa = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa
         )
         return out, None
-    # One block holds all keys, so it is the own block of every query, and no other is left to
-    # choose.
+    # The one block of a sequence is the own block of its queries, and no other is left to choose.
     q_len, kv_len = q.shape[2], k.shape[2]
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or tables is not None or mods is not None:
         none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
-        return routed(q, k, v, Routing(none, kv_len, q_len, kv_len, causal), scale=scale)
+        routing = Routing(none, ONE_BLOCK, q_len, kv_len, causal, tables)
+        return routed(q, k, v, routing, scale=scale, mods=mods)
     if not causal:
         return attend(q, k, v, None, scale, lse=True)
-    # Longer than any sequence, and a number: a length that varies would be part of the mask_mod.
-    layout = KeyLayout.of(2**30, kv_len, causal)
+    layout = KeyLayout.of(ONE_BLOCK, kv_len, causal)
     return attend(q, k, v, own_block_mask(q_len, layout, causal, q.device), scale, lse=True)
 
 
@@ -49,9 +63,20 @@ def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
     return not lse and (not causal or q.shape[2] == k.shape[2])
 
 
-def uses_flex(plan: str, q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
-    """Whether a plan calls FlexAttention, which must be compiled."""
-    if plan == "dense" and _is_plain(q, k, causal=causal, lse=lse):
+def uses_flex(
+    plan: str, q: Tensor, k: Tensor, *, causal: bool, lse: bool, changed: bool = False
+) -> bool:
+    """Whether a plan calls FlexAttention, which must be compiled.
+
+    Args:
+        plan: Its name.
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        causal: Whether a query sees only keys at its position and before.
+        lse: Whether log-sum-exps are asked for.
+        changed: Whether there are tables or mods.
+    """
+    if plan == "dense" and not changed and _is_plain(q, k, causal=causal, lse=lse):
         return False
     return plan == "masked" or (plan != "fused" and q.device.type != "cpu")
 
@@ -62,23 +87,53 @@ def interpreted() -> bool:
 
 
 def masked(
-    q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float, lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float,
+    lse: bool,
+    mods: Mods | None = None,
 ) -> Result:
     """Attend in natural order; FlexAttention skips the tiles that no query chose."""
+    if mods is not None or routing.tables is not None:
+        raise NotImplementedError("plan='masked' serves no documents, padding or mods yet")
     return attend(q, k, v, routing_to_block_mask(routing), scale, lse=lse)
 
 
-def routed(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float) -> Result:
+def routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float,
+    mods: Mods | None = None,
+) -> Result:
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
-    if q.device.type == "cpu":
-        blocks, block_size = routing.blocks, routing.block_size
-        out, lse = attend_cpu(q, k, v, blocks, block_size, routing.causal, scale)
-        return out, lse
-    return _routed_flex(q, k, v, routing, scale=scale)
+    if q.device.type != "cpu":
+        return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
+    if mods is not None:
+        raise NotImplementedError("plan='routed' on cpu serves no mods yet")
+    queries, extents = routing.tables or (None, None)
+    blocks, block_size = routing.blocks, routing.block_size
+    out, lse = attend_cpu(q, k, v, blocks, block_size, routing.causal, scale, queries, extents)
+    return out, lse
 
 
-def _routed_flex(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float) -> Result:
+def _routed_flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float,
+    mods: Mods | None = None,
+) -> Result:
     """Attend to the own blocks in natural order and to the chosen ones in regrouped order."""
+    if mods is not None or routing.tables is not None:
+        raise NotImplementedError("plan='routed' serves no documents, padding or mods yet")
     batch, _, q_len, head_dim = q.shape
     layout = KeyLayout.of(routing.block_size, routing.kv_len, routing.causal)
     k, v = layout.pad(k), layout.pad(v)
@@ -99,8 +154,18 @@ def _routed_flex(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: fl
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float) -> Result:
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float,
+    mods: Mods | None = None,
+) -> Result:
     """Do what `routed` does, with regrouping and merge inside of Triton kernels."""
+    if mods is not None or routing.tables is not None:
+        raise NotImplementedError("plan='fused' serves no documents, padding or softcap yet")
     blocks, block_size = routing.blocks, routing.block_size
     out, lse, *_ = attend_fused(q, k, v, blocks, block_size, routing.causal, scale)
     return out, lse
@@ -119,14 +184,17 @@ def run(
     causal: bool,
     scale: float,
     lse: bool,
+    head_top_k: Tensor | None = None,
+    tables: Tables | None = None,
+    mods: Mods | None = None,
 ) -> Result:
     """Route and attend by the plan of this name, with the options of `moba_flex.moba_attention`.
 
     Returns:
-        Output `[B, Hq, Q, D]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None.
+        Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None.
     """
     if plan == "dense":
-        return dense(q, k, v, causal=causal, scale=scale, lse=lse)
+        return dense(q, k, v, causal=causal, scale=scale, lse=lse, tables=tables, mods=mods)
     routing = route(
         q,
         k,
@@ -135,9 +203,45 @@ def run(
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
         causal=causal,
+        head_top_k=head_top_k,
+        tables=tables,
     )
+    return follow(q, k, v, routing, plan=plan, scale=scale, lse=lse, mods=mods)
+
+
+def run_given(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: str,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    lse: bool,
+    tables: Tables | None = None,
+    mods: Mods | None = None,
+) -> Result:
+    """Attend by the plan of this name to `blocks` `[B, Hq, Q, K - 1]`; returns what `run` does."""
+    routing = Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
+    return follow(q, k, v, routing, plan=plan, scale=scale, lse=lse, mods=mods)
+
+
+def follow(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    plan: str,
+    scale: float,
+    lse: bool,
+    mods: Mods | None,
+) -> Result:
+    """Attend to what a routing chose."""
     if plan == "masked":
-        return masked(q, k, v, routing, scale=scale, lse=lse)
+        return masked(q, k, v, routing, scale=scale, lse=lse, mods=mods)
     if plan == "fused":
-        return fused(q, k, v, routing, scale=scale)
-    return routed(q, k, v, routing, scale=scale)
+        return fused(q, k, v, routing, scale=scale, mods=mods)
+    return routed(q, k, v, routing, scale=scale, mods=mods)

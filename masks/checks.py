@@ -1,6 +1,15 @@
 """Checks of what callers pass, made once at the public doors."""
 
+import inspect
+import itertools
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from moba_flex.masks.mods import Mods
+from moba_flex.masks.router import Routing
 
 
 def check_int(name: str, value: object, least: int) -> None:
@@ -51,8 +60,10 @@ def check_qk(q: Tensor, k: Tensor) -> None:
             )
         if not x.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
-        if 0 in x.shape:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}")
+        if 0 in (x.shape[1], x.shape[3]):
+            raise ValueError(
+                f"{name} must have heads and a head_dim of at least 1, got shape {tuple(x.shape)}"
+            )
     _check_match("k", "q", k, q)
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have the head_dim of q, {q.shape[3]}, got {k.shape[3]}")
@@ -68,7 +79,7 @@ def check_qk(q: Tensor, k: Tensor) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless `q`, `k` and `v` fit each other; `v` is `[B, Hkv, KV, D]` like `k`.
+    """Raise unless `q`, `k` and `v` fit each other; `v` is `[B, Hkv, KV, Dv]`.
 
     Raises:
         TypeError: One is no floating-point tensor, or the dtypes differ.
@@ -77,9 +88,232 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_qk(q, k)
     if not isinstance(v, Tensor):
         raise TypeError(f"v must be a Tensor, got {type(v).__name__}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
+        raise ValueError(
+            f"v must have the shape of k, {tuple(k.shape)}, save its head_dim, got "
+            f"{tuple(v.shape)}"
+        )
     _check_match("v", "q", v, q)
+
+
+def check_no_vmap(*tensors: Tensor) -> None:
+    """Raise under `torch.func.vmap`.
+
+    Raises:
+        ValueError: A tensor is a batch of tensors.
+    """
+    for x in tensors:
+        while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if torch._C._functorch.is_batchedtensor(x):
+                raise ValueError(
+                    "q, k and v must be plain tensors, got some under torch.func.vmap: "
+                    "make what vmap runs over part of the batch"
+                )
+            x = torch._C._functorch.get_unwrapped(x)
+
+
+def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
+    """Raise unless a routing is one of `q` over `k`.
+
+    Raises:
+        TypeError: It is no routing.
+        ValueError: It is one of other tensors.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    shape = *routing.blocks.shape[:3], routing.kv_len
+    if shape != (*q.shape[:3], k.shape[2]):
+        raise ValueError(
+            f"routing must be of [B, Hq, Q, KV] = {(*q.shape[:3], k.shape[2])}, got one of {shape}"
+        )
+    if routing.blocks.device != q.device:
+        raise ValueError(
+            f"routing must be on the device of q, {q.device}, got {routing.blocks.device}"
+        )
+
+
+def longest_sequence(kv_len: int, cu_seqlens: Tensor | None, key_mask: Tensor | None) -> int:
+    """Return the keys of the longest document or row; `kv_len` where nobody may look."""
+    if torch.compiler.is_compiling():
+        return kv_len
+    if cu_seqlens is not None:
+        return max(_values(cu_seqlens.diff()), default=kv_len)
+    if key_mask is not None:
+        return max(_values(key_mask.sum(1)), default=kv_len)
+    return kv_len
+
+
+def check_head_top_k(
+    head_top_k: Tensor | None, q: Tensor, top_k: int, sink_blocks: int, local_blocks: int
+) -> None:
+    """Raise unless `head_top_k` is None, or a number of blocks for each head of `q`.
+
+    Raises:
+        TypeError: It is no tensor of integers.
+        ValueError: Its shape or device is another, or a number is out of range.
+    """
+    if head_top_k is None:
+        return
+    _check_integers("head_top_k", head_top_k, q)
+    if head_top_k.shape != q.shape[1:2]:
+        raise ValueError(
+            f"head_top_k must have shape [Hq] = ({q.shape[1]},), got {tuple(head_top_k.shape)}"
+        )
+    least = 1 + sink_blocks + local_blocks
+    for number in _values(head_top_k):
+        if not least <= number <= top_k:
+            raise ValueError(
+                "head_top_k must be from 1 + sink_blocks + local_blocks to top_k, "
+                f"{least} to {top_k}, got {number}"
+            )
+
+
+def check_layout(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    key_mask: Tensor | None,
+) -> None:
+    """Raise unless these say where documents lie, or which keys are real, in `q` and `k`.
+
+    Raises:
+        TypeError: One is no tensor, or has another dtype.
+        ValueError: Shapes, devices or what they hold do not fit.
+    """
+    if cu_seqlens is not None:
+        if key_mask is not None:
+            raise ValueError(
+                "key_mask must be None beside cu_seqlens, got both: "
+                "leave padding out of packed documents"
+            )
+        _check_documents(q, k, cu_seqlens, cu_seqlens_q)
+    elif cu_seqlens_q is not None:
+        raise ValueError("cu_seqlens must be given with cu_seqlens_q, got None")
+    if key_mask is not None:
+        _check_key_mask(q, k, key_mask)
+
+
+def _check_documents(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor | None
+) -> None:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if cu_seqlens_q is None and q_len != kv_len:
+        raise ValueError(
+            f"cu_seqlens_q must say where documents start among {q_len} queries of {kv_len} keys, "
+            "got None"
+        )
+    starts = _check_cu_seqlens("cu_seqlens", cu_seqlens, q, kv_len, "keys")
+    if cu_seqlens_q is None:
+        return
+    q_starts = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q_len, "queries")
+    if cu_seqlens_q.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_q must have as many entries as cu_seqlens, {cu_seqlens.shape[0]}, got "
+            f"{cu_seqlens_q.shape[0]}"
+        )
+    for i in range(min(len(starts), len(q_starts)) - 1):
+        queries, keys = q_starts[i + 1] - q_starts[i], starts[i + 1] - starts[i]
+        if queries > keys:
+            raise ValueError(
+                f"cu_seqlens_q must give document {i} at most as many queries as keys, {keys}, "
+                f"got {queries}: queries are the last positions of the keys"
+            )
+
+
+def _check_cu_seqlens(name: str, x: Tensor, q: Tensor, length: int, of: str) -> list[int]:
+    """Raise unless `x` rises from 0 to `length`, and return what it holds."""
+    _check_integers(name, x, q)
+    if x.dim() != 1 or x.shape[0] < 2:
+        raise ValueError(f"{name} must have shape [documents + 1], got {tuple(x.shape)}")
+    starts = _values(x)
+    if not starts:
+        return starts
+    if starts[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {starts[0]}")
+    for before, after in itertools.pairwise(starts):
+        if after < before:
+            raise ValueError(f"{name} must not decrease, got {after} after {before}")
+    if starts[-1] != length:
+        raise ValueError(f"{name} must end at the number of {of}, {length}, got {starts[-1]}")
+    return starts
+
+
+def _check_key_mask(q: Tensor, k: Tensor, key_mask: Tensor) -> None:
+    _check_tensor("key_mask", key_mask, q)
+    if key_mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_mask must have dtype torch.bool, got {key_mask.dtype}: use key_mask.bool()"
+        )
+    shape = k.shape[0], k.shape[2]
+    if key_mask.shape != shape:
+        raise ValueError(
+            f"key_mask must have shape [B, KV] = {tuple(shape)}, got {tuple(key_mask.shape)}"
+        )
+    rises = key_mask[:, :1].int().sum(1) + (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1)
+    for row, runs in enumerate(_values(rises)):
+        if runs > 1:
+            raise ValueError(
+                f"key_mask must have one run of True a row, got {runs} in row {row}: "
+                "pad on the left, on the right or on both sides"
+            )
+
+
+def check_mods(mods: Mods) -> None:
+    """Raise unless these are changes to scores that FlexAttention can make.
+
+    Raises:
+        TypeError: One is no function of the right number of arguments, or `softcap` no number.
+        ValueError: `softcap` is not positive.
+    """
+    if mods.softcap is not None:
+        if isinstance(mods.softcap, bool) or not isinstance(mods.softcap, (int, float)):
+            raise TypeError(f"softcap must be a number, got {type(mods.softcap).__name__}")
+        if not 0 < mods.softcap < float("inf"):
+            raise ValueError(f"softcap must be positive and finite, got {mods.softcap}: use None")
+    _check_function("score_mod", mods.score_mod, ("score", "b", "h", "q_idx", "kv_idx"))
+    _check_function("mask_mod", mods.mask_mod, ("b", "h", "q_idx", "kv_idx"))
+
+
+def _check_function(name: str, function: Any, parameters: tuple[str, ...]) -> None:
+    if function is None:
+        return
+    if not callable(function):
+        raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of something built in
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError:
+        raise TypeError(
+            f"{name} must take {len(parameters)} arguments ({', '.join(parameters)}), got "
+            f"{name}{signature}"
+        ) from None
+
+
+def _check_tensor(name: str, x: Any, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def _check_integers(name: str, x: Any, q: Tensor) -> None:
+    _check_tensor(name, x, q)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {x.dtype}")
+
+
+def _values(x: Tensor) -> list[int]:
+    """Return what `x` `[n]` holds; nothing where that cannot be known, or a graph is captured."""
+    if isinstance(x, FakeTensor) or x.is_meta:
+        return []
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return []
+    values: list[int] = x.tolist()
+    return values
 
 
 def _check_match(name: str, other: str, x: Tensor, y: Tensor) -> None:

@@ -31,6 +31,35 @@ class Tables(NamedTuple):
         return self.extents.shape[2]
 
 
+def make_tables(
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    causal: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tables | None:
+    """Return the tables of packed documents or of padded rows; None if the rows are neither.
+
+    Args:
+        q_len: Number of queries.
+        kv_len: Number of keys.
+        block_size: Keys per block.
+        causal: Whether only blocks before the own one can be chosen.
+        cu_seqlens: Where documents start, as of `document_tables`.
+        cu_seqlens_q: Where their queries start; where their keys do if None.
+        key_mask: Which keys are real, as of `padded_tables`.
+    """
+    if cu_seqlens is not None:
+        starts = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+        return document_tables(starts, cu_seqlens, q_len, kv_len, block_size, causal)
+    if key_mask is not None:
+        return padded_tables(key_mask, q_len, block_size, causal)
+    return None
+
+
 def plain_tables(
     q_len: int, kv_len: int, block_size: int, causal: bool, device: torch.device
 ) -> Tables:

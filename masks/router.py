@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div, pool_keys
+from moba_flex.masks.layout import Tables
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.router_kernel import gate_triton
@@ -19,8 +20,9 @@ _CPU_CHUNK = 1 << 22
 class Routing:
     """The blocks that every query chose, and the geometry that gives them meaning.
 
-    Queries are the last `q_len` of `kv_len` positions. The own block of query `i`, number
-    `(q_offset + i) // block_size`, is always attended to and is not listed.
+    The own block of each query is always attended to and is not listed. Without tables queries are
+    the last `q_len` of `kv_len` positions, and the own block of query `i` is number `(q_offset +
+    i) // block_size`.
 
     Attributes:
         blocks: The other chosen blocks, int32 `[B, Hq, Q, K - 1]`, ascending; `num_blocks` stands
@@ -29,6 +31,8 @@ class Routing:
         q_len: Number of queries.
         kv_len: Number of keys.
         causal: Whether a query sees only keys at its position and before.
+        tables: Where blocks lie, and which a query may see, if rows are packed documents or are
+            padded; None for one sequence a row.
     """
 
     blocks: Tensor
@@ -36,10 +40,13 @@ class Routing:
     q_len: int
     kv_len: int
     causal: bool
+    tables: Tables | None = None
 
     @property
     def num_blocks(self) -> int:
         """Number of key blocks, `N`."""
+        if self.tables is not None:
+            return self.tables.num_blocks
         return ceil_div(self.kv_len, self.block_size)
 
     @property
@@ -57,6 +64,8 @@ def route(
     sink_blocks: int = 0,
     local_blocks: int = 0,
     causal: bool = True,
+    head_top_k: Tensor | None = None,
+    tables: Tables | None = None,
 ) -> Routing:
     """Choose the blocks with the highest affinity (arXiv 2502.13189, equations 5 to 7).
 
@@ -74,20 +83,25 @@ def route(
         local_blocks: Blocks right before the own one that are always chosen; they count in
             `top_k`.
         causal: Whether only past blocks are candidates.
+        head_top_k: Of each head the blocks that it attends to, int `[Hq]`, each at most `top_k`;
+            None for `top_k` everywhere.
+        tables: Where blocks lie, if rows are packed documents or are padded.
 
     Returns:
-        The routing, with `K = min(top_k, N)`.
+        The routing, with `K = min(top_k, ceil(KV / block_size))`.
     """
     with torch.no_grad():
         # A number also under dynamic shapes, where `min` and `int` would leave an expression.
-        num_blocks = ceil_div(k.shape[2], block_size)
-        picks = (top_k if top_k <= num_blocks else len(range(num_blocks))) - 1
+        most = ceil_div(k.shape[2], block_size)
+        picks = (top_k if top_k <= most else len(range(most))) - 1
         options = block_size, picks, sink_blocks, local_blocks, causal
+        if head_top_k is not None or tables is not None:
+            raise NotImplementedError("head_top_k and tables: the gate does not serve them yet")
         if q.is_cuda:
             blocks = gate_triton(q, k, *options)
         else:
             blocks = gate_cpu(q, pool_keys(k, block_size), k.shape[2] - q.shape[2], *options)
-    return Routing(blocks, block_size, q.shape[2], k.shape[2], causal)
+    return Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
 
 
 @torch.library.custom_op("moba_flex::gate_cpu", mutates_args=(), device_types="cpu")

@@ -1,6 +1,6 @@
 """Mixture of Block Attention (MoBA) for PyTorch, as routing for FlexAttention."""
 
-from moba_flex.attention import choose_plan, moba_attention
+from moba_flex.attention import choose_plan, moba_attention, routed_attention
 from moba_flex.config import MoBAConfig
 from moba_flex.masks.block_mask import create_moba_block_mask
 from moba_flex.masks.router import Routing, route
@@ -14,4 +14,5 @@ __all__ = [
     "moba_attention",
     "moba_attention_reference",
     "route",
+    "routed_attention",
 ]

@@ -1,23 +1,37 @@
 """`moba_attention`: one function, and the plans that compute it."""
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.compile.flex import compiled
-from moba_flex.compile.plans import interpreted, run, uses_flex
+from moba_flex.compile.limits import FUSED_HEAD_DIM, check_flex, check_fused
+from moba_flex.compile.plans import ONE_BLOCK, run, run_given, uses_flex
 from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.checks import check_gate, check_qk, check_qkv
+from moba_flex.masks.checks import (
+    check_gate,
+    check_head_top_k,
+    check_layout,
+    check_mods,
+    check_no_vmap,
+    check_qkv,
+    check_routing,
+    longest_sequence,
+)
+from moba_flex.masks.inputs import cast_by_autocast
+from moba_flex.masks.layout import make_tables
+from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
+from moba_flex.masks.router import Routing
 
 Plan = Literal["dense", "fused", "routed", "masked"]
 
 _PLANS: tuple[Plan, ...] = ("dense", "fused", "routed", "masked")
-# What FlexAttention and this library compile kernels for.
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_FUSED_HEAD_DIM = 256
 
 
 @overload
@@ -32,6 +46,13 @@ def moba_attention(
     local_blocks: int = 0,
     causal: bool = True,
     scale: float | None = None,
+    head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     plan: Plan | Literal["auto"] = "auto",
     return_aux: None = None,
 ) -> Tensor: ...
@@ -47,6 +68,13 @@ def moba_attention(
     local_blocks: int = 0,
     causal: bool = True,
     scale: float | None = None,
+    head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     plan: Plan | Literal["auto"] = "auto",
     return_aux: AuxRequest,
 ) -> tuple[Tensor, AuxOutput]: ...
@@ -61,6 +89,13 @@ def moba_attention(
     local_blocks: int = 0,
     causal: bool = True,
     scale: float | None = None,
+    head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     plan: Plan | Literal["auto"] = "auto",
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
@@ -73,14 +108,18 @@ def moba_attention(
     in one joint softmax. If `top_k` blocks cover all keys this is exact attention. The result is
     differentiable; the choice carries no gradient.
 
+    Packed documents behave like separate calls, and padded rows like the unpadded row. A query
+    that sees nothing, being padding or by `mask_mod`, gets zeros and a log-sum-exp of -inf.
+
     Under `torch.compile` the call becomes part of the caller's graph, without a break. Called from
     eager code, plans that are made of FlexAttention compile themselves, once for each set of
     options; the plan "fused", which "auto" takes on CUDA, has nothing to compile but its kernels.
+    Under autocast q, k and v are cast as for `scaled_dot_product_attention`.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.
         k: Keys, `[B, Hkv, KV, D]`, with `Hq` a multiple of `Hkv`.
-        v: Values, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
         block_size: Keys per block.
         top_k: Blocks a query attends to, its own included.
         sink_blocks: First blocks of the sequence that are always chosen; they count in `top_k`.
@@ -88,127 +127,275 @@ def moba_attention(
             `top_k`.
         causal: Whether a query sees only keys at its position and before.
         scale: Factor on the scores; `1 / sqrt(D)` if None. The gate never uses it.
+        head_top_k: Of each head the blocks that its queries attend to, int `[Hq]`, each from `1 +
+            sink_blocks + local_blocks` to `top_k`; None for `top_k` in all.
+        cu_seqlens: Where the documents of every row start, and the end `KV`, int `[docs + 1]`:
+            blocks are counted from each document's start, and no query sees another document.
+        cu_seqlens_q: Where the queries of each document start, and the end `Q`, likewise, if not
+            where the keys do. They are the last of the document's positions.
+        key_mask: True for the keys that are not padding, bool `[B, KV]`, in one run a row; blocks
+            are counted from the first. Not together with `cu_seqlens`.
+        softcap: Scores become `softcap * tanh(score / softcap)`, before `score_mod`.
+        score_mod: `score_mod(score, b, h, q_idx, kv_idx)`, as FlexAttention takes it, in positions
+            within the tensors given, whatever the plan. The gate does not see it.
+        mask_mod: `mask_mod(b, h, q_idx, kv_idx)`, likewise: hides keys after routing.
         plan: How to compute it. All plans give the same result; "auto" takes what `choose_plan`
             says.
         return_aux: What to return beside the output: `AuxRequest(lse=True)` for the log-sum-exp
-            of the scaled scores, float32 `[B, Hq, Q]` (float64 for float64 inputs),
-            differentiable.
+            of the scores, float32 `[B, Hq, Q]` (float64 for float64 inputs), differentiable.
 
     Returns:
-        The output `[B, Hq, Q, D]`, or with `return_aux` the output and an `AuxOutput`.
+        The output `[B, Hq, Q, Dv]`, or with `return_aux` the output and an `AuxOutput`.
 
     Raises:
         ValueError: A shape, a device or an option is out of range, or the plan cannot serve the
             request.
         TypeError: An argument has the wrong type.
     """
+    q, k, v = cast_by_autocast(q, k, v)
+    mods = _mods(softcap, score_mod, mask_mod)
     if not torch.compiler.is_compiling():
+        check_no_vmap(q, k, v)
         check_qkv(q, k, v)
         check_gate(block_size, top_k, sink_blocks, local_blocks)
-    if return_aux is not None and return_aux.max_scores:
-        raise ValueError("return_aux must ask for lse alone, got max_scores=True")
-    lse = return_aux is not None and return_aux.lse
-    if plan == "auto":
-        plan = choose_plan(q, k, block_size=block_size, top_k=top_k)
-    elif plan not in _PLANS:
+        check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
+        check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
+    chosen = _choose(q, k, v, block_size, top_k, head_top_k, mods) if plan == "auto" else plan
+    if chosen not in _PLANS:
         raise ValueError(f"plan must be one of {('auto', *_PLANS)}, got {plan!r}")
-    num_blocks = ceil_div(k.shape[2], block_size)
-    if plan == "dense" and top_k < num_blocks:
-        raise ValueError(
-            f"top_k must cover all {num_blocks} blocks for plan='dense', got {top_k}: "
-            "raise top_k, or let plan be 'auto'"
-        )
-    flex = uses_flex(plan, q, k, causal=causal, lse=lse)
-    if flex:
-        _check_flex(q, k, v, lse)
-    if plan == "fused":
-        _check_fused(q)
+    if plan == "dense":
+        longest = longest_sequence(k.shape[2], cu_seqlens, key_mask)
+        _check_dense(block_size, top_k, head_top_k, longest)
 
+    layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
+    size = ONE_BLOCK if chosen == "dense" else block_size
+    tables = make_tables(q.shape[2], k.shape[2], size, causal, **layout)
     options: dict[str, Any] = {
-        "plan": plan,
         "block_size": block_size,
         "top_k": top_k,
         "sink_blocks": sink_blocks,
         "local_blocks": local_blocks,
-        "causal": causal,
-        "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
-        "lse": lse,
     }
-    if flex and not torch.compiler.is_compiling():
-        grads = torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad
-        kind = q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3], *grads
-        out, out_lse = compiled(run, kind, **options)(q, k, v)
-    else:
-        out, out_lse = run(q, k, v, **options)
-    return out if return_aux is None else (out, AuxOutput(lse=out_lse if lse else None))
+    tensors = {"head_top_k": head_top_k, "tables": tables}
+    return _execute(run, q, k, v, tensors, options, chosen, causal, scale, mods, return_aux)
 
 
-def choose_plan(q: Tensor, k: Tensor, *, block_size: int, top_k: int) -> Plan:
+@overload
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    plan: Literal["auto", "fused", "routed", "masked"] = "auto",
+    return_aux: None = None,
+) -> Tensor: ...
+@overload
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    plan: Literal["auto", "fused", "routed", "masked"] = "auto",
+    return_aux: AuxRequest,
+) -> tuple[Tensor, AuxOutput]: ...
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    plan: Literal["auto", "fused", "routed", "masked"] = "auto",
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Attend with every query to its own block and to those that a given routing says.
+
+    The routing is one of `moba_flex.masks.patterns`, of `route`, or the caller's own.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
+        routing: Which blocks each query attends to.
+        scale: Factor on the scores; `1 / sqrt(D)` if None.
+        softcap: As of `moba_attention`, like all that follow.
+        score_mod: Changes scores.
+        mask_mod: Hides keys.
+        plan: How to compute it.
+        return_aux: What to return beside the output.
+
+    Returns:
+        The output `[B, Hq, Q, Dv]`, or with `return_aux` the output and an `AuxOutput`.
+
+    Raises:
+        ValueError: A shape, a device or an option is out of range, or the plan cannot serve the
+            request.
+        TypeError: An argument has the wrong type.
+    """
+    q, k, v = cast_by_autocast(q, k, v)
+    mods = _mods(softcap, score_mod, mask_mod)
+    if not torch.compiler.is_compiling():
+        check_no_vmap(q, k, v)
+        check_qkv(q, k, v)
+        check_routing(routing, q, k)
+    chosen = _choose_sparse(q, v, mods) if plan == "auto" else plan
+    if chosen not in _PLANS[1:]:
+        raise ValueError(f"plan must be one of {('auto', *_PLANS[1:])}, got {plan!r}")
+    tensors = {"blocks": routing.blocks, "tables": routing.tables}
+    options = {"block_size": routing.block_size}
+    return _execute(
+        run_given, q, k, v, tensors, options, chosen, routing.causal, scale, mods, return_aux
+    )
+
+
+def choose_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    head_top_k: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+) -> Plan:
     """Say which plan `moba_attention(..., plan="auto")` takes; nothing is computed.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`; None if they have the head_dim of `k`.
         block_size: Keys per block.
         top_k: Blocks a query attends to, its own included.
+        head_top_k: Blocks that the queries of each head attend to.
+        score_mod: What changes scores.
+        mask_mod: What hides keys.
 
     Returns:
-        "dense" if `top_k` blocks cover all keys; else "fused" on CUDA, for a head_dim of at most
-        256, and "routed" elsewhere.
+        "dense" if `top_k` blocks cover all keys, in every head; else "fused" on CUDA, for head
+        dims of at most 256 and neither `score_mod` nor `mask_mod`; else "routed".
 
     Raises:
         ValueError: A shape or an option is out of range.
         TypeError: An argument has the wrong type.
     """
+    v = k if v is None else v
     if not torch.compiler.is_compiling():
-        check_qk(q, k)
+        check_qkv(q, k, v)
         check_gate(block_size, top_k, 0, 0)
-    if top_k >= ceil_div(k.shape[2], block_size):
+    mods = _mods(None, score_mod, mask_mod)
+    return _choose(q, k, v, block_size, top_k, head_top_k, mods)
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    top_k: int,
+    head_top_k: Tensor | None,
+    mods: Mods | None,
+) -> Plan:
+    if head_top_k is None and top_k >= ceil_div(k.shape[2], block_size):
         return "dense"
-    return "fused" if q.device.type == "cuda" and q.shape[3] <= _FUSED_HEAD_DIM else "routed"
+    return _choose_sparse(q, v, mods)
 
 
-def _check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
-    """Raise if FlexAttention on the device of `q` cannot do what is asked."""
+def _choose_sparse(q: Tensor, v: Tensor, mods: Mods | None) -> Plan:
+    functions = mods is not None and not (mods.score_mod is None and mods.mask_mod is None)
+    small = max(q.shape[3], v.shape[3]) <= FUSED_HEAD_DIM
+    return "fused" if q.device.type == "cuda" and small and not functions else "routed"
+
+
+def _mods(
+    softcap: float | None, score_mod: ScoreMod | None, mask_mod: MaskMod | None
+) -> Mods | None:
+    """Return the changes to scores, checked; None if there are none."""
+    mods = Mods(score_mod, mask_mod, softcap)
+    if mods == Mods():
+        return None
+    if not torch.compiler.is_compiling():
+        check_mods(mods)
+    return mods
+
+
+def _check_dense(block_size: int, top_k: int, head_top_k: Tensor | None, longest: int) -> None:
+    """Raise if not every query is to see all keys, of which there are `longest` at most."""
+    if head_top_k is not None:
+        raise ValueError(
+            "head_top_k must be None for plan='dense', got a Tensor: let plan be 'auto'"
+        )
+    num_blocks = ceil_div(longest, block_size)
+    if top_k < num_blocks:
+        raise ValueError(
+            f"top_k must cover all {num_blocks} blocks for plan='dense', got {top_k}: "
+            "raise top_k, or let plan be 'auto'"
+        )
+
+
+def _execute(
+    function: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: dict[str, Any],
+    options: dict[str, Any],
+    plan: Plan,
+    causal: bool,
+    scale: float | None,
+    mods: Mods | None,
+    return_aux: AuxRequest | None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Call `run` or `run_given`, compiled if the plan needs that, and return what is asked for."""
+    if return_aux is not None and return_aux.max_scores:
+        raise ValueError("return_aux must ask for lse alone, got max_scores=True")
+    lse = return_aux is not None and return_aux.lse
+    changed = tensors["tables"] is not None or mods is not None
+    flex = uses_flex(plan, q, k, causal=causal, lse=lse, changed=changed)
+    if flex:
+        check_flex(q, k, v, lse)
+    if plan == "fused":
+        check_fused(q, v, mods)
+
+    options = options | {
+        "plan": plan,
+        "causal": causal,
+        "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
+        "lse": lse,
+        "mods": mods,
+    }
     device = q.device.type
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"q must be on cpu or cuda, got {device}")
-    _check_dtype(q)
-    if device == "cuda" and q.shape[3] < 16:
-        raise ValueError(
-            f"q must have a head_dim of at least 16 on cuda, got {q.shape[3]}: pad it"
-        )
-    largest = max(x.numel() for x in (q, k, v))
-    if device == "cuda" and largest >= 2**31:  # such a call ended in an illegal memory access
-        raise ValueError(
-            f"q, k and v must have fewer than 2**31 elements each on cuda, got {largest}: "
-            "split the batch or the heads"
-        )
-    if device == "cpu":
-        if lse:
-            raise ValueError("plan must be 'routed' or 'dense' to return lse on cpu, got 'masked'")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError(
-                "plan must be 'routed' or 'dense' for gradients on cpu, got 'masked': "
-                "FlexAttention has no backward there; for inference use torch.no_grad()"
-            )
+    # What is cast is cast: within, autocast would round the scores.
+    autocast = torch.is_autocast_enabled(device) if device != "meta" else False
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        if statically_known_true(q.numel() == 0):
+            out, out_lse = _nothing(q, k, v)
+        elif flex and not torch.compiler.is_compiling():
+            grads = torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad
+            sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+            given = tuple(name for name, x in tensors.items() if x is not None)
+            kind = q.device, q.dtype, sizes, grads, given
+            out, out_lse = compiled(function, kind, **options)(q, k, v, **tensors)
+        else:
+            out, out_lse = function(q, k, v, **tensors, **options)
+    return out if return_aux is None else (out, AuxOutput(lse=out_lse if lse else None))
 
 
-def _check_fused(q: Tensor) -> None:
-    """Raise if the kernels of the fused plan cannot do what is asked."""
-    if q.device.type != "cuda" and not interpreted():
-        raise ValueError(
-            f"q must be on cuda for plan='fused', got {q.device.type}: let plan be 'auto'"
-        )
-    _check_dtype(q)
-    if q.shape[3] > _FUSED_HEAD_DIM:
-        raise ValueError(
-            f"q must have a head_dim of at most {_FUSED_HEAD_DIM} for plan='fused', got "
-            f"{q.shape[3]}: let plan be 'routed'"
-        )
-
-
-def _check_dtype(q: Tensor) -> None:
-    if q.dtype not in _KERNEL_DTYPES:
-        names = " or ".join(map(str, _KERNEL_DTYPES))
-        raise TypeError(f"q must be {names} on {q.device.type}, got {q.dtype}: convert q, k and v")
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exps of no queries, or of an empty batch."""
+    none = q[..., 0] + 0 * (k.sum() + v.sum())
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return none.unsqueeze(3).expand(*q.shape[:3], v.shape[3]), none.to(exact)

@@ -217,7 +217,7 @@ def test_what_cuda_cannot_serve(
 
 
 def test_the_fused_plan_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moba_flex.attention.interpreted", lambda: False)
+    monkeypatch.setattr("moba_flex.compile.limits.interpreted", lambda: False)
     message = "q must be on cuda for plan='fused', got cpu: let plan be 'auto'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         moba_attention(x(), x(), x(), **GATE, plan="fused")
