@@ -33,3 +33,27 @@ def pool_keys(k: Tensor, block_size: int) -> Tensor:
     )
     start = torch.arange(num_blocks, device=k.device) * block_size
     return (total / (kv_len - start).clamp(max=block_size)[:, None]).to(k.dtype)
+
+
+def pool_extents(k: Tensor, extents: Tensor) -> Tensor:
+    """Average the keys of each block, as `pool_keys` does, on CPU and wherever blocks lie.
+
+    Args:
+        k: Keys, `[B, Hkv, KV, D]`.
+        extents: First key of each block and the key after its last, int `[2, R, N]`: blocks
+            follow each other without gaps, and what is no block is empty.
+
+    Returns:
+        `[B, Hkv, N, D]`; zeros for what is no block.
+    """
+    batch, num_heads, _, head_dim = k.shape
+    rows = extents.shape[1]
+    pooled = []
+    for row, (start, stop) in enumerate(extents.unbind(1)):
+        keys = k if rows == 1 else k[row : row + 1]
+        bags = keys.permute(2, 0, 1, 3).flatten(1).float()
+        place = torch.arange(int(start[0]), int(stop.max())) if start.numel() else start
+        total = F.embedding_bag(place, bags, start - start[:1], mode="sum")
+        mean = total / (stop - start).clamp(min=1).unsqueeze(1)
+        pooled.append(mean.to(k.dtype).view(-1, batch // rows, num_heads, head_dim))
+    return torch.cat(pooled, dim=1).permute(1, 2, 0, 3)

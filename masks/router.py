@@ -1,19 +1,23 @@
 """The gate: which blocks each query attends to."""
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moba_flex.masks.blocks import ceil_div, pool_keys
-from moba_flex.masks.layout import Tables
+from moba_flex.masks.blocks import ceil_div, pool_extents, pool_keys
+from moba_flex.masks.layout import Tables, plain_tables
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.router_kernel import gate_triton
 
 # Scores held at a time by the gate on CPU: 2**22 of them are 32 MiB of float64.
 _CPU_CHUNK = 1 << 22
+# Queries that are worth a step of the gate, however short their documents are.
+_LEAST_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -95,93 +99,127 @@ def route(
         most = ceil_div(k.shape[2], block_size)
         picks = (top_k if top_k <= most else len(range(most))) - 1
         options = block_size, picks, sink_blocks, local_blocks, causal
-        if head_top_k is not None or tables is not None:
-            raise NotImplementedError("head_top_k and tables: the gate does not serve them yet")
+        located = () if tables is None else tables
         if q.is_cuda:
+            if head_top_k is not None or tables is not None:
+                raise NotImplementedError("head_top_k and tables: not on cuda yet")
             blocks = gate_triton(q, k, *options)
         else:
-            blocks = gate_cpu(q, pool_keys(k, block_size), k.shape[2] - q.shape[2], *options)
+            blocks = gate_cpu(q, k, *options, head_top_k, *located)
     return Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
 
 
 @torch.library.custom_op("moba_flex::gate_cpu", mutates_args=(), device_types="cpu")
 def gate_cpu(
     q: Tensor,
-    block_keys: Tensor,
-    q_offset: int,
+    k: Tensor,
     block_size: int,
     picks: int,
     sink_blocks: int,
     local_blocks: int,
     causal: bool,
+    head_top_k: Tensor | None = None,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
 ) -> Tensor:
-    """Choose `picks` blocks besides the own one, a chunk of queries at a time.
+    """Choose at most `picks` blocks besides the own one, a chunk of queries at a time.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
-        block_keys: Block keys, `[B, Hkv, N, D]`.
-        q_offset: Position of the first query.
+        k: Keys, `[B, Hkv, KV, D]`.
         block_size: Keys per block.
         picks: Blocks to choose.
-        sink_blocks: First blocks that are forced.
+        sink_blocks: First blocks of a sequence that are forced.
         local_blocks: Blocks before the own one that are forced.
         causal: Whether only blocks before the own one are candidates.
+        head_top_k: Of each head the blocks to attend to, its own included, int `[Hq]`.
+        queries: Of `Tables`, if rows are packed documents or are padded.
+        extents: Likewise.
 
     Returns:
-        int32 `[B, Hq, Q, picks]`, ascending; `N` stands for none.
+        int32 `[B, Hq, Q, picks]`, ascending; the number of blocks, `N`, stands for none.
     """
     batch, num_heads, q_len, head_dim = q.shape
+    if queries is None or extents is None:
+        queries, _ = plain_tables(q_len, k.shape[2], block_size, causal, q.device)
+        block_keys = pool_keys(k, block_size)
+    else:
+        block_keys = pool_extents(k, extents)
     num_kv_heads, num_blocks = block_keys.shape[1:3]
     chosen = q.new_full((batch, num_heads, q_len, picks), num_blocks, dtype=torch.int32)
-    if picks == 0:
+    if chosen.numel() == 0:
         return chosen
     grouped = q.view(batch, num_kv_heads, -1, q_len, head_dim)
     # float64 leaves one rounding, to float32, so that equal block keys tie whatever kernel BLAS
     # picks for a column.
     columns = block_keys.double().mT.unsqueeze(2)
-    chunk = max(1, _CPU_CHUNK // (batch * num_heads * num_blocks))
-    for start in range(0, q_len, chunk):
-        stop = min(start + chunk, q_len)
-        own = (torch.arange(start, stop) + q_offset) // block_size
-        candidates = min(int(own[-1]), num_blocks) if causal else num_blocks
-        width = min(picks, candidates)
-        if width == 0:
-            continue
-        affinity = (grouped[:, :, :, start:stop].double() @ columns[..., :candidates]).float()
-        best = _top_blocks(
-            affinity.flatten(1, 2), own, width, sink_blocks, local_blocks, causal, num_blocks
-        )
-        chosen[:, :, start:stop, :width] = best
+    gate = _Gate(picks, sink_blocks, local_blocks, causal, head_top_k, num_blocks)
+    for start, stop, low, high in _chunks(queries, batch * num_heads, block_size):
+        affinity = (grouped[:, :, :, start:stop].double() @ columns[..., low:high]).float()
+        best = _top_blocks(affinity.flatten(1, 2), queries[:, :, start:stop], low, gate)
+        chosen[:, :, start:stop, : best.shape[3]] = best
     return chosen
 
 
 @gate_cpu.register_fake
 def _(
     q: Tensor,
-    block_keys: Tensor,
-    q_offset: int,
+    k: Tensor,
     block_size: int,
     picks: int,
     sink_blocks: int,
     local_blocks: int,
     causal: bool,
+    head_top_k: Tensor | None = None,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((*q.shape[:3], picks), dtype=torch.int32)
 
 
-def _top_blocks(
-    affinity: Tensor,
-    own: Tensor,
-    width: int,
-    sink_blocks: int,
-    local_blocks: int,
-    causal: bool,
-    none: int,
-) -> Tensor:
-    """Return the `width` best blocks of each row of `affinity`, ascending, `none` last.
+def _chunks(queries: Tensor, lists: int, block_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut queries into chunks, and say for each which blocks low..high hold all candidates.
+
+    A chunk of many documents is about as long as the longest, so that few scores are of a query
+    and a block that belong to different ones.
+    """
+    _, _, oldest, newest = queries
+    most = int((newest - oldest).max()) + 1  # candidates of one query
+    if most <= 0:
+        return
+    limit = max(1, _CPU_CHUNK // (lists * most))
+    size = min(limit, max(_LEAST_CHUNK, most * block_size))
+    for start in range(0, queries.shape[2], size):
+        stop = min(start + size, queries.shape[2])
+        any_candidate = (oldest <= newest)[:, start:stop]
+        if any_candidate.any():
+            low = int(oldest[:, start:stop][any_candidate].min())
+            high = int(newest[:, start:stop][any_candidate].max()) + 1
+            yield start, stop, low, high
+
+
+class _Gate(NamedTuple):
+    """Options of `gate_cpu`, and `none`, the number that stands for no block."""
+
+    picks: int
+    sink_blocks: int
+    local_blocks: int
+    causal: bool
+    head_top_k: Tensor | None
+    none: int
+
+
+def _top_blocks(affinity: Tensor, queries: Tensor, low: int, gate: _Gate) -> Tensor:
+    """Return the best blocks of each row of `affinity`, ascending, `none` last.
 
     Affinity and block number make one integer key, in which no two blocks are equal and the more
     recent of two equal affinities is the larger.
+
+    Args:
+        affinity: Of queries and blocks from `low` on, `[B, Hq, Q, n]`.
+        queries: Of `Tables`, `[4, R, Q]`.
+        low: Number of the first block.
+        gate: What to choose.
     """
     largest = torch.finfo(torch.float32).max
     # Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
@@ -190,16 +228,24 @@ def _top_blocks(
         .add_(0.0)
         .view(torch.int32)
     )
-    block = torch.arange(affinity.shape[-1])
+    block = torch.arange(low, low + affinity.shape[-1])
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | block
-    forced = block < sink_blocks
-    if local_blocks:
-        forced = forced | ((block < own[:, None]) & (block >= own[:, None] - local_blocks))
-    if sink_blocks or local_blocks:
+    _, own, oldest, newest = queries[:, :, None, :, None]
+    if gate.sink_blocks or gate.local_blocks:
+        forced = (block < own) & (block >= own - gate.local_blocks)
+        forced = forced | (block < oldest + gate.sink_blocks)
         key = torch.where(forced, torch.iinfo(torch.int64).max - 0xFFFFFFFF | block, key)
-    candidate = block < own[:, None] if causal else block != own[:, None]
+    candidate = block <= newest
+    if not gate.causal:
+        candidate = candidate & (block != own)
+    if (oldest > low).any():
+        candidate = candidate & (block >= oldest)
     lowest = torch.iinfo(torch.int64).min
     key = torch.where(candidate, key, lowest)
-    best = key.topk(width, dim=-1, sorted=False).values
-    best = torch.where(best == lowest, none, best & 0xFFFFFFFF)
+    width = min(gate.picks, affinity.shape[-1])
+    best = key.topk(width, dim=-1, sorted=gate.head_top_k is not None).values
+    none = best == lowest
+    if gate.head_top_k is not None:
+        none = none | (torch.arange(width) >= gate.head_top_k[:, None, None] - 1)
+    best = torch.where(none, gate.none, best & 0xFFFFFFFF)
     return best.int().sort(dim=-1).values

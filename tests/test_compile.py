@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from moba_flex import create_moba_block_mask, moba_attention, route
 from moba_flex.compile import cpu, flex, plans
 from moba_flex.masks import router
-from moba_flex.masks.blocks import pool_keys
 from tests.helpers import Case, run_script
 
 LENGTHS = [200, 333, 512, 700, 1024, 1111]
@@ -116,7 +115,7 @@ def test_fewer_blocks_than_top_k_are_a_number_of_picks(number: int) -> None:
 
     def record(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
         (gate,) = (n for n in graph.graph.nodes if "gate_cpu" in str(n.target))
-        picks.append(gate.args[4])
+        picks.append(gate.args[3])
         return graph.forward
 
     def choose(q: Tensor, k: Tensor) -> Tensor:
@@ -217,8 +216,7 @@ def test_lse_inside_a_graph() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_ops_keep_the_rules_of_torch_library(q_len: int, causal: bool) -> None:
     q, k, v = (x.requires_grad_() for x in Case(2, 2, 3, q_len, 90).inputs())
-    block_keys = pool_keys(k.detach(), 16)
-    gate = (q, block_keys, 90 - q_len, 16, 3, 1, 0, causal)
+    gate = (q, k, 16, 3, 1, 0, causal)
     torch.library.opcheck(router.gate_cpu, gate)
     blocks = router.gate_cpu(*gate)
     torch.library.opcheck(cpu.attend_cpu, (q, k, v, blocks, 16, causal, 0.3))
