@@ -9,6 +9,7 @@ from torch import Tensor
 from moba_flex.compile.cpu import attend_cpu
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
+from moba_flex.compile.modded import attend_modded
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
@@ -115,7 +116,7 @@ def routed(
     if q.device.type != "cpu":
         return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
     if mods is not None:
-        raise NotImplementedError("plan='routed' on cpu serves no mods yet")
+        return attend_modded(q, k, v, routing, mods, scale)
     queries, extents = routing.tables or (None, None)
     blocks, block_size = routing.blocks, routing.block_size
     out, lse = attend_cpu(q, k, v, blocks, block_size, routing.causal, scale, queries, extents)

@@ -1,0 +1,515 @@
+"""The routed plan's engine on CPU where a caller changes scores or masks.
+
+The parts are those of `moba_flex.compile.cpu`, and they merge alike. But flash attention knows no
+such changes, so here a part is matrix products with a softmax between them, in pieces whose scores
+stay in a core's cache. Backward computes the scores again.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from moba_flex.compile.cpu import _routing
+from moba_flex.compile.parts import Part, cut
+from moba_flex.masks.inputs import dense_vectors
+from moba_flex.masks.mods import Mods
+from moba_flex.masks.router import Routing
+
+_PIECE = 1 << 17  # scores: 512 KiB of float32, so that two kinds fit a core's cache
+_LEAST_ROWS = 64  # fewer make slow matrix products
+_LOG2E = math.log2(math.e)
+
+
+def attend_modded(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to the own block and to the chosen ones.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
+        routing: The choice of blocks.
+        mods: Changes to scores and masks. Gradients flow to what `score_mod` captures.
+        scale: Factor on the scores, before the changes.
+
+    Returns:
+        Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
+        A query that sees nothing has output 0 and log-sum-exp -inf.
+    """
+    if mods.score_mod is None and mods.mask_mod is None and mods.softcap is not None:
+        options = routing.block_size, routing.causal, scale, mods.softcap
+        tables = routing.tables or (None, None)
+        out, lse = attend_softcap(q, k, v, routing.blocks, *options, *tables)
+        return out, lse
+    outside: tuple[Tensor, Tensor] = _attend_outside(q, k, v, routing, mods, scale)
+    return outside
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="no graph holds a score_mod or a mask_mod on cpu: plan='masked' takes them"
+)
+def _attend_outside(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
+) -> tuple[Tensor, Tensor]:
+    captured = [] if mods.score_mod is None else _captured(mods.score_mod)
+    result: tuple[Tensor, Tensor] = _AttendModded.apply(  # type: ignore[no-untyped-call]
+        q, k, v, routing, mods, scale, *captured
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of some heads of a part, and the keys that they may see.
+
+    Queries of the part are `[b, h, g, n, ...]`, with `g` query heads for each of `h` key/value
+    heads, and keys `[b, h, m, ...]`; those of the piece are `[p, r, ...]` and `[p, m, ...]`.
+    """
+
+    batch: slice
+    heads: slice
+    rows: slice
+    num_keys: int
+    causal: bool
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return the rows `[p, r, ...]` of `x` `[b, h, g, n, ...]`."""
+        return x[self.batch, self.heads, :, self.rows].flatten(0, 1).flatten(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Return the keys `[p, m, ...]` of `x` `[b, h, m, ...]`."""
+        return x[self.batch, self.heads, : self.num_keys].flatten(0, 1)
+
+    def put(self, x: Tensor, value: Tensor) -> None:
+        """Write `[p, r, ...]` to where `queries` reads."""
+        place = x[self.batch, self.heads, :, self.rows]
+        place.copy_(value.view(place.shape))
+
+    def add_keys(self, x: Tensor, value: Tensor) -> None:
+        """Add `[p, m, ...]` to where `keys` reads."""
+        place = x[self.batch, self.heads, : self.num_keys]
+        place.add_(value.view(place.shape))
+
+    def hide_later(self, scores: Tensor) -> None:
+        """Hide from each query the keys after it, if the part is causal."""
+        if self.causal:
+            first = self.rows.start
+            length = self.num_keys - first
+            rows = scores.view(scores.shape[0], -1, length, self.num_keys)
+            rows[..., first:].masked_fill_(_later(length), -math.inf)
+
+
+@functools.lru_cache(maxsize=4)
+def _later(length: int) -> Tensor:
+    """Return which of `length` keys come after each of as many queries."""
+    return torch.ones(length, length, dtype=torch.bool).triu_(1)
+
+
+def _pieces(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Piece]:
+    """Cut the queries `[b, h, g, n, D]` and the keys `[b, h, m, D]` of a part."""
+    batch, heads, group, rows = q.shape[:4]
+    num_keys = k.shape[2]
+    some_rows = min(rows, max(_LEAST_ROWS, _PIECE // (group * num_keys)))
+    size = group * some_rows * num_keys
+    some_heads = min(heads, max(1, _PIECE // size))
+    some_batch = min(batch, max(1, _PIECE // (size * some_heads)))
+    for b in range(0, batch, some_batch):
+        for h in range(0, heads, some_heads):
+            for row in range(0, rows, some_rows):
+                stop = min(row + some_rows, rows)
+                keys = min(num_keys, stop) if causal else num_keys
+                places = slice(b, b + some_batch), slice(h, h + some_heads), slice(row, stop)
+                yield _Piece(*places, keys, causal)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What becomes of scores: products of queries and keys, changed, in units of log 2.
+
+    Attributes:
+        mods: The changes.
+        scale: Factor on the products.
+        shape: B, Hq and Q, which number a query from 0 to B * Hq * Q - 1.
+    """
+
+    mods: Mods
+    scale: float
+    shape: tuple[int, int, int]
+
+    @property
+    def unit(self) -> float:
+        """Units of log 2 in a unit of scores that no `score_mod` changes."""
+        return 1.0 if self.mods.score_mod is not None else _LOG2E
+
+    @property
+    def asks(self) -> bool:
+        """Whether a mod is a function, which asks for indices."""
+        return self.mods.score_mod is not None or self.mods.mask_mod is not None
+
+    @property
+    def small(self) -> bool:
+        """Whether no score is so large that float32 would not hold its exponential."""
+        cap = self.mods.softcap
+        return self.mods.score_mod is None and cap is not None and cap <= 60
+
+    def cap(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the scores `[p, r, m]` after the soft cap."""
+        none, cap = q.new_empty(1, 1, 1), self.mods.softcap
+        if cap is None:
+            return torch.baddbmm(none, q, k.mT, beta=0, alpha=self.scale * self.unit)
+        # tanh(x) = (exp(2x) - 1) / (exp(2x) + 1) by `expm1`, which is as exact as `tanh` and three
+        # times as fast. From 20 on it is 1, in float64 too.
+        power = torch.baddbmm(none, q, k.mT, beta=0, alpha=2 * self.scale / cap)
+        power.clamp_(-40, 40).expm1_()
+        height = cap * self.unit
+        return power.div_(torch.add(q.new_tensor(2 / height), power, alpha=1 / height))
+
+    def uncap(self, grad: Tensor, capped: Tensor) -> Tensor:
+        """Turn a gradient of what `cap` returned into one of what it took."""
+        if self.mods.softcap is None:
+            return grad
+        return grad.addcmul_(
+            grad, capped.square_(), value=-((self.mods.softcap * self.unit) ** -2)
+        )
+
+    def numbers(self) -> list[Tensor]:
+        """Return the number of each query, `[B, Hq, Q]`, if a mod asks."""
+        return [torch.arange(math.prod(self.shape)).view(self.shape)] if self.asks else []
+
+    def places(self, k: Tensor) -> list[Tensor]:
+        """Return the place of each key, `[B, Hkv, KV]`, if a mod asks."""
+        return [torch.arange(k.shape[2]).expand(k.shape[:3])] if self.asks else []
+
+    def change(self, scores: Tensor, *pairs: Tensor) -> Tensor:
+        """Return the scores, in units of log 2, after `score_mod`.
+
+        Args:
+            scores: Capped, `[p, r, m]`.
+            pairs: Numbers of queries, `[p, r]`, and places of keys, `[p, m]`, if a mod asks.
+        """
+        if self.mods.score_mod is None:
+            return scores
+        changed = _over_pairs(self.mods.score_mod, 1)(scores, *self._indices(*pairs))
+        return changed.to(scores.dtype) * _LOG2E
+
+    def change_with_gradient(
+        self, scores: Tensor, captured: Sequence[Tensor], *pairs: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+        """Do what `change` does, and return what turns a gradient of it into others.
+
+        They are those of the scores and of the captured tensors.
+        """
+        if self.mods.score_mod is None:
+            return (scores.clone() if self.mods.softcap is not None else scores), lambda x: [x]
+        with torch.enable_grad():
+            before = scores.detach().requires_grad_()
+            changed = _over_pairs(self.mods.score_mod, 1)(before, *self._indices(*pairs))
+            changed = changed.to(scores.dtype)
+
+        def back(grad: Tensor) -> list[Tensor]:
+            of = [before, *captured]
+            if not changed.requires_grad:
+                return [torch.zeros_like(x) for x in of]
+            return list(
+                torch.autograd.grad(changed, of, grad, allow_unused=True, materialize_grads=True)
+            )
+
+        return changed.detach() * _LOG2E, back
+
+    def hide(self, scores: Tensor, piece: _Piece, *pairs: Tensor) -> Tensor:
+        """Set to -inf, in place, what a query does not see."""
+        piece.hide_later(scores)
+        if self.mods.mask_mod is not None:
+            sees = _over_pairs(self.mods.mask_mod, 0)(*self._indices(*pairs))
+            scores.masked_fill_(~sees, -math.inf)
+        return scores
+
+    def _indices(self, number: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return b, h and q_idx `[p, r]`, and kv_idx `[p, m]`."""
+        _, num_heads, q_len = self.shape
+        row = number // q_len
+        return row // num_heads, row % num_heads, number % q_len, key
+
+
+def _over_pairs(mod: Callable[..., Tensor], scores: int) -> Callable[..., Tensor]:
+    """Let a mod take so many `[p, r, m]`, b, h and q_idx `[p, r]`, and kv_idx `[p, m]`."""
+    of_key = torch.vmap(mod, in_dims=(0,) * scores + (None, None, None, 0))
+    of_query = torch.vmap(of_key, in_dims=(0,) * scores + (0, 0, 0, None))
+    return torch.vmap(of_query)
+
+
+class _Captures(TorchFunctionMode):
+    """Notes the tensors that need a gradient and go into some operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.requires_grad:
+                self.found[id(x)] = x
+        return func(*args, **(kwargs or {}))
+
+
+def _captured(mod: Callable[..., Tensor]) -> list[Tensor]:
+    """Return the tensors that `mod` captures and that need a gradient."""
+    if not torch.is_grad_enabled():
+        return []
+    place = torch.zeros(1, 1, dtype=torch.int64)
+    # Without gradients no result needs one, so what does came from outside.
+    with torch.no_grad(), _Captures() as captures:
+        _over_pairs(mod, 1)(torch.zeros(1, 1, 1), place, place, place, place)
+    return list(captures.found.values())
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
+) -> tuple[Tensor, Tensor]:
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    v_dim = v.shape[3]
+    spoiled = not v.sum(dtype=exact).isfinite()
+    if spoiled:
+        # A weight of 0 times what is not finite is NaN: a column says who sees such a value.
+        bad = ~v.isfinite().all(3, keepdim=True)
+        v = torch.cat((v.nan_to_num(0.0, 0.0, 0.0), bad), dim=3)
+    q, k, v = q.contiguous(), *dense_vectors(k, v)
+    scores_of = _Scores(mods, scale, (q.shape[0], q.shape[1], q.shape[2]))
+    by_query, by_key = [q, *scores_of.numbers()], [k, v, *scores_of.places(k)]
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=exact)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=exact)
+    for part in cut(routing, k.shape[1]):
+        part_k, part_v, *part_key = (part.keys.take(x) for x in by_key)
+        part_k, part_v = part_k.to(exact), part_v.to(exact)
+        part_q, *part_number = (_grouped(part, x, part_k) for x in by_query)
+        part_out = torch.empty(*part_q.shape[:4], v.shape[3], dtype=exact)
+        part_lse = torch.empty(part_q.shape[:4], dtype=exact)
+        for piece in _pieces(part_q, part_k, part.causal):
+            pairs = [piece.queries(x) for x in part_number] + [piece.keys(x) for x in part_key]
+            scores = scores_of.cap(piece.queries(part_q).to(exact), piece.keys(part_k))
+            scores = scores_of.hide(scores_of.change(scores, *pairs), piece, *pairs)
+            largest = None
+            if not scores_of.small:
+                largest = scores.amax(2, keepdim=True)
+                scores.sub_(largest.masked_fill_(largest == -math.inf, 0.0))
+            weight = scores.exp2_()
+            total = weight.sum(2, keepdim=True)
+            attended = torch.bmm(weight, piece.keys(part_v))
+            piece.put(part_out, attended.div_(total.masked_fill(total == 0, 1.0)))
+            logarithm = total.log2_() if largest is None else total.log2_().add_(largest)
+            piece.put(part_lse, logarithm.div_(_LOG2E))
+        part_out, part_lse = part_out.flatten(1, 2), part_lse.flatten(1, 2)
+        old = part.queries.take(lse)
+        # Where the part is nothing, it weighs nothing, also beside nothing.
+        gain = torch.sigmoid(part_lse - old).masked_fill_(part_lse == -math.inf, 0.0)
+        merged = torch.lerp(part.queries.take(out), part_out, gain.unsqueeze(3))
+        part.queries.put(out, merged)
+        part.queries.put(lse, torch.logaddexp(old, part_lse))
+    if spoiled:
+        out = out[..., :v_dim].masked_fill(out[..., v_dim:] > 0, math.nan)
+    return out.to(q.dtype), lse
+
+
+def _grouped(part: Part, x: Tensor, keys: Tensor) -> Tensor:
+    """Return `[b, h, g, n, ...]` of what `x` holds for the queries of a part."""
+    return part.queries.take(x).unflatten(1, (keys.shape[1], -1))
+
+
+def _backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    routing: Routing,
+    mods: Mods,
+    scale: float,
+    captured: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Return the gradients of q, k and v and of the captured tensors."""
+    exact = lse.dtype
+    # A query that sees what is not finite has no finite share; for others it must not be.
+    k, v = (x if x.sum(dtype=exact).isfinite() else x.nan_to_num(0.0, 0.0, 0.0) for x in (k, v))
+    q, grad, k, v = q.contiguous(), grad.contiguous(), *dense_vectors(k, v)
+    scores_of = _Scores(mods, scale, (q.shape[0], q.shape[1], q.shape[2]))
+    # A score's share is weight * (grad @ v - delta): the derivative of the softmax.
+    delta = (grad.to(exact) * out.to(exact)).sum(3)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    shift = torch.where(lse == -math.inf, math.inf, lse * _LOG2E)
+    by_query = [q, grad, delta, shift, *scores_of.numbers()]
+    by_key = [k, v, *scores_of.places(k)]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=exact) for x in (q, k, v))
+    others = [torch.zeros_like(x) for x in captured]
+    for part in cut(routing, k.shape[1]):
+        part_k, part_v, *part_key = (part.keys.take(x) for x in by_key)
+        part_k, part_v = part_k.to(exact), part_v.to(exact)
+        part_q, part_grad, part_delta, part_shift, *part_number = (
+            _grouped(part, x, part_k) for x in by_query
+        )
+        part_dq = torch.empty(part_q.shape, dtype=exact)
+        part_dk, part_dv = torch.zeros_like(part_k), torch.zeros_like(part_v)
+        for piece in _pieces(part_q, part_k, part.causal):
+            pairs = [piece.queries(x) for x in part_number] + [piece.keys(x) for x in part_key]
+            some_q, some_grad = (piece.queries(x).to(exact) for x in (part_q, part_grad))
+            some_k, some_v = piece.keys(part_k), piece.keys(part_v)
+            capped = scores_of.cap(some_q, some_k)
+            scores, back = scores_of.change_with_gradient(capped, captured, *pairs)
+            scores = scores_of.hide(scores, piece, *pairs)
+            weight = scores.sub_(piece.queries(part_shift).unsqueeze(2)).exp2_()
+            piece.add_keys(part_dv, torch.bmm(weight.mT, some_grad))
+            some_delta = piece.queries(part_delta).unsqueeze(2)
+            dscore = torch.baddbmm(some_delta, some_grad, some_v.mT, beta=-1).mul_(weight)
+            dscore, *shares = back(dscore)
+            for x, share in zip(others, shares, strict=True):
+                x.add_(share)
+            dscore = scores_of.uncap(dscore, capped)
+            piece.put(part_dq, torch.bmm(dscore, some_k))
+            piece.add_keys(part_dk, torch.bmm(dscore.mT, some_q))
+        part.queries.add(dq, part_dq.flatten(1, 2))
+        part.keys.add(dk, part_dk)
+        part.keys.add(dv, part_dv)
+    grads = (dq.mul_(scale), dk.mul_(scale), dv)
+    return [x.to(q.dtype) for x in grads] + others
+
+
+class _AttendModded(torch.autograd.Function):
+    """Attention with functions, which no op takes, and with what they capture."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routing: Routing,
+        mods: Mods,
+        scale: float,
+        *captured: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, routing, mods, scale)
+        ctx.save_for_backward(q, k, v, out, lse, *captured)
+        ctx.options = routing, mods, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        q, k, v, out, lse, *captured = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
+        routing, mods, scale = ctx.options
+        dq, dk, dv, *others = _backward(
+            grad, grad_lse, q, k, v, out, lse, routing, mods, scale, captured
+        )
+        return dq, dk, dv, None, None, None, *others
+
+
+@torch.library.custom_op("moba_flex::attend_softcap", mutates_args=(), device_types="cpu")
+def attend_softcap(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `moba_flex.compile.cpu.attend_cpu` does, with scores under a soft cap."""
+    routing = _routing(q, k, blocks, block_size, causal, queries, extents)
+    return _forward(q, k, v, routing, Mods(softcap=softcap), scale)
+
+
+@attend_softcap.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
+
+
+@torch.library.custom_op("moba_flex::attend_softcap_backward", mutates_args=(), device_types="cpu")
+def attend_softcap_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `attend_softcap` with respect to `q`, `k` and `v`."""
+    routing = _routing(q, k, blocks, block_size, causal, queries, extents)
+    mods = Mods(softcap=softcap)
+    dq, dk, dv = _backward(grad, grad_lse, q, k, v, out, lse, routing, mods, scale)
+    return dq, dk, dv
+
+
+@attend_softcap_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, blocks, *ctx.options, queries, extents = inputs
+    ctx.save_for_backward(q, k, v, blocks, queries, extents, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, blocks, queries, extents, out, lse = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = attend_softcap_backward(
+        grad, grad_lse, q, k, v, blocks, out, lse, *ctx.options, queries, extents
+    )
+    return *grads, *(None,) * 7
+
+
+attend_softcap.register_autograd(_gradients, setup_context=_save)
