@@ -39,24 +39,26 @@ class Place(NamedTuple):
     def take(self, x: Tensor) -> Tensor:
         """Return what `x` holds here."""
         taken = self.view(x)
-        if self.rows is not None:
-            taken = taken.index_select(2, self.rows)
-        if self.fold > 1:
-            taken = taken[0].unflatten(1, (self.fold, -1)).transpose(0, 1)
-        return taken
+        return self._folded(taken if self.rows is None else taken.index_select(2, self.rows))
 
     def put(self, x: Tensor, value: Tensor) -> None:
         """Write to where `take` reads."""
+        if self.rows is None:
+            self._folded(self.view(x)).copy_(value)
+            return
         if self.fold > 1:
             value = value.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        if self.rows is None:
-            self.view(x).copy_(value)
-        else:
-            self.view(x).index_copy_(2, self.rows, value)
+        self.view(x).index_copy_(2, self.rows, value)
 
     def add(self, x: Tensor, value: Tensor) -> None:
         """Add to where `take` reads."""
-        self.put(x, self.take(x) + value)
+        if self.rows is None:
+            self._folded(self.view(x)).add_(value)
+        else:
+            self.put(x, self.take(x) + value)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        return x[0].unflatten(1, (self.fold, -1)).transpose(0, 1) if self.fold > 1 else x
 
 
 class Part(NamedTuple):

@@ -41,6 +41,7 @@ def dense(
     mods: Mods | None = None,
 ) -> Result:
     """Attend to everything: all blocks are chosen. Tables are those of blocks of `ONE_BLOCK`."""
+    q, scale = _scaled_up(q, scale)
     if tables is None and mods is None and _is_plain(q, k, causal=causal, lse=lse):
         gqa = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
@@ -57,6 +58,16 @@ def dense(
         return attend(q, k, v, None, scale, lse=True)
     layout = KeyLayout.of(ONE_BLOCK, kv_len, causal)
     return attend(q, k, v, own_block_mask(q_len, layout, causal, q.device), scale, lse=True)
+
+
+def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return queries and a positive scale that give the same scores.
+
+    PyTorch's flash attention on CPU, for one, scales what it has masked: -inf would become inf.
+    """
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
 def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
@@ -241,6 +252,7 @@ def follow(
     mods: Mods | None,
 ) -> Result:
     """Attend to what a routing chose."""
+    q, scale = _scaled_up(q, scale)
     if plan == "masked":
         return masked(q, k, v, routing, scale=scale, lse=lse, mods=mods)
     if plan == "fused":

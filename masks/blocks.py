@@ -52,7 +52,7 @@ def pool_extents(k: Tensor, extents: Tensor) -> Tensor:
     for row, (start, stop) in enumerate(extents.unbind(1)):
         keys = k if rows == 1 else k[row : row + 1]
         bags = keys.permute(2, 0, 1, 3).flatten(1).float()
-        place = torch.arange(int(start[0]), int(stop.max())) if start.numel() else start
+        place = torch.arange(int(start[0]), int(stop[-1]))
         total = F.embedding_bag(place, bags, start - start[:1], mode="sum")
         mean = total / (stop - start).clamp(min=1).unsqueeze(1)
         pooled.append(mean.to(k.dtype).view(-1, batch // rows, num_heads, head_dim))

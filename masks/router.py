@@ -140,15 +140,16 @@ def gate_cpu(
         int32 `[B, Hq, Q, picks]`, ascending; the number of blocks, `N`, stands for none.
     """
     batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    num_blocks = ceil_div(k.shape[2], block_size) if extents is None else extents.shape[2]
+    chosen = q.new_full((batch, num_heads, q_len, picks), num_blocks, dtype=torch.int32)
+    if chosen.numel() == 0:
+        return chosen
     if queries is None or extents is None:
         queries, _ = plain_tables(q_len, k.shape[2], block_size, causal, q.device)
         block_keys = pool_keys(k, block_size)
     else:
         block_keys = pool_extents(k, extents)
-    num_kv_heads, num_blocks = block_keys.shape[1:3]
-    chosen = q.new_full((batch, num_heads, q_len, picks), num_blocks, dtype=torch.int32)
-    if chosen.numel() == 0:
-        return chosen
     grouped = q.view(batch, num_kv_heads, -1, q_len, head_dim)
     # float64 leaves one rounding, to float32, so that equal block keys tie whatever kernel BLAS
     # picks for a column.
@@ -230,7 +231,7 @@ def _top_blocks(affinity: Tensor, queries: Tensor, low: int, gate: _Gate) -> Ten
     )
     block = torch.arange(low, low + affinity.shape[-1])
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | block
-    _, own, oldest, newest = queries[:, :, None, :, None]
+    _, own, oldest, newest = queries.long()[:, :, None, :, None]
     if gate.sink_blocks or gate.local_blocks:
         forced = (block < own) & (block >= own - gate.local_blocks)
         forced = forced | (block < oldest + gate.sink_blocks)
