@@ -1,4 +1,4 @@
-"""Requests drawn at random, the comparison with the oracle, and a reader of block masks."""
+"""The comparison of a request with the oracle, and a reader of block masks."""
 
 import inspect
 import json
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,62 +19,12 @@ from torch.library import wrap_triton
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import Routing, moba_attention, moba_attention_reference, route
+from moba_flex import Routing, moba_attention, route
 from moba_flex.compile.plans import interpreted
+from moba_flex.masks.layout import make_tables
+from tests.case import Case as Case
 
 WORST: dict[str, tuple[float, int]] = {}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request: sizes, options and the seed of the values."""
-
-    batch: int = 1
-    num_kv_heads: int = 1
-    group: int = 1
-    q_len: int = 1
-    kv_len: int = 1
-    head_dim: int = 16
-    block_size: int = 1
-    top_k: int = 1
-    sink_blocks: int = 0
-    local_blocks: int = 0
-    causal: bool = True
-    scale: float | None = None
-    dtype: torch.dtype = torch.float32
-    ties: bool = False
-    seed: int = 0
-    device: str = field(default="cpu", compare=False)
-
-    @property
-    def gate(self) -> dict[str, Any]:
-        """Arguments of the gate."""
-        return {
-            "block_size": self.block_size,
-            "top_k": self.top_k,
-            "sink_blocks": self.sink_blocks,
-            "local_blocks": self.local_blocks,
-            "causal": self.causal,
-        }
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v; with `ties`, of few small integers."""
-        generator = torch.Generator().manual_seed(self.seed)
-        q_heads = self.num_kv_heads * self.group
-
-        def draw(num_heads: int, length: int) -> Tensor:
-            shape = (self.batch, num_heads, length, self.head_dim)
-            if self.ties:
-                x = torch.randint(-1, 2, shape, generator=generator).float()
-            else:
-                x = torch.randn(shape, generator=generator)
-            return x.to(self.device, self.dtype)
-
-        return (
-            draw(q_heads, self.q_len),
-            draw(self.num_kv_heads, self.kv_len),
-            draw(self.num_kv_heads, self.kv_len),
-        )
 
 
 @st.composite
@@ -144,6 +93,13 @@ def run_script(name: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def route_case(case: Case, q: Tensor, k: Tensor) -> Routing:
+    """Return the library's choice for a case."""
+    gate = case.gate
+    tables = make_tables(case.q_len, case.kv_len, case.block_size, case.causal, **case.layout)
+    return route(q, k, **gate, tables=tables)
+
+
 def chosen_blocks(routing: Routing) -> Tensor:
     """Return the blocks that each query attends to, own one included: bool `[B, Hq, Q, N]`."""
     blocks, num_blocks = routing.blocks.long(), routing.num_blocks
@@ -151,125 +107,327 @@ def chosen_blocks(routing: Routing) -> Tensor:
         *blocks.shape[:3], num_blocks + 1, dtype=torch.bool, device=blocks.device
     ).scatter(3, blocks, True)[..., :-1]
     number = torch.arange(num_blocks, device=blocks.device)
-    position = routing.q_offset + torch.arange(routing.q_len, device=blocks.device)
-    return table | (number == position[:, None] // routing.block_size)
+    if routing.tables is not None:
+        own = routing.tables.queries[1].unsqueeze(1)
+    else:
+        position = routing.q_offset + torch.arange(routing.q_len, device=blocks.device)
+        own = position // routing.block_size
+    return table | (number == own.unsqueeze(-1))
 
 
 def token_mask(blocks: Tensor, case: Case) -> Tensor:
     """Return which keys each query sees, bool `[B, Hq, Q, KV]`, given its blocks."""
+    places = case.places
+    shape = case.batch, case.num_heads, case.q_len, case.kv_len
+    if blocks.shape[-1] == 0:
+        return blocks.new_zeros(shape)
+    key_block, key_span = places.key_block[:, None, None], places.key_span[:, None, None]
+    mask = blocks.gather(3, key_block.clamp(min=0).expand(shape))
+    mask = mask & (key_span == places.q_span[:, None, :, None]) & (key_span >= 0)
     kv = torch.arange(case.kv_len, device=blocks.device)
-    q = torch.arange(case.kv_len - case.q_len, case.kv_len, device=blocks.device)
-    mask = blocks[..., kv // case.block_size]
-    return mask & (kv <= q[:, None]) if case.causal else mask
+    if case.causal:
+        mask = mask & (kv <= places.position[:, None, :, None])
+    if (mask_mod := case.mask_mod()) is not None:
+        b, h, q_idx = _indices(case, blocks.device)
+        mask = mask & mask_mod(b, h, q_idx, kv)
+    return mask
 
 
-Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+def _indices(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return b, h and q_idx of all scores, to broadcast."""
+    b, h, q_idx = (
+        torch.arange(n, device=device) for n in (case.batch, case.num_heads, case.q_len)
+    )
+    return b[:, None, None, None], h[:, None, None], q_idx[:, None]
 
 
-def attention(case: Case, plan: Any, *, lse: bool = True) -> Attention:
-    """Return `moba_attention` of a case as a function of q, k and v alone."""
+def assert_gate_is_right(case: Case, q: Tensor, k: Tensor, blocks: Tensor) -> None:
+    """Check a choice of blocks, bool `[B, Hq, Q, N]`, against the affinities in float64.
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, aux = moba_attention(
-            q,
-            k,
-            v,
-            **case.gate,
-            scale=case.scale,
-            plan=plan,
-            return_aux=AuxRequest(lse=lse),
-        )
+    Two affinities nearer than the rounding of float32 sums may be ranked either way, and only
+    those: every block chosen is, up to that, at least as good as every candidate left out.
+    """
+    places, num_blocks = case.places, blocks.shape[3]
+    means = _block_means(case, k, num_blocks).repeat_interleave(case.group, dim=1).double()
+    largest = torch.finfo(torch.float32).max
+    affinity = (q.double() @ means.mT).nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
+    affinity = affinity.clamp(-largest, largest)
+    slack = torch.finfo(torch.float32).eps * case.head_dim * (q.double().abs() @ means.abs().mT)
+    slack = slack.nan_to_num(0.0, 0.0, 0.0)
+    own, first, after = (x[:, None, :, None] for x in (places.own, places.first, places.after))
+    block = torch.arange(num_blocks, device=q.device)
+    candidate = (block >= first) & (block < (own if case.causal else after)) & (block != own)
+    candidate = candidate & (own >= 0)
+    forced = (block < first + case.sink_blocks) | (
+        (block < own) & (block >= own - case.local_blocks)
+    )
+
+    top_k = torch.tensor(case.head_top_k or (case.top_k,) * case.num_heads, device=q.device)
+    expected = torch.minimum(candidate.sum(-1), top_k[:, None] - 1) + (own >= 0).squeeze(-1)
+    number = blocks.sum(-1)
+    assert torch.equal(number, expected.expand_as(number)), "as many as there are, up to top_k"
+    assert blocks[((block == own) & (own >= 0)).expand_as(blocks)].all(), "the own block"
+    assert not (blocks & ~candidate & (block != own)).any(), "candidates alone"
+    assert blocks[(forced & candidate).expand_as(blocks)].all(), "the forced blocks"
+    free = candidate & ~forced
+    if num_blocks:
+        worst_in = (affinity + slack).masked_fill(~(blocks & free), math.inf).amin(-1)
+        best_out = (affinity - slack).masked_fill(~(~blocks & free), -math.inf).amax(-1)
+        assert (worst_in >= best_out).all(), "the best"
+
+
+def _block_means(case: Case, k: Tensor, num_blocks: int) -> Tensor:
+    """Return the mean key of each block, in float32 and then the dtype of the keys."""
+    rows = []
+    for b in range(case.batch):
+        means = k.new_zeros(k.shape[1], num_blocks, k.shape[3])
+        number = 0
+        for _, _, start, stop in case.spans()[b if case.pads is not None else 0]:
+            if start == stop:
+                continue
+            for part in k[b, :, start:stop].split(case.block_size, dim=1):
+                means[:, number] = part.float().mean(1).to(k.dtype)
+                number += 1
+        rows.append(means)
+    return torch.stack(rows) if rows else k.new_zeros(0, k.shape[1], num_blocks, k.shape[3])
+
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Attention:
+    """Return `moba_attention` of a case, as a function of q, k, v and the captured tensors."""
+    options: dict[str, Any] = {
+        **case.gate,
+        **case.layout,
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "mask_mod": case.mask_mod(),
+        "plan": case.plan if plan is None else plan,
+        "return_aux": AuxRequest(lse=case.lse if lse is None else lse),
+    }
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor | None]:
+        score_mod = case.score_mod(dict(zip(case.captured(), captured, strict=True)))
+        out, aux = moba_attention(q, k, v, **options, score_mod=score_mod)
         return out, aux.lse
 
     return run
 
 
+def scores_of(case: Case, q: Tensor, k: Tensor, captured: dict[str, Tensor]) -> Tensor:
+    """Return all scores, masked or not, `[B, Hq, Q, KV]`."""
+    scores = q @ k.repeat_interleave(case.group, dim=1).mT * case.factor
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if (mod := case.score_mod(captured)) is not None:
+        kv_idx = torch.arange(case.kv_len, device=q.device)
+        scores = mod(scores, *_indices(case, q.device), kv_idx).to(q.dtype)
+    return scores
+
+
+def attend_by_mask(
+    case: Case, mask: Tensor, q: Tensor, k: Tensor, v: Tensor, captured: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Attend under a mask of tokens in the dtype of the inputs, one softmax a row."""
+    sees = mask.any(-1, keepdim=True)
+    scores = scores_of(case, q, k, captured).masked_fill(~mask, -math.inf)
+    scores = torch.where(sees, scores, 0.0)  # so that no gradient is NaN
+    weight = torch.where(mask, scores.softmax(-1), 0.0)
+    lse = scores.logsumexp(-1).masked_fill(~sees.squeeze(-1), -math.inf)
+    return weight @ v.repeat_interleave(case.group, dim=1), lse
+
+
 def assert_matches_oracle(
     name: str, case: Case, attend: Attention, *, backward: bool = True
 ) -> None:
-    """Compare output, log-sum-exp and gradients with the oracle in float64.
+    """Compare output, log-sum-exp and gradients with the truth in float64.
 
-    The tolerance comes from data: twice the error that the oracle itself, or PyTorch's flash
+    The tolerance comes from data: twice the error that masked softmax, or PyTorch's flash
     attention under the same mask, makes in the dtype of the inputs, and one rounding of the terms
-    that make up the largest value. The oracle takes the blocks that the router chose;
-    `test_router.py` holds those to the definition.
+    that make up the largest value. The truth takes the blocks that the router chose, which are
+    held to the definition here too.
+
+    Rows that see what is planted in the inputs may come out as anything; all others must come out
+    as if it were not there.
     """
-    q, k, v = (x.requires_grad_(backward) for x in case.inputs())
-    blocks = chosen_blocks(route(q, k, **case.gate))
-    generator = torch.Generator(case.device).manual_seed(case.seed)
-
-    def reference(dtype: torch.dtype) -> Attention:
-        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            out, lse, _ = moba_attention_reference(
-                q, k, v, **case.gate, scale=case.scale, dtype=dtype, blocks=blocks
-            )
-            return out, lse
-
-        return run
-
-    out, lse = attend(q, k, v)
-    weights = [
-        torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        for x in (out, lse)
-        if x is not None
-    ]
-
-    def results(out: Tensor, lse: Tensor | None, of: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        outputs = {"out": out} if len(weights) == 1 else {"out": out, "lse": lse}
-        values = {key: value for key, value in outputs.items() if value is not None}
-        found = dict(values)
-        if backward:
-            cast = [w.to(x.dtype) for w, x in zip(weights, values.values(), strict=True)]
-            grads = torch.autograd.grad(list(values.values()), of, cast)
-            found |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
-        return found
-
-    exact_inputs = tuple(x.detach().double().requires_grad_(backward) for x in (q, k, v))
-    actual = results(out, lse, (q, k, v))
-    rough = results(*reference(case.dtype)(q, k, v), (q, k, v))
-    exact = results(*reference(torch.float64)(*exact_inputs), exact_inputs)
-    mask = token_mask(blocks, case)
-    roughs = [rough]
-    if backward:
-        # Flash attention sums dv over tiles of queries, on CPU in the dtype of the inputs.
-        flash = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=case.scale, enable_gqa=case.group > 1
-        )
-        roughs.append({"dv": torch.autograd.grad(flash, v, weights[0].to(flash.dtype))[0]})
+    inputs = case.inputs()
+    names = [n for n in "qkv" if backward and n in case.grads]
+    q, k, v = (x.requires_grad_(n in names) for n, x in zip("qkv", inputs, strict=True))
+    captured = case.captured()
+    if backward and "c" in case.grads:
+        names += list(captured)
+        captured = {key: x.requires_grad_() for key, x in captured.items()}
+    routing = route_case(case, q, k)
+    blocks = chosen_blocks(routing)
+    assert_gate_is_right(case, q.detach(), k.detach(), blocks)
     with torch.no_grad():
-        rounding = rounding_errors(case, exact_inputs, mask, weights)
+        mask = token_mask(blocks, case)
+        clean, rests = rows_that_rest(case, mask, q, k, v)
+
+    out, lse = attend(q, k, v, *captured.values())
+    exact_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    assert out.shape == (*q.shape[:3], v.shape[3])
+    assert out.dtype == case.dtype
+    values = {"out": out}
+    if lse is not None:
+        assert lse.shape == q.shape[:3]
+        assert lse.dtype == exact_dtype
+        values["lse"] = lse
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    weights = {
+        key: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        for key, x in values.items()
+    }
+
+    def results(values: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
+        # With v alone to differentiate, the log-sum-exp is a constant.
+        live = {key: x for key, x in values.items() if x.requires_grad}
+        grads = dict.fromkeys(names)
+        if live:
+            cast = [weights[key].to(x.dtype) for key, x in live.items()]
+            leaves = [of[n] for n in names]
+            found = torch.autograd.grad(list(live.values()), leaves, cast, allow_unused=True)
+            grads |= zip(names, found, strict=True)
+        return values | {
+            f"d{n}": torch.zeros_like(of[n]) if grad is None else grad for n, grad in grads.items()
+        }
+
+    def reference(dtype: torch.dtype) -> dict[str, Tensor]:
+        of = dict(zip("qkv", clean, strict=True)) | captured
+        of = {n: x.detach().to(dtype).requires_grad_(n in names) for n, x in of.items()}
+        low = {n: of[n] for n in captured}
+        made = attend_by_mask(case, mask, of["q"], of["k"], of["v"], low)
+        # Without lse asked for, there is none to compare.
+        return results(dict(zip(values, made, strict=False)), of)
+
+    actual = results(values, {"q": q, "k": k, "v": v} | captured)
+    exact = reference(torch.float64)
+    # Nothing exact enough is at hand for float64: its errors are those of float32, scaled.
+    rough_dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
+    shrink = torch.finfo(case.dtype).eps / torch.finfo(rough_dtype).eps
+    roughs = [reference(rough_dtype)]
+    if "v" in names and not case.score and case.softcap is None and case.mask == "":
+        # Flash attention sums dv over tiles of queries, on CPU in the dtype of the inputs.
+        roughs.append({"dv": flash_dv(case, mask, clean, weights["out"])})
+    with torch.no_grad():
+        rounding = rounding_errors(case, clean, captured, mask, weights)
+    assert_zero_where_nothing_is_seen(case, mask & rests[..., None], actual)
     for key, value in exact.items():
-        error = (actual[key].double() - value).abs().max().item()
-        errors = [(x[key].double() - value).abs().max().item() for x in roughs if key in x]
-        tolerance = 2 * max(errors) + rounding[key]
+        error = largest_error(case, key, actual[key], value, rests)
+        errors = [(x[key].double() - value).nan_to_num(0.0, 0.0, 0.0) for x in roughs if key in x]
+        rough = max(x.abs().max().item() if x.numel() else 0.0 for x in errors)
+        tolerance = 2 * shrink * rough + rounding[key]
+        if case.dtype == torch.float64:
+            tolerance *= 2  # the truth errs as much
         ratio, count = WORST.get(f"{name} {key}", (0.0, 0))
         WORST[f"{name} {key}"] = max(ratio, error / tolerance if error else 0.0), count + 1
         assert math.isfinite(error), f"{key} must be finite, got error {error} for {case}"
         assert error <= tolerance, f"{key}: error {error} over {tolerance} for {case}"
 
 
+def rows_that_rest(
+    case: Case, mask: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the inputs without what is planted, and which queries see none of it.
+
+    The latter are bool `[B, Hq, Q]`.
+    """
+    clean = q.detach(), k.detach(), v.detach()
+    rests = q.new_ones(q.shape[:3], dtype=torch.bool)
+    if not case.plants:
+        return clean, rests
+    bad = [~x.isfinite().all(-1) for x in clean]
+    bad_key = (bad[1] | bad[2]).repeat_interleave(case.group, dim=1)
+    rests = ~bad[0] & ~(mask & bad_key[:, :, None]).any(-1)
+    return tuple(x.nan_to_num(0.0, 0.0, 0.0) for x in clean), rests
+
+
+def largest_error(case: Case, key: str, actual: Tensor, exact: Tensor, rests: Tensor) -> float:
+    """Return the largest difference; of gradients of keys none, if planted values spoil some."""
+    assert actual.shape == exact.shape
+    difference = torch.where(actual == exact, 0.0, actual.double() - exact)
+    if case.plants:
+        if key not in ("out", "lse", "dq"):
+            return 0.0
+        difference = difference[rests]
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def assert_zero_where_nothing_is_seen(case: Case, mask: Tensor, actual: dict[str, Tensor]) -> None:
+    """Check rows that see no key, and keys that no query sees."""
+    if case.plants:
+        return
+    blind = ~mask.any(-1)
+    unseen = ~mask.unflatten(1, (-1, case.group)).any(dim=(2, 3))
+    for key, where in (("out", blind), ("dq", blind), ("dk", unseen), ("dv", unseen)):
+        if key in actual:
+            assert (actual[key][where] == 0).all(), f"{key} must be 0 where nothing is seen"
+    if "lse" in actual:
+        assert (actual["lse"][blind] == -math.inf).all(), "lse must be -inf where nothing is seen"
+
+
+def flash_dv(case: Case, mask: Tensor, inputs: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    """Return the gradient of v that PyTorch's flash attention gives under this mask."""
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    flash = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=case.scale, enable_gqa=case.group > 1
+    )
+    return torch.autograd.grad(flash, v, weight)[0]
+
+
 def rounding_errors(
-    case: Case, inputs: tuple[Tensor, ...], mask: Tensor, weights: list[Tensor]
+    case: Case,
+    inputs: tuple[Tensor, ...],
+    captured: dict[str, Tensor],
+    mask: Tensor,
+    weights: dict[str, Tensor],
 ) -> dict[str, float]:
     """Bound what one rounding of each term costs each result, however much the terms cancel.
 
     Flash attention of any kind rounds scores in float32, and probabilities and outputs in the
     dtype of the inputs.
+
+    A soft cap c passes on an error of its score at most as it is, and adds two roundings of its
+    result t: tanh's own, and its argument's, of which x / (sinh x cosh x) <= 1 parts arrive. Its
+    derivative is at most 1, errs by two roundings, and by 2 / c of the score's error. A score mod
+    passes on errors by its derivative, and adds a rounding of what goes in and out.
     """
-    q, k, v = inputs
-    low, high = torch.finfo(case.dtype).eps, torch.finfo(torch.float32).eps
-    scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
+    q, k, v = (x.double() for x in inputs)
+    low = torch.finfo(case.dtype).eps
+    high = min(low, torch.finfo(torch.float32).eps)
     k, v = k.repeat_interleave(case.group, dim=1), v.repeat_interleave(case.group, dim=1)
-    scores = (q @ k.mT * scale).masked_fill(~mask, -math.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    score_error = high * (q.abs() @ k.abs().mT * abs(scale) + lse.abs())
-    weight = (low + score_error) * scores.softmax(-1)
-    grad = weights[0].double().abs()
-    share = scores.softmax(-1) @ v.abs()
+    scores = q @ k.mT * case.factor
+    score_error = high * (q.abs() @ k.abs().mT * abs(case.factor))
+    slope_error = torch.zeros_like(scores)
+    if (cap := case.softcap) is not None:
+        scores = cap * torch.tanh(scores / cap)
+        slope_error = 2 * high + 2 / cap * score_error
+        score_error = score_error + 2 * high * scores.abs()
+    slope = torch.ones_like(scores)
+    exact = {key: x.double().requires_grad_() for key, x in captured.items()}
+    mod = case.score_mod(exact)
+    places = *_indices(case, q.device), torch.arange(case.kv_len, device=q.device)
+    if mod is not None:
+        with torch.enable_grad():
+            before = scores.requires_grad_()
+            scores = mod(before, *places)
+            slope = torch.autograd.grad(scores.sum(), before)[0].abs()
+        before_error = score_error
+        before, scores = before.detach(), scores.detach()
+        score_error = slope * (score_error + high * before.abs()) + high * scores.abs()
+    scores = scores.masked_fill(~mask, -math.inf)
+    lse = scores.logsumexp(-1, keepdim=True).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    p = torch.exp(scores - lse)
+    score_error = score_error + high * lse.abs()
+    weight = (low + score_error) * p
+    grad = weights["out"].double().abs()
+    share = p @ v.abs()
     delta = (grad * share).sum(-1, keepdim=True)
-    if len(weights) == 2:
-        delta = delta + weights[1].double().abs().unsqueeze(-1)
-    dscore = weight * (grad @ v.abs().mT + delta) * abs(scale)
+    if "lse" in weights:
+        delta = delta + weights["lse"].double().abs().unsqueeze(-1)
+    dscore = (weight + slope_error * p) * (grad @ v.abs().mT + delta)
+    dproduct = dscore * slope * abs(case.factor)
 
     def over_group(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, case.group)).sum(2)
@@ -277,11 +435,17 @@ def rounding_errors(
     errors = {
         "out": weight @ v.abs(),
         "lse": score_error.masked_fill(~mask, 0.0),
-        "dq": dscore @ k.abs(),
-        "dk": over_group(dscore.mT @ q.abs()),
+        "dq": dproduct @ k.abs(),
+        "dk": over_group(dproduct.mT @ q.abs()),
         "dv": over_group(weight.mT @ grad),
     }
-    return {key: value.max().item() for key, value in errors.items()}
+    if mod is not None:
+        with torch.enable_grad():
+            # An error of what goes in counts as much as one of dscore, which is low or more of it.
+            whole = mod(before.abs() + before_error / low, *places)
+            found = torch.autograd.grad(whole, list(exact.values()), dscore)
+        errors |= {f"d{key}": x.abs() for key, x in zip(exact, found, strict=True)}
+    return {key: value.max().item() if value.numel() else 0.0 for key, value in errors.items()}
 
 
 def listed_tiles(mask: BlockMask) -> tuple[Tensor, Tensor]:

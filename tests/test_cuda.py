@@ -18,9 +18,16 @@ from moba_flex import (
     moba_attention_reference,
     route,
 )
-from tests.helpers import Case, assert_matches_oracle, attention, cases, chosen_blocks
+from tests.helpers import (
+    Case,
+    assert_gate_is_right,
+    assert_matches_oracle,
+    attention,
+    cases,
+    chosen_blocks,
+)
 from tests.test_masks import assert_kernels_sort_alike
-from tests.test_router import assert_gate_is_right, has_exact_ties, launch_kernel
+from tests.test_router import has_exact_ties, launch_kernel
 
 pytestmark = pytest.mark.cuda
 

@@ -11,34 +11,14 @@ from torch import Tensor
 from moba_flex import moba_attention_reference, route
 from moba_flex.masks import router
 from moba_flex.masks.blocks import ceil_div, pool_keys
-from tests.helpers import Case, cases, chosen_blocks, needs_interpreter, run_script
-
-
-def assert_gate_is_right(case: Case, q: Tensor, k: Tensor, blocks: Tensor) -> None:
-    """Check a choice of blocks against the affinities in float64.
-
-    Two affinities nearer than the rounding of float32 sums may be ranked either way, and only
-    those: every block chosen is, up to that, at least as good as every candidate left out.
-    """
-    num_blocks = -(-case.kv_len // case.block_size)
-    means = pool_keys(k, case.block_size).repeat_interleave(case.group, dim=1).double()
-    affinity = q.double() @ means.mT
-    slack = torch.finfo(torch.float32).eps * case.head_dim * (q.double().abs() @ means.abs().mT)
-    position = torch.arange(case.kv_len - case.q_len, case.kv_len, device=q.device)
-    own, block = position[:, None] // case.block_size, torch.arange(num_blocks, device=q.device)
-    candidate = block < own if case.causal else block != own
-    forced = (block < case.sink_blocks) | ((block < own) & (block >= own - case.local_blocks))
-
-    number = blocks.sum(-1)
-    expected = torch.minimum(candidate.sum(-1), torch.tensor(case.top_k - 1)) + 1
-    assert torch.equal(number, expected.expand_as(number)), "as many as there are, up to top_k"
-    assert blocks[(block == own).expand_as(blocks)].all(), "the own block"
-    assert not (blocks & ~candidate & (block != own)).any(), "candidates alone"
-    assert blocks[(forced & candidate).expand_as(blocks)].all(), "the forced blocks"
-    free = candidate & ~forced
-    worst_in = (affinity + slack).masked_fill(~(blocks & free), math.inf).amin(-1)
-    best_out = (affinity - slack).masked_fill(~(~blocks & free), -math.inf).amax(-1)
-    assert (worst_in >= best_out).all(), "the best"
+from tests.helpers import (
+    Case,
+    assert_gate_is_right,
+    cases,
+    chosen_blocks,
+    needs_interpreter,
+    run_script,
+)
 
 
 @settings(max_examples=4 * settings().max_examples)
