@@ -77,9 +77,10 @@ def attend_cpu(
         places = part.queries, part.keys, part.keys
         inputs = (place.take(x) for place, x in zip(places, (q, k, v), strict=True))
         attended = _flash(*inputs, 0.0, part.causal, scale=scale)
-        merged = _merge(part.queries.take(out), part.queries.take(lse), *attended)
-        part.queries.put(out, merged[0])
-        part.queries.put(lse, merged[1])
+        if not part.first:
+            attended = _merge(part.queries.take(out), part.queries.take(lse), *attended)
+        part.queries.put(out, attended[0])
+        part.queries.put(lse, attended[1])
     return out[..., :v_dim].to(q.dtype).contiguous(), lse
 
 

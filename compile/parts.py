@@ -48,7 +48,7 @@ class Place(NamedTuple):
             return
         if self.fold > 1:
             value = value.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        self.view(x).index_copy_(2, self.rows, value)
+        self.view(x).index_copy_(2, self.rows, value.to(x.dtype))
 
     def add(self, x: Tensor, value: Tensor) -> None:
         """Add to where `take` reads."""
@@ -68,11 +68,13 @@ class Part(NamedTuple):
         queries: Where the queries are, in a tensor `[B, Hq, Q, ...]`.
         keys: Where the keys are, in a tensor `[B, Hkv, KV, D]`.
         causal: Whether the first query sees the first key alone, the second two, and so on.
+        first: Whether no part before holds any of these queries.
     """
 
     queries: Place
     keys: Place
     causal: bool = False
+    first: bool = False
 
 
 def cut(routing: Routing, num_kv_heads: int, hidden: Tensor | None = None) -> Iterator[Part]:
@@ -157,23 +159,20 @@ def _own_parts(
     start = starts.nonzero().squeeze(1)
     sizes = F.pad(start, (0, 1), value=place.shape[0]).diff()
     columns = (place[start], sizes, low[start], high[start], position[start])
-    alike: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+    alike: dict[tuple[int, int, bool, bool], list[tuple[int, int]]] = {}
     for query, size, k_start, k_stop, diagonal in zip(*(x.tolist() for x in columns), strict=True):
         if not causal:
-            alike.setdefault((size, k_stop - k_start, False), []).append((query, k_start))
+            alike.setdefault((size, k_stop - k_start, False, True), []).append((query, k_start))
             continue
         if k_start < diagonal:
-            alike.setdefault((size, diagonal - k_start, False), []).append((query, k_start))
-        alike.setdefault((size, size, True), []).append((query, diagonal))
-    for (q_size, k_size, diagonal), members in alike.items():
+            alike.setdefault((size, diagonal - k_start, False, True), []).append((query, k_start))
+        alike.setdefault((size, size, True, k_start == diagonal), []).append((query, diagonal))
+    # Triangles last: their queries may have been in another part.
+    for (q_size, k_size, *kind), members in sorted(alike.items(), key=lambda x: x[0][2]):
         q_starts, k_starts = zip(*members, strict=True)
-        rows = [batch] if len(members) == 1 else [slice(b, b + 1) for b in _range(batch)]
-        for row in rows:
-            yield Part(_spans(row, q_starts, q_size), _spans(row, k_starts, k_size), diagonal)
-
-
-def _range(batch: slice) -> range:
-    return range(batch.start, batch.stop)
+        rows = [slice(b, b + 1) for b in range(batch.start, batch.stop)]
+        for row in rows if len(members) > 1 else [batch]:
+            yield Part(_spans(row, q_starts, q_size), _spans(row, k_starts, k_size), *kind)
 
 
 def _spans(batch: slice, starts: Sequence[int], size: int) -> Place:

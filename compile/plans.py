@@ -15,7 +15,13 @@ from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.router import Routing, route
-from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
+from moba_flex.masks.tiles import (
+    TILE,
+    lay_out_keys,
+    own_block_mask,
+    regrouped_origin,
+    routed_block_mask,
+)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with PyTorch for CUDA
 if _HAS_TRITON:
@@ -50,14 +56,11 @@ def dense(
         return out, None
     # The one block of a sequence is the own block of its queries, and no other is left to choose.
     q_len, kv_len = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" or tables is not None or mods is not None:
-        none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
-        routing = Routing(none, ONE_BLOCK, q_len, kv_len, causal, tables)
-        return routed(q, k, v, routing, scale=scale, mods=mods)
-    if not causal:
+    if q.device.type != "cpu" and tables is None and mods is None and not causal:
         return attend(q, k, v, None, scale, lse=True)
-    layout = KeyLayout.of(ONE_BLOCK, kv_len, causal)
-    return attend(q, k, v, own_block_mask(q_len, layout, causal, q.device), scale, lse=True)
+    none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
+    routing = Routing(none, ONE_BLOCK, q_len, kv_len, causal, tables)
+    return routed(q, k, v, routing, scale=scale, mods=mods)
 
 
 def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -71,8 +74,12 @@ def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
-    """Whether `scaled_dot_product_attention` serves: no lse, causal masks from top left."""
-    return not lse and (not causal or q.shape[2] == k.shape[2])
+    """Whether `scaled_dot_product_attention` serves.
+
+    It returns no lse, and masks from top left. On CPU a later key that is not finite would spoil
+    queries that do not see it.
+    """
+    return not lse and (not causal or (q.shape[2] == k.shape[2] and q.device.type != "cpu"))
 
 
 def uses_flex(
@@ -109,9 +116,9 @@ def masked(
     mods: Mods | None = None,
 ) -> Result:
     """Attend in natural order; FlexAttention skips the tiles that no query chose."""
-    if mods is not None or routing.tables is not None:
-        raise NotImplementedError("plan='masked' serves no documents, padding or mods yet")
-    return attend(q, k, v, routing_to_block_mask(routing), scale, lse=lse)
+    mods = mods or Mods()
+    mask = routing_to_block_mask(routing, mods.mask_mod)
+    return attend(q, k, v, mask, scale, lse=lse, score_mod=mods.on_scores())
 
 
 def routed(
@@ -144,26 +151,34 @@ def _routed_flex(
     mods: Mods | None = None,
 ) -> Result:
     """Attend to the own blocks in natural order and to the chosen ones in regrouped order."""
-    if mods is not None or routing.tables is not None:
-        raise NotImplementedError("plan='routed' serves no documents, padding or mods yet")
-    batch, _, q_len, head_dim = q.shape
-    layout = KeyLayout.of(routing.block_size, routing.kv_len, routing.causal)
-    k, v = layout.pad(k), layout.pad(v)
-    own_mask = own_block_mask(q_len, layout, routing.causal, q.device)
-    own_out, own_lse = attend(q, k, v, own_mask, scale, lse=True)
+    mods = mods or Mods()
+    own_mask = own_block_mask(routing, mods.mask_mod)
+    own_out, own_lse = attend(q, k, v, own_mask, scale, lse=True, score_mod=mods.on_scores())
     if routing.blocks.shape[3] == 0:
         return own_out, own_lse
 
-    groups = regroup(routing, k.shape[1], TILE)
-    rows = q.reshape(batch, k.shape[1], -1, head_dim)
-    slots = gather_rows(rows, groups)
+    batch, num_kv_heads = k.shape[:2]
+    rows = q.reshape(batch, num_kv_heads, -1, q.shape[3])
+    layout, routing = lay_out_keys(routing)
+    groups = regroup(routing, num_kv_heads, TILE)
+    if (places := layout.places_of(k)) is not None:
+        k, v = (gather_rows(x, *places) for x in (k, v))
+    if mods.score_mod is not None or mods.mask_mod is not None:
+        group = q.shape[1] // num_kv_heads
+        mods = mods.moved(regrouped_origin(groups, layout, q.shape[2], group))
     routed_out, routed_lse = attend(
-        slots, k, v, routed_block_mask(groups, layout), scale, lse=True
+        gather_rows(rows, groups.row, groups.slot),
+        k,
+        v,
+        routed_block_mask(groups, layout, mods.mask_mod),
+        scale,
+        lse=True,
+        score_mod=mods.on_scores(),
     )
 
-    own_out, own_lse = own_out.reshape(rows.shape), own_lse.reshape(rows.shape[:3])
+    own_out, own_lse = own_out.reshape(*rows.shape[:3], -1), own_lse.reshape(rows.shape[:3])
     out, lse = merge_parts(own_out, own_lse, routed_out, routed_lse, groups)
-    return out.view(q.shape), lse.view(q.shape[:3])
+    return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
 def fused(

@@ -5,6 +5,7 @@ by the tests.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,14 +16,33 @@ class ReferenceOutput(NamedTuple):
     """What the oracle returns.
 
     Attributes:
-        out: Attention output, `[B, Hq, Q, D]`, in the computing dtype.
-        lse: Natural-log sum of exponentials of the scaled scores of each row, `[B, Hq, Q]`.
-        blocks: The chosen blocks, own block included, bool `[B, Hq, Q, N]`.
+        out: Attention output, `[B, Hq, Q, Dv]`, in the computing dtype.
+        lse: Natural-log sum of exponentials of the scores of each row, `[B, Hq, Q]`.
+        blocks: The chosen blocks, own block included, bool `[B, Hq, Q, N]`; of packed documents
+            `N` is `KV // block_size + docs`, and the blocks of one come after those of another.
     """
 
     out: Tensor
     lse: Tensor
     blocks: Tensor
+
+
+class _Sequence(NamedTuple):
+    """A run of keys that attend to nothing but themselves, and the queries among them.
+
+    Attributes:
+        row: Row of the batch.
+        queries: Where its queries are.
+        keys: Where its keys are.
+        offset: How many of its keys come before the key at the position of its first query.
+        first_block: Number of its first block.
+    """
+
+    row: int
+    queries: slice
+    keys: slice
+    offset: int
+    first_block: int
 
 
 def moba_attention_reference(
@@ -36,6 +56,13 @@ def moba_attention_reference(
     local_blocks: int = 0,
     causal: bool = True,
     scale: float | None = None,
+    head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     blocks: Tensor | None = None,
 ) -> ReferenceOutput:
@@ -55,34 +82,105 @@ def moba_attention_reference(
             `top_k`.
         causal: Whether a query sees only keys at its position and before.
         scale: Factor on the scores; `1 / sqrt(D)` if None. The gate never uses it.
+        head_top_k: `top_k` of each head, int `[Hq]`.
+        cu_seqlens: Where packed documents start, and the end `KV`, int `[docs + 1]`.
+        cu_seqlens_q: Where the queries of each start, if elsewhere; they are its last positions.
+        key_mask: Which keys are no padding, bool `[B, KV]`, in one run a row.
+        softcap: Scores become `softcap * tanh(score / softcap)`.
+        score_mod: Changes a score then, given `b`, `h`, `q_idx` and `kv_idx`.
+        mask_mod: Says whether a query may see a key, given the same.
         dtype: Computing dtype of scores, softmax and output.
         blocks: A choice to use instead of the gate's own, bool `[B, Hq, Q, N]`.
 
     Returns:
-        Output, log-sum-exp and the chosen blocks. Differentiable in `q`, `k`, `v`; the gate
-        carries no gradient.
+        Output, log-sum-exp and the chosen blocks; of a query that sees nothing 0 and -inf.
+        Differentiable in `q`, `k`, `v`; the gate carries no gradient.
     """
-    q_len, kv_len, head_dim = q.shape[2], k.shape[2], q.shape[3]
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    q_pos = torch.arange(kv_len - q_len, kv_len, device=q.device)
-    kv_pos = torch.arange(kv_len, device=q.device)
-
-    if blocks is None:
-        with torch.no_grad():
-            blocks = _gate(
-                q, k, q_pos // block_size, block_size, top_k, sink_blocks, local_blocks, causal
-            )
-    mask = blocks[..., kv_pos // block_size]
-    if causal:
-        mask = mask & (kv_pos <= q_pos[:, None])
-
+    batch, num_heads, q_len, head_dim = q.shape
+    kv_len, docs = k.shape[2], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    num_blocks = kv_len // block_size + docs if docs else -(-kv_len // block_size)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    scores = (q.to(dtype) @ k.to(dtype).mT) * scale
-    scores = scores.masked_fill(~mask, -math.inf)
-    lse = scores.logsumexp(dim=-1)
-    out = scores.softmax(dim=-1) @ v.to(dtype)
-    return ReferenceOutput(out, lse, blocks)
+    group = num_heads // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    limit = torch.full((num_heads,), top_k) if head_top_k is None else head_top_k
+
+    out = torch.zeros(batch, num_heads, q_len, v.shape[3], dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
+    chosen = torch.zeros(*q.shape[:3], num_blocks, dtype=torch.bool, device=q.device)
+    for sequence in _sequences(
+        batch, q_len, kv_len, block_size, cu_seqlens, cu_seqlens_q, key_mask
+    ):
+        row, queries, keys, offset, first = sequence
+        some_q, some_k, some_v = q[row, :, queries], k[row, :, keys], v[row, :, keys]
+        q_pos = offset + torch.arange(some_q.shape[1], device=q.device)
+        kv_pos = torch.arange(some_k.shape[1], device=q.device)
+        own, block = q_pos // block_size, kv_pos // block_size
+        numbers = slice(first, first + -(-some_k.shape[1] // block_size))
+        if blocks is not None:
+            some_blocks = blocks[row, :, queries, numbers]
+        else:
+            with torch.no_grad():
+                gate = limit.to(q.device), sink_blocks, local_blocks, causal
+                some_blocks = _gate(some_q, some_k, own, block_size, *gate)
+        chosen[row, :, queries, numbers] = some_blocks
+
+        b, h = torch.tensor(row, device=q.device), torch.arange(num_heads, device=q.device)
+        places = b, h, q_pos - offset + queries.start, kv_pos + keys.start
+        mask = some_blocks[..., block]
+        if causal:
+            mask = mask & (kv_pos <= q_pos[:, None])
+        if mask_mod is not None:
+            mask = mask & _over_pairs(mask_mod)(*places)
+        scores = (some_q.to(dtype) @ some_k.to(dtype).mT) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if score_mod is not None:
+            scores = _over_pairs(score_mod, scores=True)(scores, *places).to(dtype)
+        sees = mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(~mask, -math.inf).masked_fill(~sees, 0.0)
+        weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)
+        out[row, :, queries] = weights @ some_v.to(dtype)
+        lse[row, :, queries] = scores.logsumexp(dim=-1).masked_fill(~sees.squeeze(-1), -math.inf)
+    return ReferenceOutput(out, lse, chosen)
+
+
+def _sequences(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    key_mask: Tensor | None,
+) -> Iterator[_Sequence]:
+    """Yield every document of every row, or the part of every row that is no padding."""
+    for row in range(batch):
+        if cu_seqlens is not None:
+            starts = cu_seqlens.tolist()
+            q_starts = starts if cu_seqlens_q is None else cu_seqlens_q.tolist()
+            first_block = 0
+            for i in range(len(starts) - 1):
+                queries, keys = (slice(x[i], x[i + 1]) for x in (q_starts, starts))
+                length = keys.stop - keys.start
+                if length:
+                    offset = length - (queries.stop - queries.start)
+                    yield _Sequence(row, queries, keys, offset, first_block)
+                first_block += -(-length // block_size)
+            continue
+        real = range(kv_len) if key_mask is None else key_mask[row].nonzero().flatten().tolist()
+        if len(real) == 0:
+            continue
+        keys = slice(real[0], real[-1] + 1)
+        before = kv_len - q_len
+        queries = slice(max(keys.start - before, 0), max(keys.stop - before, 0))
+        yield _Sequence(row, queries, keys, before + queries.start - keys.start, 0)
+
+
+def _over_pairs(mod: Callable[..., Tensor], scores: bool = False) -> Callable[..., Tensor]:
+    """Let a mod of one pair take b, h `[H]`, q_idx `[Q]` and kv_idx `[KV]`, and all scores."""
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None)):
+        mod = torch.vmap(mod, in_dims=(0, *dims) if scores else dims)
+    return mod
 
 
 def _gate(
@@ -90,17 +188,17 @@ def _gate(
     k: Tensor,
     own: Tensor,
     block_size: int,
-    top_k: int,
+    limit: Tensor,
     sink_blocks: int,
     local_blocks: int,
     causal: bool,
 ) -> Tensor:
-    """Choose blocks, bool `[B, H, Q, N]`, for q `[B, H, Q, D]` and k `[B, H, KV, D]`."""
-    means = [part.float().mean(dim=2).to(k.dtype) for part in k.split(block_size, dim=2)]
+    """Choose `limit` `[H]` blocks, bool `[H, Q, N]`, for q `[H, Q, D]` and k `[H, KV, D]`."""
+    means = [part.float().mean(dim=1).to(k.dtype) for part in k.split(block_size, dim=1)]
     num_blocks = len(means)
     # Products and sums in float64 leave one rounding, to float32, so that equal block keys give
     # equal affinities.
-    affinity = (q.double() @ torch.stack(means, dim=2).double().mT).float()
+    affinity = (q.double() @ torch.stack(means, dim=1).double().mT).float()
     largest = torch.finfo(torch.float32).max
     affinity = affinity.nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
 
@@ -113,6 +211,7 @@ def _gate(
     )
 
     # A stable sort of the blocks from last to first puts the more recent of two equals in front.
-    best = affinity.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : top_k - 1]
-    chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, num_blocks - 1 - best, True)
+    ranked = affinity.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    best = (block < limit[:, None, None] - 1).expand_as(ranked)
+    chosen = torch.zeros_like(best).scatter(-1, num_blocks - 1 - ranked, best)
     return chosen & candidate | (block == own)
