@@ -13,25 +13,35 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd import graph_compile
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
+from moba_flex.masks.mods import ScoreMod
+
 _serial = itertools.count()
 _MOST_GRAPHS = 64
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float, *, lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    scale: float,
+    *,
+    lse: bool,
+    score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend under a BlockMask.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
-        v: Values, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
         mask: Which keys each query sees; None for all.
         scale: Factor on the scores.
         lse: Whether to return the log-sum-exp too, which FlexAttention on CPU cannot.
+        score_mod: What changes scores, in the order of q and k.
 
     Returns:
-        Output `[B, Hq, Q, D]`, and log-sum-exp `[B, Hq, Q]` in float32, empty if not asked for.
+        Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` in float32, empty if not asked for.
     """
     # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
     # / (H * D) keys.
@@ -43,6 +53,7 @@ def attend(
         q,
         k,
         v,
+        score_mod=score_mod,
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],

@@ -16,9 +16,15 @@ from torch import Tensor
 from moba_flex.masks.regroup import Regrouping
 
 
-def gather_rows(x: Tensor, groups: Regrouping) -> Tensor:
-    """Put rows into slots: `[B, Hkv, R, D]` to `[B, Hkv, S, D]`, zeros in empty slots."""
-    out: Tensor = _GatherRows.apply(x, groups.row, groups.slot)  # type: ignore[no-untyped-call]
+def gather_rows(x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+    """Put rows into slots: `[B, H, R, D]` to `[B, H, S, D]`, zeros in empty slots.
+
+    Args:
+        x: The rows.
+        row: The row in each slot, `[B, H, S]`; -1 in empty ones.
+        slot: The slots of each row, `[B, H, R, n]`; -1 for none.
+    """
+    out: Tensor = _GatherRows.apply(x, row, slot)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -26,6 +32,8 @@ def merge_parts(
     own_out: Tensor, own_lse: Tensor, routed_out: Tensor, routed_lse: Tensor, groups: Regrouping
 ) -> tuple[Tensor, Tensor]:
     """Join attention to the own block and attention of the pairs into one softmax.
+
+    A part that sees nothing has log-sum-exp -inf; what its output holds, NaN or not, is not used.
 
     Args:
         own_out: Output of each row's own block, `[B, Hkv, R, D]`.
@@ -64,6 +72,12 @@ def _take(x: Tensor, index: Tensor, default: float = 0.0) -> Tensor:
     return torch.where(found, x.flatten(0, 2)[place.flatten()].float(), default)
 
 
+def _weigh(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply values, or vectors, by weights; by 0 to 0, also what is NaN."""
+    weight = weight.view(*weight.shape, *(1,) * (x.dim() - weight.dim()))
+    return torch.where(weight == 0, 0.0, x * weight)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
@@ -93,13 +107,14 @@ class _MergeParts(torch.autograd.Function):
         own_flat, own_vectors = own_lse.flatten(), own_out.flatten(0, 2)
         pair_lse = _take(routed_lse, slot, default=-torch.inf).view(-1, picks)
         largest = torch.maximum(own_flat, pair_lse.amax(1))
+        largest = torch.where(largest == -torch.inf, 0.0, largest)
         own_weight = torch.exp(own_flat - largest)
         pair_weight = torch.exp(pair_lse - largest.unsqueeze(1))
         total = own_weight + pair_weight.sum(1)
         pair_out = _take(routed_out, slot).view(-1, picks, head_dim)
-        mixed = (pair_out * pair_weight.unsqueeze(2)).sum(1)
-        mixed = mixed + own_vectors * own_weight.unsqueeze(1)
-        out = (mixed / total.unsqueeze(1)).to(own_out.dtype).view(own_out.shape)
+        mixed = _weigh(pair_out, pair_weight).sum(1) + _weigh(own_vectors, own_weight)
+        count = torch.where(total == 0, 1.0, total)
+        out = (mixed / count.unsqueeze(1)).to(own_out.dtype).view(own_out.shape)
         lse = (largest + torch.log(total)).view(own_lse.shape)
         ctx.save_for_backward(own_out, own_lse, routed_out, routed_lse, row, out, lse)
         return out, lse
@@ -111,10 +126,11 @@ class _MergeParts(torch.autograd.Function):
         # (part_out - out).
         vectors = grad.flatten(0, 2)
         gain = grad_lse.flatten() - (vectors.float() * out.flatten(0, 2).float()).sum(1)
+        lse = torch.where(lse == -torch.inf, torch.inf, lse)  # so that nothing weighs nothing
         own_weight = torch.exp(own_lse.flatten() - lse.flatten())
         own_grad = (vectors * own_weight.unsqueeze(1)).to(own_out.dtype)
         own_share = (vectors.float() * own_out.flatten(0, 2).float()).sum(1)
-        own_grad_lse = own_weight * (own_share + gain)
+        own_grad_lse = _weigh(own_share + gain, own_weight)
 
         filled = row.flatten() >= 0
         weight = torch.where(filled, torch.exp(routed_lse.flatten() - _take(lse, row)), 0.0)
@@ -122,7 +138,7 @@ class _MergeParts(torch.autograd.Function):
         routed_grad = (row_grad * weight.unsqueeze(1)).to(routed_out.dtype)
         routed_share = (row_grad * routed_out.flatten(0, 2).float()).sum(1)
         row_gain = _take(gain.view(lse.shape), row)
-        routed_grad_lse = torch.where(filled, weight * (routed_share + row_gain), 0.0)
+        routed_grad_lse = _weigh(routed_share + row_gain, weight)
         return (
             own_grad.view(own_out.shape),
             own_grad_lse.view(own_lse.shape),

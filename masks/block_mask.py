@@ -7,9 +7,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask
 
 from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.checks import check_gate, check_qk
+from moba_flex.masks.checks import check_gate, check_head_top_k, check_layout, check_qk
+from moba_flex.masks.layout import Tables, make_tables, plain_tables
+from moba_flex.masks.mods import MaskMod
 from moba_flex.masks.router import Routing, route
-from moba_flex.masks.tiles import TILE, settled
+from moba_flex.masks.tiles import TILE, capturable, row_of, settled
 
 
 def create_moba_block_mask(
@@ -21,6 +23,10 @@ def create_moba_block_mask(
     sink_blocks: int = 0,
     local_blocks: int = 0,
     causal: bool = True,
+    head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> BlockMask:
     """Route `q` over the blocks of `k` and return the choice as a BlockMask.
 
@@ -44,6 +50,14 @@ def create_moba_block_mask(
         local_blocks: Blocks right before the own one that are always chosen; they count in
             `top_k`.
         causal: Whether a query sees only keys at its position and before.
+        head_top_k: Blocks that the queries of each head attend to, int `[Hq]`, each from `1 +
+            sink_blocks + local_blocks` to `top_k`; None for `top_k` in all.
+        cu_seqlens: Where the documents of every row start, and the end `KV`, int `[docs + 1]`:
+            blocks are counted from each document's start, and no query sees another document.
+        cu_seqlens_q: Where the queries of each document start, and the end `Q`, likewise, if not
+            where the keys do. They are the last of the document's positions.
+        key_mask: True for the keys that are not padding, bool `[B, KV]`, in one run a row; blocks
+            are counted from the first. Not together with `cu_seqlens`.
 
     Returns:
         A BlockMask of shape `[B, Hq, Q, KV]`, forward and transposed lists filled.
@@ -55,6 +69,9 @@ def create_moba_block_mask(
     if not torch.compiler.is_compiling():
         check_qk(q, k)
         check_gate(block_size, top_k, sink_blocks, local_blocks)
+        check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
+        check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
+    layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
     routing = route(
         q,
         k,
@@ -63,26 +80,59 @@ def create_moba_block_mask(
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
         causal=causal,
+        head_top_k=head_top_k,
+        tables=make_tables(q.shape[2], k.shape[2], block_size, causal, **layout),
     )
     return routing_to_block_mask(routing)
 
 
-def routing_to_block_mask(routing: Routing) -> BlockMask:
-    """Return the BlockMask `[B, Hq, Q, KV]` of the chosen and the own blocks."""
-    block_size, causal, picks = routing.block_size, routing.causal, routing.blocks.shape[3]
-    # The blocks are ascending, so this changes nothing, but the result of `topk` is a buffer in
-    # memory. In its place the compiled mask_mod would read an empty buffer, as it was before the
-    # routing kernel filled it, and on CPU it would not compile.
-    blocks = routing.blocks.topk(picks, largest=False).values if picks else routing.blocks
+def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMask:
+    """Return the BlockMask `[B, Hq, Q, KV]` of the chosen and the own blocks.
+
+    Args:
+        routing: The choice of blocks.
+        mask_mod: What else hides keys.
+    """
+    block_size = routing.block_size
     q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
     # One routed block a mask block is the smallest table. FlexAttention reads whole mask blocks of
     # more than 128 keys, past the end of the keys if the last is short: then mask blocks are
     # tiles.
-    whole = statically_known_true(block_size % TILE == 0) and statically_known_true(
-        kv_len % block_size == 0
+    whole = (
+        routing.tables is None
+        and statically_known_true(block_size % TILE == 0)
+        and statically_known_true(kv_len % block_size == 0)
     )
     kv_tile = block_size if whole else TILE
     partial, full = _tile_table(routing, kv_tile)
+    if mask_mod is not None:
+        partial, full = partial | full, torch.zeros_like(full)
+    tables = routing.tables
+    attends = _attends(routing) if tables is None else _attends_by_table(routing, tables)
+
+    def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        allowed = attends(b, h, q_idx, kv_idx)
+        return allowed if mask_mod is None else allowed & mask_mod(b, h, q_idx, kv_idx)
+
+    kv_partial, kv_full = _compress(partial), _compress(full)
+    q_partial, q_full = _compress(partial.mT), _compress(full.mT)
+    return BlockMask(
+        (q_len, kv_len),
+        *kv_partial,
+        *kv_full,
+        *q_partial,
+        *q_full,
+        BLOCK_SIZE=(TILE, kv_tile),
+        mask_mod=sees,
+    )
+
+
+def _attends(routing: Routing) -> MaskMod:
+    """Return which keys are in the own block or in a chosen one, of one sequence a row."""
+    block_size, causal, picks = routing.block_size, routing.causal, routing.blocks.shape[3]
+    # The blocks are ascending, so this changes nothing, but see `capturable`.
+    blocks = routing.blocks.topk(picks, largest=False).values if picks else routing.blocks
+    q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
 
     def attends(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # Lengths one by one: FlexAttention on CPU takes symbols under dynamic shapes, but no
@@ -95,53 +145,74 @@ def routing_to_block_mask(routing: Routing) -> BlockMask:
             chosen = chosen | (blocks[b, h, q_idx, q_idx * 0 + pick] == block)
         return chosen & (kv_idx <= position) if causal else chosen
 
-    kv_partial, kv_full = _compress(partial), _compress(full)
-    q_partial, q_full = _compress(partial.mT), _compress(full.mT)
-    return BlockMask(
-        (q_len, kv_len),
-        *kv_partial,
-        *kv_full,
-        *q_partial,
-        *q_full,
-        BLOCK_SIZE=(TILE, kv_tile),
-        mask_mod=attends,
-    )
+    return attends
+
+
+def _attends_by_table(routing: Routing, tables: Tables) -> MaskMod:
+    """Return which keys are in the own block or in a chosen one, of documents or padded rows."""
+    causal = routing.causal
+    start, stop = tables.extents
+    blocks = _with_own(routing, tables)
+    picks = blocks.shape[3]
+    blocks = blocks.topk(picks, largest=False).values
+    position = capturable(tables.queries[0])
+    # The last block that starts at a key or before it; -1 where it ends before. PyTorch 2.11
+    # compiles no search for values that all lists share: the minimum changes nothing.
+    key = torch.arange(routing.kv_len, device=start.device, dtype=start.dtype)
+    block = torch.searchsorted(start, torch.minimum(key, start[:, -1:]), right=True) - 1
+    inside = (block >= 0) & (key < stop.gather(1, block.clamp(min=0)))
+    block_of_key = capturable(torch.where(inside, block, -1))
+
+    def attends(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        row, none = row_of(b, block_of_key), q_idx * 0
+        block = block_of_key[row, kv_idx, kv_idx * 0]
+        chosen = blocks[b, h, q_idx, none] == block
+        for pick in range(1, picks):
+            chosen = chosen | (blocks[b, h, q_idx, none + pick] == block)
+        return chosen & (kv_idx <= position[row, q_idx, none]) if causal else chosen
+
+    return attends
+
+
+def _with_own(routing: Routing, tables: Tables) -> Tensor:
+    """Return all blocks that each query attends to, its own last, int32 `[B, Hq, Q, K]`."""
+    own = tables.queries[1][:, None, :, None].expand(*routing.blocks.shape[:3], 1)
+    return torch.cat((routing.blocks, own), dim=3)
 
 
 def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
     """Return the tiles to mask and the full ones, bool `[B, Hq, Q tiles, KV tiles]` each."""
-    batch, num_heads, q_len, picks = routing.blocks.shape
-    device, block_size, num_blocks = routing.blocks.device, routing.block_size, routing.num_blocks
-    kv_len, causal = routing.kv_len, routing.causal
-    q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, kv_tile)
-
-    first = routing.q_offset + torch.arange(q_tiles, device=device)[:, None] * TILE
-    last = (first + TILE - 1).clamp(max=kv_len - 1)
-    start = torch.arange(num_blocks, device=device) * block_size
-    # How many queries of each tile attend to each block: to their own one, and to those that they
-    # chose.
-    own = (torch.minimum(last + 1, start + block_size) - torch.maximum(first, start)).clamp(min=0)
-    # Padded with "none"; as a pad value, the number of blocks would become part of the graph.
-    tiled = F.pad(routing.blocks - num_blocks, (0, 0, 0, q_tiles * TILE - q_len)) + num_blocks
-    tiled = tiled.view(batch, num_heads, q_tiles, TILE * picks).long()
-    count = torch.zeros(
-        batch, num_heads, q_tiles, num_blocks + 1, dtype=torch.int32, device=device
+    q_len, kv_len, device = routing.q_len, routing.kv_len, routing.blocks.device
+    tables = routing.tables or plain_tables(
+        q_len, kv_len, routing.block_size, routing.causal, device
     )
-    count = count.scatter_add(3, tiled, torch.ones_like(tiled, dtype=torch.int32))[..., :-1] + own
+    batch, num_heads = routing.blocks.shape[:2]
+    q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, kv_tile)
+    blocks = _with_own(routing, tables)
+    index = blocks.long().flatten(1)
+    start, stop = (
+        F.pad(x, (0, 1)).expand(batch, -1).gather(1, index).view(blocks.shape)
+        for x in tables.extents
+    )
+    if routing.causal:  # which matters in the own block alone
+        stop = torch.minimum(stop, tables.queries[0][:, None, :, None] + 1)
 
-    any_query, every_query = count > 0, count == last - first + 1
-    if kv_tile == block_size:
-        begin = start
-    else:
-        # A tile meets blocks low..high: any of them chosen, or all of them by all queries.
-        begin = torch.arange(kv_tiles, device=device) * kv_tile
-        low, high = begin // block_size, (begin + kv_tile - 1).clamp(max=kv_len - 1) // block_size
-        spanned = torch.arange((kv_tile + block_size - 2) // block_size + 1, device=device)
-        met = torch.minimum(low[:, None] + spanned, high[:, None])
-        any_query, every_query = any_query[..., met].any(-1), every_query[..., met].all(-1)
-    present = any_query & (begin <= last) if causal else any_query
-    full = every_query & (begin + kv_tile <= (first + 1 if causal else kv_len))
-    return present & ~full, full
+    # Pairs of a query and a key, counted by tile: each block adds those up to its stop and takes
+    # away those up to its start. A prefix of keys is a tile's width in each tile before its end
+    # and what remains in the one where it ends: so much as change from tile to tile.
+    def per_tile(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, q_tiles * TILE - q_len)).view(batch, num_heads, q_tiles, -1)
+
+    start, stop = per_tile(start), per_tile(stop)
+    change = torch.zeros(batch, num_heads, q_tiles, kv_tiles + 2, dtype=torch.int32, device=device)
+    for end, sign in ((stop, 1), (start, -1)):
+        tile, rest = end.long() // kv_tile, (end % kv_tile).int()
+        change = change.scatter_add(3, tile, sign * (rest - kv_tile))
+        change = change.scatter_add(3, tile + 1, -sign * rest)
+    pairs = change.cumsum(3, dtype=torch.int32)[..., :kv_tiles]
+    queries = (q_len - torch.arange(q_tiles, device=device) * TILE).clamp(max=TILE)
+    full = pairs == queries[:, None] * kv_tile
+    return (pairs > 0) & ~full, full
 
 
 def _compress(table: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Block masks of the routed plan: regrouped queries, and queries with their own blocks.
 
-Both come from arithmetic on tile numbers: no table of tiles by tiles is made, and the transposed
-lists, which the backward of FlexAttention reads, are ranges.
+Both come from arithmetic on ranges of tiles: the transposed lists, which the backward of
+FlexAttention reads, are ranges too.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.layout import plain_tables
+from moba_flex.masks.mods import Indices, MaskMod
 from moba_flex.masks.regroup import Regrouping
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Lists = tuple[Tensor, Tensor]
-"""Counts `[B, H, rows]` and indices `[B, H, rows, width]` of a BlockMask."""
+from moba_flex.masks.router import Routing
 
 # FlexAttention's backward on Hopper takes mask blocks in multiples of 128 alone (for head dims
 # from 64 to 128).
 TILE = 128
+
+_NO_ROW = 2**30  # more than there are, so that the rows of a tile ascend
 
 
 def settled(length: int) -> int:
@@ -33,70 +34,144 @@ def settled(length: int) -> int:
     return TILE if length == TILE else length
 
 
+def capturable(x: Tensor) -> Tensor:
+    """Return `x` `[...]` as `[..., 1]`, as a mask_mod may capture it.
+
+    What a mask_mod captures, a compiled graph would compute anew for every score, on CPU not at
+    all; and it would read a buffer as it was before a kernel filled it. But what `topk` returns is
+    a buffer in memory that is read as it is.
+    """
+    return x.unsqueeze(-1).topk(1).values
+
+
+def row_of(b: Tensor, rows: Tensor) -> Tensor:
+    """Return the row of tables `[R, ...]` that is about the sequence `b` of the batch."""
+    return b if rows.shape[0] > 1 else b * 0
+
+
 @dataclass(frozen=True)
 class KeyLayout:
-    """Keys in memory with every block at a multiple of `TILE`.
-
-    Blocks of a multiple of `TILE` keys lie like that already; others are padded. A short last
-    block is padded too where queries outside of it may choose it, since FlexAttention would read
-    past the end of the keys.
+    """Keys in memory with every block that a query may choose at a multiple of `TILE`.
 
     Attributes:
-        block_size: Keys per block.
-        kv_len: Number of keys, as a mask_mod may capture it.
         stride: Places per block.
-        padded: Whether there are places without a key.
+        length: Number of places.
+        key: The key in each place, int64 `[R, length]`, -1 in empty ones; None if every key is in
+            its own.
+        place: The place of each key, int64 `[R, KV]`, -1 for keys of no such block; or None.
+        start: The first key of each block, capturable `[R, M, 1]`; or None.
+        stop: The key after its last, likewise.
     """
 
-    block_size: int
-    kv_len: int
     stride: int
-    padded: bool
+    length: int
+    key: Tensor | None = None
+    place: Tensor | None = None
+    start: Tensor | None = None
+    stop: Tensor | None = None
 
-    @classmethod
-    def of(cls, block_size: int, kv_len: int, causal: bool) -> "KeyLayout":
-        """Return the layout of `kv_len` keys in blocks of `block_size`."""
-        kv_len = settled(kv_len)
-        stride = ceil_div(block_size, TILE) * TILE
-        padded = stride != block_size or not (causal or kv_len % block_size == 0)
-        return cls(block_size, kv_len, stride, padded)
+    def places_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the key in each place, and the place of each key, of each head of `x`.
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return ceil_div(self.kv_len, self.block_size)
+        `[B, H, length]` and `[B, H, KV, 1]`, of keys or values `[B, H, KV, D]`; None if every key
+        is in its place.
+        """
+        if self.key is None or self.place is None:
+            return None
+        key, place = (y.unsqueeze(1).expand(*x.shape[:2], -1) for y in (self.key, self.place))
+        return key, place.unsqueeze(3)
 
-    @property
-    def length(self) -> int:
-        """Number of places."""
-        return self.num_blocks * self.stride if self.padded else self.kv_len
-
-    def pad(self, x: Tensor) -> Tensor:
-        """Lay out keys or values `[B, H, KV, D]` as `[B, H, length, D]`, zeros in empty places."""
-        if not self.padded:
-            return x
-        batch, num_heads, kv_len, head_dim = x.shape
-        x = F.pad(x, (0, 0, 0, self.num_blocks * self.block_size - kv_len))
-        x = x.view(batch, num_heads, self.num_blocks, self.block_size, head_dim)
-        return F.pad(x, (0, 0, 0, self.stride - self.block_size)).flatten(2, 3)
-
-    def position(self, place: Tensor) -> Tensor:
-        """Return the position of the key in a place; `kv_len` or more where there is none."""
-        within = place % self.stride
-        position = place // self.stride * self.block_size + within
-        return (
-            torch.where(within < self.block_size, position, self.kv_len)
-            if self.padded
-            else position
-        )
+    def key_of(self, b: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the key in a place, and whether there is one; key 0 if not."""
+        if self.start is None or self.stop is None:
+            return place, place >= 0
+        b, block, none = row_of(b, self.start), place // self.stride, place * 0
+        key = self.start[b, block, none] + place % self.stride
+        exists = key < self.stop[b, block, none]
+        return torch.where(exists, key, 0), exists
 
 
-def routed_block_mask(groups: Regrouping, layout: KeyLayout) -> BlockMask:
+def lay_out_keys(routing: Routing) -> tuple[KeyLayout, Routing]:
+    """Lay out the blocks that queries may choose, and number them by where they lie.
+
+    Blocks of a multiple of `TILE` keys lie like that already, but for packed documents and padded
+    rows. Others are padded, a short last block too where queries outside of it may choose it:
+    FlexAttention would read past the end of the keys.
+
+    Short blocks of many documents take no room: if causal, only whole blocks can be chosen.
+
+    Returns:
+        The layout, and the routing to blocks of `stride` places.
+    """
+    block_size, kv_len, causal = routing.block_size, settled(routing.kv_len), routing.causal
+    stride = ceil_div(block_size, TILE) * TILE
+    if routing.tables is None and stride == block_size and (causal or kv_len % block_size == 0):
+        return KeyLayout(stride, kv_len), routing
+    device = routing.blocks.device
+    tables = routing.tables or plain_tables(
+        routing.q_len, routing.kv_len, block_size, causal, device
+    )
+    start, stop = tables.extents
+    whole = stop - start == block_size
+    offered = whole
+    if not causal:  # a short block too, if there is another before it
+        offered = whole | ((stop > start) & F.pad(whole.int(), (1, -1)).bool())
+    most = kv_len // block_size * (1 if causal else 2) + 1
+    count = offered.cumsum(1, dtype=torch.int32)
+    # As a pad value, a length would become part of the graph.
+    number = F.pad(torch.where(offered, count - 1, most) - most, (0, 1)) + most
+    blocks = number.expand(routing.blocks.shape[0], -1).gather(1, routing.blocks.long().flatten(1))
+    blocks = blocks.view(routing.blocks.shape)
+
+    # PyTorch 2.11 compiles no search for values that all lists share: the minimum changes nothing.
+    index = torch.arange(1, most + 1, device=device, dtype=torch.int32)
+    which = torch.searchsorted(count, torch.minimum(index, count[:, -1:] + 1))
+    start, stop = (
+        (F.pad(x - kv_len, (0, 1)) + kv_len).long().gather(1, which) for x in (start, stop)
+    )
+    key = start.unsqueeze(2) + torch.arange(stride, device=device)
+    key = torch.where(key < stop.unsqueeze(2), key, -1).flatten(1)
+    length = most * stride
+    place = torch.full((key.shape[0], kv_len + 1), -1, device=device, dtype=torch.int64)
+    spot = torch.arange(length, device=device).expand_as(key)
+    place = place.scatter(1, torch.where(key < 0, kv_len, key), spot)[:, :-1]
+    layout = KeyLayout(stride, length, key, place, capturable(start), capturable(stop))
+    return layout, Routing(blocks, stride, routing.q_len, length, causal)
+
+
+def regrouped_origin(
+    groups: Regrouping, layout: KeyLayout, q_len: int, group: int
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Indices]:
+    """Return what tells of a slot and a place the head, the query and the key.
+
+    Args:
+        groups: The regrouping, with tiles of `TILE` slots.
+        layout: Where the keys lie.
+        q_len: Number of queries.
+        group: Query heads for each key/value head.
+    """
+    q_len = settled(q_len)
+    row = torch.where(groups.row < 0, _NO_ROW, groups.row).unflatten(2, (-1, TILE))
+    # The rows of a tile ascend, so this changes nothing, but see `capturable`.
+    rows = row.topk(TILE, largest=False).values
+
+    def origin(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Indices:
+        row = rows[b, h, q_idx // TILE, q_idx % TILE]
+        row = torch.where(row < _NO_ROW, row, 0)
+        return b, h * group + row // q_len, row % q_len, layout.key_of(b, kv_idx)[0]
+
+    return origin
+
+
+def routed_block_mask(
+    groups: Regrouping, layout: KeyLayout, mask_mod: MaskMod | None = None
+) -> BlockMask:
     """Return the mask `[B, Hkv, S, length]` of regrouped queries and the blocks they chose.
 
     Args:
         groups: The regrouping, with tiles of `TILE` slots.
         layout: Where the keys lie.
+        mask_mod: What else hides keys, of slots and places.
     """
     num_slots, num_tiles = groups.row.shape[2], groups.tile_block.shape[2]
     count, index = groups.tile_used.int(), groups.tile_block.unsqueeze(-1)
@@ -106,105 +181,143 @@ def routed_block_mask(groups: Regrouping, layout: KeyLayout) -> BlockMask:
     q_count = groups.num_tiles
     q_index = (groups.first_tile.unsqueeze(-1) + tile).clamp(max=num_tiles - 1)
 
-    def has_key(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return layout.position(kv_idx) < layout.kv_len
+    def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        exists = layout.key_of(b, kv_idx)[1]
+        return exists if mask_mod is None else exists & mask_mod(b, h, q_idx, kv_idx)
 
     lists = (count, index, q_count, q_index)
     nothing = (torch.zeros_like(count), index, torch.zeros_like(q_count), q_index)
-    partial, full = (lists, nothing) if layout.padded else (nothing, lists)
-    return _block_mask((num_slots, layout.length), partial, full, (TILE, layout.stride), has_key)
+    whole = layout.key is None and mask_mod is None
+    partial, full = (nothing, lists) if whole else (lists, nothing)
+    return _block_mask((num_slots, layout.length), partial, full, (TILE, layout.stride), sees)
 
 
-def own_block_mask(q_len: int, layout: KeyLayout, causal: bool, device: torch.device) -> BlockMask:
-    """Return the mask `[1, 1, Q, length]` of queries in natural order and their own blocks.
+def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMask:
+    """Return the mask `[R, 1, Q, KV]` of queries and their own blocks, in natural order.
 
     Args:
-        q_len: Number of queries, the last of the positions.
-        layout: Where the keys lie.
-        causal: Whether a query sees only keys at its position and before.
-        device: Where to make the mask.
+        routing: Where the blocks lie; what it chose does not matter.
+        mask_mod: What else hides keys.
     """
-    block_size, kv_len = layout.block_size, layout.kv_len
-    q_len = settled(q_len)
+    block_size, causal = routing.block_size, routing.causal
+    q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
+    start, stop = _own_keys(routing)
+    starts, stops = (start, stop) if routing.tables is None else map(capturable, (start, stop))
 
-    def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def in_own_block(b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        if routing.tables is not None:
+            b, none = row_of(b, starts), q_idx * 0
+            return (kv_idx >= starts[b, q_idx, none]) & (kv_idx < stops[b, q_idx, none])
         # Lengths one by one: under dynamic shapes FlexAttention takes symbols here, but no
         # expressions of them.
         position = q_idx + kv_len - q_len
-        same = position // block_size == kv_idx // layout.stride
-        key = layout.position(kv_idx)
-        return same & (key <= position) if causal else same & (key < kv_len)
+        same = position // block_size == kv_idx // block_size
+        return same & (kv_idx <= position) if causal else same
 
-    kv_partial, kv_full = _own_keys_of_queries(q_len, layout, causal, device)
-    q_partial, q_full = _own_queries_of_keys(q_len, layout, causal, device)
-    partial, full = (*kv_partial, *q_partial), (*kv_full, *q_full)
-    return _block_mask((q_len, layout.length), partial, full, (TILE, TILE), sees)
+    def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        own = in_own_block(b, q_idx, kv_idx)
+        return own if mask_mod is None else own & mask_mod(b, h, q_idx, kv_idx)
 
-
-def _own_keys_of_queries(
-    q_len: int, layout: KeyLayout, causal: bool, device: torch.device
-) -> tuple[Lists, Lists]:
-    """List for each tile of queries the tiles of their own blocks, to mask and full."""
-    block_size, kv_len = layout.block_size, layout.kv_len
-    kv_tiles, per_block = ceil_div(layout.length, TILE), layout.stride // TILE
-    # The positions first..last of a tile lie in blocks low..high: tiles start to before stop.
-    first = kv_len - q_len + torch.arange(ceil_div(q_len, TILE), device=device) * TILE
-    last = (first + TILE - 1).clamp(max=kv_len - 1)
-    low, high = first // block_size, last // block_size
-    start = low * per_block
-    keys = last % block_size + 1 if causal else (kv_len - high * block_size).clamp(max=block_size)
-    stop = high * per_block + ceil_div(keys, TILE)
-    # Full is what all queries see whole: no second block, nothing later than the first query.
-    seen = (first % block_size + 1 if causal else kv_len - low * block_size) // TILE
-    num_full = torch.where(low == high, seen.clamp(max=block_size // TILE), 0)
-
-    spanned = (TILE + block_size - 2) // block_size + 1  # blocks that a tile can touch
-    slot = torch.arange(min(spanned * per_block, kv_tiles), device=device)
-    full = _lists(num_full, start[:, None] + slot, kv_tiles)
-    partial = _lists(stop - start - num_full, (start + num_full)[:, None] + slot, kv_tiles)
-    return partial, full
+    ranges = _Ranges.of(start, stop, masked=mask_mod is not None)
+    q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, TILE)
+    # What a tile of queries sees, and what sees a tile of keys, spans a tile and the block at an
+    # end, or at both. But between the few last queries of documents anything may lie.
+    span = kv_len if block_size >= kv_len else TILE + block_size * (1 if causal else 2)
+    if routing.tables is not None and q_len != kv_len:
+        span = kv_len
+    by_query = ranges.lists(min(ceil_div(span, TILE) + 1, kv_tiles), kv_tiles)
+    by_key = ranges.transposed(kv_tiles).lists(min(ceil_div(span, TILE) + 1, q_tiles), q_tiles)
+    partial, full = (by_query[i] + by_key[i] for i in (0, 1))
+    return _block_mask((q_len, kv_len), partial, full, (TILE, TILE), sees)
 
 
-def _own_queries_of_keys(
-    q_len: int, layout: KeyLayout, causal: bool, device: torch.device
-) -> tuple[Lists, Lists]:
-    """List for each tile of keys the tiles of queries of that block, to mask and full."""
-    block_size, kv_len = layout.block_size, layout.kv_len
-    q_offset, q_tiles, per_block = kv_len - q_len, ceil_div(q_len, TILE), layout.stride // TILE
-    tile = torch.arange(ceil_div(layout.length, TILE), device=device)
-    block, begin = tile // per_block, tile % per_block * TILE
-    key = block * block_size + begin
-    block_stop = ((block + 1) * block_size).clamp(max=kv_len)
-    # Queries from..to of the block see a key of this tile: tiles start to before stop.
-    q_from = ((key if causal else block * block_size) - q_offset).clamp(min=0)
-    q_to = block_stop - q_offset
-    exists = (begin < block_size) & (key < block_stop) & (q_to > 0)
-    start = q_from // TILE
-    stop = torch.where(exists, ceil_div(q_to, TILE), start)
-    # Full are, if the tile has all its keys, tiles of queries of this block alone that see all.
-    sees_all = (key + TILE - 1 if causal else block * block_size) - q_offset
-    full_start = ceil_div(sees_all.clamp(min=0), TILE)
-    full_stop = torch.where(q_to == q_len, q_tiles, q_to // TILE)  # the last tile may be short
-    has_all = exists & (begin + TILE <= block_size) & (key + TILE <= kv_len)
-    num_full = torch.where(has_all, full_stop - full_start, 0).clamp(min=0)
-    full_start = torch.where(num_full > 0, full_start, stop)
+def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Return the first key that each query sees in its own block and the one after the last.
 
-    slot = torch.arange(min(ceil_div(block_size, TILE) + 1, q_tiles), device=device)
-    full = _lists(num_full, full_start[:, None] + slot, q_tiles)
-    skip = torch.where(slot >= (full_start - start)[:, None], num_full[:, None], 0)
-    partial = _lists(stop - start - num_full, start[:, None] + slot + skip, q_tiles)
-    return partial, full
+    int64 `[R, Q]`; both ascend. Equal for queries that see nothing.
+    """
+    device, kv_len = routing.blocks.device, routing.kv_len
+    tables = routing.tables or plain_tables(
+        routing.q_len, kv_len, routing.block_size, routing.causal, device
+    )
+    position, own = tables.queries[0].long(), tables.queries[1].long()
+    start, stop = (F.pad(x, (0, 1)).long().gather(1, own) for x in tables.extents)
+    if routing.causal:
+        stop = torch.minimum(stop, position + 1)
+    if routing.tables is None:
+        return start, stop
+    # Queries that are padding come before those that are not, or after.
+    real = position >= 0
+    before = torch.arange(routing.q_len, device=device) < real.int().argmax(1, keepdim=True)
+    first = torch.where(real, start, kv_len).amin(1, keepdim=True)
+    last = torch.where(real, stop, 0).amax(1, keepdim=True)
+    nothing = torch.where(before, first, last)
+    return torch.where(real, start, nothing), torch.where(real, stop, nothing)
 
 
-def _lists(count: Tensor, index: Tensor, limit: int) -> Lists:
-    """Give lists the form of BlockMask; unused indices must be in range too."""
-    return count.int()[None, None], index.clamp(0, limit - 1).int()[None, None]
+@dataclass(frozen=True)
+class _Ranges:
+    """Ranges of tiles that tiles of the other kind meet, int64 `[R, tiles]` each, all ascending.
+
+    Attributes:
+        start: The first tile that is met.
+        stop: The tile after the last.
+        full_start: The first one that is met as a whole.
+        full_stop: The one after the last, unless before the first.
+    """
+
+    start: Tensor
+    stop: Tensor
+    full_start: Tensor
+    full_stop: Tensor
+
+    @classmethod
+    def of(cls, start: Tensor, stop: Tensor, *, masked: bool) -> "_Ranges":
+        """Return the tiles of keys of each tile of queries, given the keys of each query."""
+        q_len = start.shape[1]
+        index = torch.arange(ceil_div(q_len, TILE) * TILE, device=start.device)
+        index = index.clamp(max=q_len - 1)
+        start, stop = (x[:, index].unflatten(1, (-1, TILE)) for x in (start, stop))
+        full_start = ceil_div(start.amax(2), TILE)
+        return cls(
+            start.amin(2) // TILE,
+            ceil_div(stop.amax(2), TILE),
+            full_start,
+            full_start if masked else stop.amin(2) // TILE,
+        )
+
+    def transposed(self, tiles: int) -> "_Ranges":
+        """Return the tiles that meet each of so many tiles."""
+        tile = torch.arange(tiles, device=self.start.device)[:, None]
+
+        def before(x: Tensor) -> Tensor:
+            return (x.unsqueeze(1) <= tile).sum(2)
+
+        return _Ranges(
+            before(self.stop), before(self.start), before(self.full_stop), before(self.full_start)
+        )
+
+    def lists(self, width: int, tiles: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return counts `[R, 1, n]` and indices `[R, 1, n, width]`: partly met, and fully."""
+        slot = torch.arange(width, device=self.start.device)
+        num_full = (self.full_stop - self.full_start).clamp(min=0)
+        num_partial = (self.stop - self.start).clamp(min=0) - num_full
+        skip = torch.where(
+            slot >= (self.full_start - self.start).unsqueeze(2), num_full.unsqueeze(2), 0
+        )
+        partial, full = self.start.unsqueeze(2) + slot + skip, self.full_start.unsqueeze(2) + slot
+
+        def as_listed(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            # Unused indices must be in range too.
+            return count.int().unsqueeze(1), index.clamp(0, tiles - 1).int().unsqueeze(1)
+
+        return as_listed(num_partial, partial), as_listed(num_full, full)
 
 
 def _block_mask(
     seq_lengths: tuple[int, int],
-    partial: tuple[Tensor, Tensor, Tensor, Tensor],
-    full: tuple[Tensor, Tensor, Tensor, Tensor],
+    partial: tuple[Tensor, ...],
+    full: tuple[Tensor, ...],
     mask_block_size: tuple[int, int],
     mask_mod: MaskMod,
 ) -> BlockMask:

@@ -496,14 +496,15 @@ def _table(count: Tensor, index: Tensor, columns: int) -> Tensor:
     return table.scatter(3, torch.where(listed, index.long(), columns), True)[..., :-1]
 
 
-def visited_pairs(mask: BlockMask) -> Tensor:
+def visited_pairs(mask: BlockMask, batch: int = 1, num_heads: int = 1) -> Tensor:
     """Return the pairs that FlexAttention computes, bool `[B, H, Q, KV]`.
 
-    Those of full tiles, and of partial tiles those that the mask_mod lets through.
+    Those of full tiles, and of partial tiles those that the mask_mod lets through. A batch size
+    and a number of heads may be those of the mask or, for a mask with one, more.
     """
     partial, full = listed_tiles(mask)
     q_len, kv_len = mask.seq_lengths
-    batch, num_heads = partial.shape[:2]
+    batch, num_heads = max(batch, partial.shape[0]), max(num_heads, partial.shape[1])
 
     def spread(tiles: Tensor) -> Tensor:
         wide = tiles.repeat_interleave(mask.BLOCK_SIZE[0], dim=2)
@@ -517,17 +518,30 @@ def visited_pairs(mask: BlockMask) -> Tensor:
 
 
 def attend_by_lists(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, *, lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    *,
+    lse: bool,
+    score_mod: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what `moba_flex.compile.flex.attend` does, in eager mode, reading the lists of the mask.
 
-    Rows that see nothing come out as NaN, as they may on CUDA.
+    Mods see every pair, those beside the mask too. Rows that see nothing come out as zeros, with
+    gradients that are.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    visited = visited_pairs(mask)
-    scores = (q.float() @ k.float().mT * scale).masked_fill(~visited, -math.inf)
-    row_lse = scores.logsumexp(-1)
-    weight = torch.where(visited, torch.exp(scores - row_lse[..., None]), 0.0)
-    out = (weight @ v.float()).to(q.dtype)
-    return torch.where(visited.any(-1, keepdim=True), out, math.nan), row_lse
+    visited = visited_pairs(mask, q.shape[0], q.shape[1])
+    scores = q.float() @ k.float().mT * scale
+    if score_mod is not None:
+        b, h, q_idx, kv_idx = (torch.arange(n, device=q.device) for n in scores.shape)
+        b, h, q_idx = b[:, None, None, None], h[:, None, None], q_idx[:, None]
+        scores = score_mod(scores, b, h, q_idx, kv_idx)
+    sees = visited.any(-1, keepdim=True)
+    scores = torch.where(sees, scores.masked_fill(~visited, -math.inf), 0.0)
+    weight = torch.where(visited, scores.softmax(-1), 0.0)
+    row_lse = scores.logsumexp(-1).masked_fill(~sees.squeeze(-1), -math.inf)
+    return (weight @ v.float()).to(q.dtype), row_lse

@@ -1,39 +1,70 @@
 """Regrouped order and block masks, entry by entry, against the oracle's choice of tokens."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from moba_flex import create_moba_block_mask, moba_attention_reference, route
+from moba_flex.compile.merge import gather_rows
 from moba_flex.masks import regroup_kernel
 from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.layout import make_tables
 from moba_flex.masks.regroup import regroup, sort_pairs, tile_blocks
 from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton
 from moba_flex.masks.router import Routing
-from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
+from moba_flex.masks.tiles import (
+    TILE,
+    lay_out_keys,
+    own_block_mask,
+    regrouped_origin,
+    routed_block_mask,
+)
 from tests.helpers import (
     Case,
     cases,
     chosen_blocks,
     listed_tiles,
     needs_interpreter,
+    route_case,
     token_mask,
     visited_pairs,
 )
 
 
-@given(case=cases())
+@st.composite
+def layouts(draw: st.DrawFn, **options: Any) -> Case:
+    """Draw a request of one sequence a row, of packed documents, or of padded rows."""
+    case: Case = draw(cases(**options))
+    kind = draw(st.sampled_from(["plain", "documents", "padding"]))
+    if kind == "documents":
+        lengths = st.lists(st.integers(0, case.kv_len // 2 + 1), min_size=1, max_size=6)
+        docs = [1, *draw(lengths)]
+        q_docs = [draw(st.integers(0, n)) for n in docs] if draw(st.booleans()) else None
+        if q_docs is not None:
+            q_docs[0] = 1
+        return replace(case, docs=tuple(docs), q_docs=q_docs and tuple(q_docs))
+    if kind == "padding":
+        side = st.integers(0, case.kv_len)
+        pads = draw(st.lists(st.tuples(side, side), min_size=2, max_size=2))
+        return replace(case, pads=tuple(pads))
+    return case
+
+
+@given(case=layouts())
 def test_natural_mask_visits_what_was_chosen(case: Case) -> None:
     q, k, _ = case.inputs()
-    routing = route(q, k, **case.gate)
+    routing = route_case(case, q, k)
     mask = routing_to_block_mask(routing)
     wanted = token_mask(chosen_blocks(routing), case)
     assert torch.equal(visited_pairs(mask), wanted)
 
+    if case.docs is None and case.pads is None:
+        assert torch.equal(create_moba_block_mask(q, k, **case.gate).kv_indices, mask.kv_indices)
     partial, full = listed_tiles(mask)
     spread = wanted.new_zeros(
         *wanted.shape[:2], full.shape[2] * TILE, full.shape[3] * mask.BLOCK_SIZE[1]
@@ -172,38 +203,60 @@ def test_regrouping_has_room_for_one_popular_block() -> None:
     assert groups.row.shape[2] == 26 * TILE
 
 
-@given(case=cases(max_len=300, min_block=20, groups=(1, 3)))
+@given(case=layouts(max_len=300, min_block=20, groups=(1, 3)))
 def test_routed_masks_visit_own_and_chosen_blocks(case: Case) -> None:
     q, k, _ = case.inputs()
-    routing = route(q, k, **case.gate)
-    layout = KeyLayout.of(case.block_size, case.kv_len, case.causal)
-    place = torch.arange(layout.length)
-    position = layout.position(place)
-    real = position < case.kv_len
-    laid_out = layout.pad(k)
-    assert laid_out.shape[2] == layout.length
-    assert torch.equal(laid_out[:, :, real], k)
-    assert not laid_out[:, :, ~real].any()
-
-    own = visited_pairs(own_block_mask(case.q_len, layout, case.causal, q.device))
-    none = Routing(routing.blocks[..., :0], case.block_size, case.q_len, case.kv_len, case.causal)
-    own_tokens = token_mask(chosen_blocks(none)[:1, :1], case)
-    assert torch.equal(own[..., real], own_tokens)
-    assert not own[..., ~real].any()
-
+    routing = route_case(case, q, k)
+    none = replace(routing, blocks=routing.blocks[..., :0])
+    own = visited_pairs(own_block_mask(routing), case.batch)
+    assert torch.equal(own, token_mask(chosen_blocks(none), case)[:, :1])
     if routing.blocks.shape[3] == 0:
         return
-    groups = regroup(routing, case.num_kv_heads, TILE)
+
+    layout, laid_out = lay_out_keys(routing)
+    place = torch.arange(layout.length)
+    groups = regroup(laid_out, case.num_kv_heads, TILE)
+    rows = groups.row.clamp(min=0).long()
+    head, q_idx = rows // case.q_len, rows % case.q_len
+    b = torch.arange(case.batch)[:, None]
+    key, exists = layout.key_of(b, place)
+    if (places := layout.places_of(k)) is not None:
+        assert torch.equal(gather_rows(k, *places)[:, 0][exists], k[b, 0, key][exists])
+        assert not gather_rows(k, *places)[:, 0][~exists].any()
+    # Each slot sees the keys of one block, and all slots of a query all that it chose.
     routed = visited_pairs(routed_block_mask(groups, layout))
-    tile_block = groups.tile_block.repeat_interleave(TILE, dim=2)
-    used = groups.tile_used.repeat_interleave(TILE, dim=2)
-    expected = (place // layout.stride == tile_block[..., None]) & used[..., None] & real
-    assert torch.equal(routed, expected)
+    assert not (routed & ~exists[:, None, None]).any()
+    seen = torch.zeros(case.batch, case.num_heads, case.q_len, case.kv_len, dtype=torch.int32)
+    kv_head = torch.arange(case.num_kv_heads)[:, None]
+    b, h = b[..., None, None], (kv_head * case.group + head)[..., None]
+    used = routed & (groups.row >= 0)[..., None]
+    seen.index_put_((b, h, q_idx[..., None], key[:, None, None]), used.int(), accumulate=True)
+    chosen = token_mask(chosen_blocks(routing), case) & ~token_mask(chosen_blocks(none), case)
+    assert torch.equal(seen, chosen.int())
+    origin = regrouped_origin(groups, layout, case.q_len, case.group)
+    slot = torch.arange(rows.shape[2])[:, None]
+    found = origin(b, kv_head[..., None], slot, place)
+    for x, y in zip(found[1:], (h, q_idx[..., None], key[:, None, None]), strict=True):
+        assert torch.equal(x, y.expand_as(x))
+
+
+def test_short_documents_take_no_room() -> None:
+    docs = 5000
+    tables = make_tables(
+        64 * docs, 64 * docs, 128, True, cu_seqlens=torch.arange(docs + 1).int() * 64
+    )
+    blocks = torch.full((1, 1, 64 * docs, 2), tables.num_blocks, dtype=torch.int32)
+    layout, _ = lay_out_keys(Routing(blocks, 128, 64 * docs, 64 * docs, True, tables))
+    assert layout.length <= 64 * docs + 128
+
+
+def own_mask(length: int) -> BlockMask:
+    blocks = torch.empty(1, 1, length, 0, dtype=torch.int32)
+    return own_block_mask(Routing(blocks, 512, length, length, True))
 
 
 def test_own_masks_list_whole_tiles_as_full() -> None:
-    mask = own_block_mask(1024, KeyLayout.of(512, 1024, True), True, torch.device("cpu"))
-    partial, full = listed_tiles(mask)
+    partial, full = listed_tiles(own_mask(1024))
     tile = torch.eye(4).repeat_interleave(1, 0).bool()
     assert torch.equal(partial[0, 0], torch.block_diag(tile, tile).bool())
     below = torch.ones(4, 4).tril(-1)
@@ -211,11 +264,11 @@ def test_own_masks_list_whole_tiles_as_full() -> None:
 
 
 def test_own_masks_need_no_table_of_tiles_by_tiles() -> None:
-    length = 1 << 20
-    mask = own_block_mask(length, KeyLayout.of(512, length, True), True, torch.device("cpu"))
-    assert mask.kv_indices.shape == (1, 1, length // TILE, 8)
+    length = 1 << 18
+    mask = own_mask(length)
+    assert mask.kv_indices.shape == (1, 1, length // TILE, 6)
     assert mask.q_indices is not None
-    assert mask.q_indices.shape == (1, 1, length // TILE, 5)
+    assert mask.q_indices.shape == (1, 1, length // TILE, 6)
 
 
 @torch.no_grad()
