@@ -171,9 +171,9 @@ def check_head_top_k(
 def check_layout(
     q: Tensor,
     k: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> None:
     """Raise unless these say where documents lie, or which keys are real, in `q` and `k`.
 

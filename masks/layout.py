@@ -1,11 +1,25 @@
 """Where the blocks of packed documents and of padded rows lie, and which each query may choose."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
+
+
+class Layout(TypedDict, total=False):
+    """What a caller says of rows that are more or less than one sequence.
+
+    Attributes:
+        cu_seqlens: Where documents start, as of `document_tables`.
+        cu_seqlens_q: Where their queries start; where their keys do if None.
+        key_mask: Which keys are real, as of `padded_tables`.
+    """
+
+    cu_seqlens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    key_mask: Tensor | None
 
 
 class Tables(NamedTuple):
@@ -32,14 +46,7 @@ class Tables(NamedTuple):
 
 
 def make_tables(
-    q_len: int,
-    kv_len: int,
-    block_size: int,
-    causal: bool,
-    *,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    key_mask: Tensor | None = None,
+    q_len: int, kv_len: int, block_size: int, causal: bool, **layout: Unpack[Layout]
 ) -> Tables | None:
     """Return the tables of packed documents or of padded rows; None if the rows are neither.
 
@@ -48,12 +55,12 @@ def make_tables(
         kv_len: Number of keys.
         block_size: Keys per block.
         causal: Whether only blocks before the own one can be chosen.
-        cu_seqlens: Where documents start, as of `document_tables`.
-        cu_seqlens_q: Where their queries start; where their keys do if None.
-        key_mask: Which keys are real, as of `padded_tables`.
+        layout: What the rows are.
     """
+    cu_seqlens, key_mask = layout.get("cu_seqlens"), layout.get("key_mask")
     if cu_seqlens is not None:
-        starts = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+        starts = layout.get("cu_seqlens_q")
+        starts = cu_seqlens if starts is None else starts
         return document_tables(starts, cu_seqlens, q_len, kv_len, block_size, causal)
     if key_mask is not None:
         return padded_tables(key_mask, q_len, block_size, causal)

@@ -25,7 +25,7 @@ from moba_flex.masks.checks import (
     longest_sequence,
 )
 from moba_flex.masks.inputs import cast_by_autocast
-from moba_flex.masks.layout import make_tables
+from moba_flex.masks.layout import Layout, make_tables
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
 from moba_flex.masks.router import Routing
 
@@ -167,7 +167,7 @@ def moba_attention(
         longest = longest_sequence(k.shape[2], cu_seqlens, key_mask)
         _check_dense(block_size, top_k, head_top_k, longest)
 
-    layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
+    layout: Layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
     size = ONE_BLOCK if chosen == "dense" else block_size
     tables = make_tables(q.shape[2], k.shape[2], size, causal, **layout)
     options: dict[str, Any] = {
@@ -375,7 +375,6 @@ def _execute(
         "causal": causal,
         "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
         "lse": lse,
-        "mods": mods,
     }
     device = q.device.type
     # What is cast is cast: within, autocast would round the scores.
@@ -388,9 +387,12 @@ def _execute(
             sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
             given = tuple(name for name, x in tensors.items() if x is not None)
             kind = q.device, q.dtype, sizes, grads, given
-            out, out_lse = compiled(function, kind, **options)(q, k, v, **tensors)
+            changes = mods or Mods()
+            graph = compiled(function, kind, changes.softcap, **options)
+            functions = {"score_mod": changes.score_mod, "mask_mod": changes.mask_mod}
+            out, out_lse = graph(q, k, v, **functions, **tensors)
         else:
-            out, out_lse = function(q, k, v, **tensors, **options)
+            out, out_lse = function(q, k, v, mods=mods, **tensors, **options)
     return out if return_aux is None else (out, AuxOutput(lse=out_lse if lse else None))
 
 
