@@ -58,12 +58,14 @@ _TILES = {
     },
     "pair_dq": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(128, 64, 8, 3), 256: _Tiles(128, 32, 8, 2)},
     "own_dq": {64: _Tiles(64, 32, 4, 3), 128: _Tiles(64, 32, 4, 3), 256: _Tiles(128, 32, 8, 2)},
-    "dkv": {64: _Tiles(128, 128, 8, 2), 128: _Tiles(64, 128, 8, 3), 256: _Tiles(64, 64, 8, 2)},
+    # Five stages: the rows of a step are loaded two steps ahead, for the stats that name them are
+    # loaded two steps before that.
+    "dkv": {64: _Tiles(64, 128, 8, 5), 128: _Tiles(64, 128, 8, 5), 256: _Tiles(64, 64, 8, 2)},
 }
 # For blocks of more than 128 keys, which are several tiles in any case.
 _TILES_LONG = {
     "pair_forward": {256: _Tiles(128, 64, 8, 2)},
-    "dkv": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(64, 64, 4, 2)},
+    "dkv": {64: _Tiles(64, 64, 4, 5)},
 }
 _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)}
 _STATS_ROWS = 64
@@ -225,7 +227,7 @@ def attend_fused_backward(
     """Return the gradients of `attend_fused` with respect to `q`, `k` and `v`."""
     grad, q, k, v = dense_vectors(grad, q, k, v)
     problem = _Problem.of(q, k, rank.shape[3], block_size, causal, scale)
-    row_stats, pair_stats = _row_and_pair_stats(problem, out, grad, lse, grad_lse, rank)
+    stats = _stats(problem, out, grad, lse, grad_lse, rank)
 
     num_blocks = problem.num_blocks
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
@@ -246,7 +248,7 @@ def attend_fused_backward(
         launch(
             wrap_triton(dkv_kernel),
             ((num_spills + num_blocks) * tiles_per_block, lists),
-            *(q, k, v, grad, row_stats, pair_stats, part, first),
+            *(q, k, v, grad, stats, part, first),
             *(spill_block, first_spill, spill, dk, dv),
             *_strides(q, k, v, grad, dk, dv),
             *sizes,
@@ -276,7 +278,7 @@ def attend_fused_backward(
             launch(
                 wrap_triton(pair_dq_kernel),
                 (num_tiles, lists),
-                *(q, k, v, grad, pair_stats, part, first, tile_block, first_tile),
+                *(q, k, v, grad, stats, part, first, tile_block, first_tile),
                 *_strides(q, k, v, grad),
                 *sizes,
                 num_tiles,
@@ -285,7 +287,7 @@ def attend_fused_backward(
         launch(
             wrap_triton(own_dq_kernel),
             (q_tiles, lists * problem.group),
-            *(q, k, v, grad, row_stats, part, rank, dq),
+            *(q, k, v, grad, stats, part, rank, dq),
             *_strides(q, k, v, grad, dq),
             *sizes,
             **problem.options("own_dq"),
@@ -293,35 +295,34 @@ def attend_fused_backward(
     return dq, dk, dv
 
 
-def _row_and_pair_stats(
+def _stats(
     problem: _Problem,
     out: Tensor,
     grad: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
     rank: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return what backward reads by row and by pair, see `stats_kernel`; int32, four each."""
-    row_stats = lse.new_empty((*lse.shape, 4), dtype=torch.int32)
-    pair_stats = lse.new_empty((problem.lists, problem.num_pairs, 4), dtype=torch.int32)
+) -> Tensor:
+    """Return what backward reads of each row and pair, see `stats_kernel`; four int32 each."""
+    rows = problem.group * problem.q_len
+    stats = lse.new_empty((problem.lists, rows + problem.num_pairs, 4), dtype=torch.int32)
     heads = problem.lists * problem.group
     launch(
         wrap_triton(stats_kernel),
         (ceil_div(problem.q_len, _STATS_ROWS), heads),
         *(out, grad, lse, lse if grad_lse is None else grad_lse.contiguous()),
-        *(rank, row_stats, pair_stats),
+        *(rank, stats),
         *_strides(out, grad),
         problem.num_kv_heads * problem.group,
         problem.group,
         problem.q_len,
-        problem.num_pairs,
         problem.picks,
         LSE=grad_lse is not None,
         HEAD_DIM=problem.head_dim,
         D=_padded(problem.head_dim),
         TILE_M=_STATS_ROWS,
     )
-    return row_stats, pair_stats
+    return stats
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

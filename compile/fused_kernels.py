@@ -282,12 +282,12 @@ def _unpack(stats):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def stats_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, row_stats_ptr, pair_stats_ptr,
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, stats_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
-    num_heads, group, q_len, num_pairs, picks,
+    num_heads, group, q_len, picks,
     LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
-    """Write the log-sum-exp, delta and number of each row, by row and by pair.
+    """Write the log-sum-exp, delta and number of each row: by row, and after those by pair.
 
     Delta is what is subtracted from the gradient of each weight: `out @ grad - grad_lse`. Kernels
     that walk the pairs read their stats in order.
@@ -307,13 +307,13 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     if LSE:
         delta -= tl.load(grad_lse_ptr + place, mask=exists, other=0.0)
     lse = tl.load(lse_ptr + place, mask=exists, other=0.0) * LOG2_E
-    stats = _stats(lse, delta, head % group * q_len + query)
-    field = tl.arange(0, 4)[None, :]
-    tl.store(row_stats_ptr + place[:, None] * 4 + field, stats, mask=exists[:, None])
-    pair_stats_ptr += (head // group).to(tl.int64) * num_pairs * 4
+    rows, row = group * q_len, head % group * q_len + query
+    stats, field = _stats(lse, delta, row), tl.arange(0, 4)[None, :]
+    stats_ptr += (head // group).to(tl.int64) * rows * (picks + 1) * 4
+    tl.store(stats_ptr + row[:, None].to(tl.int64) * 4 + field, stats, mask=exists[:, None])
     for pick in range(picks):
         rank = tl.load(rank_ptr + place * picks + pick, mask=exists, other=-1)[:, None]
-        tl.store(pair_stats_ptr + rank.to(tl.int64) * 4 + field, stats, mask=rank >= 0)
+        tl.store(stats_ptr + (rows + rank).to(tl.int64) * 4 + field, stats, mask=rank >= 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -338,8 +338,9 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
     pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
     exists = pair < tl.load(first_pair_ptr + entry + 1)
-    stats_ptrs = stats_ptr + (list_id.to(tl.int64) * num_pairs + pair)[:, None] * 4
-    stats_ptrs += tl.arange(0, 4)[None, :]
+    rows = group * q_len
+    place = list_id.to(tl.int64) * (rows + num_pairs) + rows + pair
+    stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
     lse, delta, row = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
@@ -399,8 +400,9 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     g_ptrs = grad_ptr + batch * stride_gb + q_head * stride_gh + offset * stride_gm + dim[None, :]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad = tl.load(g_ptrs, mask=inside, other=0.0)
-    first_row = (batch * num_kv_heads * group + q_head) * q_len
-    stats_ptrs = stats_ptr + (first_row + query)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    row = (head_in_group * q_len + query).to(tl.int64)
+    place = list_id.to(tl.int64) * (group * q_len + num_pairs) + row
+    stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
     lse, delta, _ = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
@@ -418,7 +420,6 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
         scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
     )  # fmt: skip
 
-    row = (head_in_group * q_len + query).to(tl.int64)
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
     part_start = local_list.to(tl.int64) * num_pairs
     for pick in range(picks):
@@ -434,23 +435,35 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_rows(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, first, stop, q_ptr, grad_ptr, stats_ptr, part_ptr, stride_qh, stride_qm,
-    stride_gh, stride_gm, q_len, scale, key, offset,
+    dk, dv, k, v, first, stop, own_start, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
+    stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, key, offset,
     MASKED: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr,
     D: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk, over the scale, and dv what the rows of stats `first..stop` contribute.
+    """Add to dk, over the scale, and dv what pairs and own rows contribute.
 
-    With MASKED, a row attends to the keys up to its query's position. With WRITE_DQ, each row's
-    part of dq is written.
+    Those are the pairs `first..stop` and the queries `own_start..own_stop` of each head, in one
+    loop: each loop has to wait for its first loads. With MASKED, a row attends to the keys up to
+    its query's position. With WRITE_DQ, the part of dq of each pair is written.
     """
-    dim = tl.arange(0, D)
-    for at in tl.range(first, stop, TILE_M, num_stages=STAGES):
+    dim, rows = tl.arange(0, D), group * q_len
+    pair_steps, own_steps = tl.cdiv(stop - first, TILE_M), tl.cdiv(own_stop - own_start, TILE_M)
+    for step in tl.range(0, pair_steps + group * own_steps, num_stages=STAGES):
+        is_pair = step < pair_steps
+        own_step = step - pair_steps
+        start, end = own_start, own_stop
+        if GROUPED:
+            head = own_step // tl.maximum(own_steps, 1)
+            own_step -= head * own_steps
+            start, end = start + head * q_len, end + head * q_len
+        # In the stats the pairs come after the rows.
+        at = tl.where(is_pair, rows + first + step * TILE_M, start + own_step * TILE_M)
+        end = tl.where(is_pair, rows + stop, end)
         place = at + tl.arange(0, TILE_M)
-        exists = place < stop
+        exists = place < end
         # Past the end the last row is read again, which is cheaper than a mask: the weights of
         # what does not exist are exp2(-inf).
-        stats_ptrs = stats_ptr + tl.minimum(place, stop - 1)[:, None].to(tl.int64) * 4
+        stats_ptrs = stats_ptr + tl.minimum(place, end - 1)[:, None].to(tl.int64) * 4
         lse, delta, row = _unpack(tl.load(stats_ptrs + tl.arange(0, 4)[None, :]))
         lse = tl.where(exists, lse, float("inf"))
         q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
@@ -471,8 +484,9 @@ def _add_rows(  # type: ignore[no-untyped-def]
         dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
         if WRITE_DQ:
             dq = tl.dot(dscore.T, k, input_precision=PRECISION)
-            part_ptrs = part_ptr + place[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
-            written = exists[:, None] & (dim < HEAD_DIM)[None, :]
+            pair = (place - rows)[:, None]
+            part_ptrs = part_ptr + pair.to(tl.int64) * HEAD_DIM + dim[None, :]
+            written = (exists & is_pair)[:, None] & (dim < HEAD_DIM)[None, :]
             tl.store(part_ptrs, dq.to(part_ptr.dtype.element_ty), mask=written)
     return dk, dv
 
@@ -493,8 +507,8 @@ def _spill_places(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, row_stats_ptr, pair_stats_ptr, part_ptr, first_pair_ptr,
-    spill_block_ptr, first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, first_pair_ptr, spill_block_ptr,
+    first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb,
     stride_dvh, stride_dvn,
@@ -538,42 +552,31 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     v = _load_keys(v_ptr, stride_vn, start, block_stop, HEAD_DIM, D, TILE_N, True)
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
-    pair_stats_ptr += list_id.to(tl.int64) * num_pairs * 4
-    row_stats_ptr += list_id.to(tl.int64) * group * q_len * 4
+    stats_ptr += list_id.to(tl.int64) * (group * q_len + num_pairs) * 4
     part_ptr += tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM
 
     dk = tl.zeros([TILE_N, D], tl.float32)
     dv = tl.zeros([TILE_N, D], tl.float32)
     first = tl.load(first_pair_ptr + block) + number * share
     stop = tl.minimum(first + share, tl.load(first_pair_ptr + block + 1))
+    # The queries whose own block this is; of a causal block those from the first key on, of which
+    # the first see some keys of the tile and the others all.
     key, offset = start + tl.arange(0, TILE_N), kv_len - q_len
+    own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
+    own_stop = block_stop - offset if number == 0 else own_start
+    see_all = own_start
+    if CAUSAL:
+        see_all = tl.minimum(tl.maximum(start + TILE_N - offset, own_start), own_stop)
+        dk, dv = _add_rows(
+            dk, dv, k, v, 0, 0, own_start, see_all, q_ptr, grad_ptr, stats_ptr, part_ptr,
+            stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, key, offset, True,
+            False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+        )  # fmt: skip
     dk, dv = _add_rows(
-        dk, dv, k, v, first, stop, q_ptr, grad_ptr, pair_stats_ptr, part_ptr, stride_qh,
-        stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, False, WRITE_DQ, GROUPED,
-        HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+        dk, dv, k, v, first, stop, see_all, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
+        stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, key, offset, False,
+        WRITE_DQ, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
     )  # fmt: skip
-    if number == 0:
-        # The queries whose own block this is; of a causal block those from the first key on, of
-        # which the first see some keys of the tile and the others all.
-        own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
-        own_stop = block_stop - offset
-        some = (
-            tl.minimum(tl.maximum(start + TILE_N - offset, 0), own_stop) if CAUSAL else own_start
-        )
-        for head_in_group in range(group):
-            stats_ptr = row_stats_ptr + tl.cast(head_in_group, tl.int64) * q_len * 4
-            if CAUSAL:
-                dk, dv = _add_rows(
-                    dk, dv, k, v, own_start, some, q_ptr, grad_ptr, stats_ptr, part_ptr,
-                    stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, True,
-                    False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
-                )  # fmt: skip
-            if not (CAUSAL and WRITE_DQ):  # in a block of one tile no causal query sees all keys
-                dk, dv = _add_rows(
-                    dk, dv, k, v, some, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
-                    stride_qh, stride_qm, stride_gh, stride_gm, q_len, scale, key, offset, False,
-                    False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
-                )  # fmt: skip
 
     if shared:
         place, width = _spill_places(slot, within, num_spills, tiles_per_block, D, TILE_N)

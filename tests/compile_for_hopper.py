@@ -12,7 +12,7 @@ from moba_flex.compile import fused, fused_kernels
 from moba_flex.masks import regroup_kernel, router_kernel
 
 INTS = (
-    *("rank", "row", "first", "tile_block", "spill_block", "stats", "pair_stats"),
+    *("rank", "row", "first", "tile_block", "spill_block", "stats"),
     *("block_ptr", "count", "next"),
 )
 FLOATS = ("lse", "spill_ptr")

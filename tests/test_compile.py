@@ -239,7 +239,7 @@ def test_fused_plan_is_one_graph_for_any_length() -> None:
         "tile_kernel": ["first_tile_ptr", "tile_block_ptr"],
         "pair_forward_kernel": ["part_lse_ptr", "part_ptr"],
         "own_forward_kernel": ["lse_ptr", "out_ptr"],
-        "stats_kernel": ["pair_stats_ptr", "row_stats_ptr"],
+        "stats_kernel": ["stats_ptr"],
         "dkv_kernel": ["dk_ptr", "dv_ptr", "spill_ptr"],
         "dkv_sum_kernel": ["dk_ptr", "dv_ptr"],
         "pair_dq_kernel": ["part_ptr"],
