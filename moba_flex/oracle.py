@@ -111,6 +111,8 @@ def moba_attention_reference(
         batch, q_len, kv_len, block_size, cu_seqlens, cu_seqlens_q, key_mask
     ):
         row, queries, keys, offset, first = sequence
+        if queries.start == queries.stop:  # mods are mapped over queries, and not over none
+            continue
         some_q, some_k, some_v = q[row, :, queries], k[row, :, keys], v[row, :, keys]
         q_pos = offset + torch.arange(some_q.shape[1], device=q.device)
         kv_pos = torch.arange(some_k.shape[1], device=q.device)

@@ -148,8 +148,8 @@ class Case:
 
     @property
     def longest(self) -> int:
-        """Keys of the longest sequence that a row could hold."""
-        return self.kv_len if self.docs is None else max(self.docs, default=0)
+        """Keys of the longest sequence."""
+        return max((span.k_stop - span.k_start for row in self.spans() for span in row), default=0)
 
     @property
     def offset(self) -> int:
@@ -188,6 +188,16 @@ class Case:
             left, right = torch.tensor(self.pads, device=self.device).T[:, :, None]
             return {"key_mask": (place >= left) & (place < self.kv_len - right)}
         return {}
+
+    @property
+    def has_exact_ties(self) -> bool:
+        """Whether affinities are exact, so that equal ones are equal in any order of summation.
+
+        The means of small integers are, over a power of two of keys; a short last block may be
+        something else, but only without causality does anybody choose it.
+        """
+        whole = self.block_size & (self.block_size - 1) == 0
+        return self.ties and self.causal and whole and not self.plants
 
     def _starts(self, lengths: tuple[int, ...]) -> Tensor:
         ends = torch.tensor((0, *lengths), device=self.device).cumsum(0)

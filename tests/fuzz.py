@@ -177,6 +177,8 @@ def refusal(case: Case) -> str | None:
                     f"{name}_mod must be None for plan='fused', got a function: "
                     "let plan be 'routed'"
                 )
+    if case.plan == "dense" and case.head_top_k is not None:
+        return "head_top_k must be None for plan='dense', got a Tensor: let plan be 'auto'"
     if case.plan == "dense" and case.top_k < -(-case.longest // case.block_size):
         return r"top_k must cover all \d+ blocks for plan='dense', got \d+: raise top_k, .*"
     if case.plan == "masked" and case.dtype == torch.float64:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch.library import wrap_triton
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import Routing, moba_attention, route
+from moba_flex import Routing, moba_attention, moba_attention_reference, route
 from moba_flex.compile.plans import interpreted
 from moba_flex.masks.layout import make_tables
+from moba_flex.oracle import ReferenceOutput
 from tests.case import Case as Case
 
 WORST: dict[str, tuple[float, int]] = {}
@@ -215,6 +217,15 @@ def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Atten
     return run
 
 
+def oracle(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, captured: dict[str, Tensor], **options: Any
+) -> ReferenceOutput:
+    """Return what the oracle says of a case."""
+    options |= {"score_mod": case.score_mod(captured), "mask_mod": case.mask_mod()}
+    options |= {"scale": case.scale, "softcap": case.softcap, **case.gate, **case.layout}
+    return moba_attention_reference(q, k, v, **options)
+
+
 def scores_of(case: Case, q: Tensor, k: Tensor, captured: dict[str, Tensor]) -> Tensor:
     """Return all scores, masked or not, `[B, Hq, Q, KV]`."""
     scores = q @ k.repeat_interleave(case.group, dim=1).mT * case.factor
@@ -245,7 +256,7 @@ def assert_matches_oracle(
 
     The tolerance comes from data: twice the error that masked softmax, or PyTorch's flash
     attention under the same mask, makes in the dtype of the inputs, and one rounding of the terms
-    that make up the largest value. The truth takes the blocks that the router chose, which are
+    that make up the largest value. The oracle takes the blocks that the router chose, which are
     held to the definition here too.
 
     Rows that see what is planted in the inputs may come out as anything; all others must come out
@@ -261,6 +272,9 @@ def assert_matches_oracle(
     routing = route_case(case, q, k)
     blocks = chosen_blocks(routing)
     assert_gate_is_right(case, q.detach(), k.detach(), blocks)
+    if case.has_exact_ties:
+        want = oracle(case, q.detach(), k.detach(), v.detach(), captured).blocks
+        assert torch.equal(blocks, want), "the more recent of equals"
     with torch.no_grad():
         mask = token_mask(blocks, case)
         clean, rests = rows_that_rest(case, mask, q, k, v)
@@ -293,20 +307,24 @@ def assert_matches_oracle(
             f"d{n}": torch.zeros_like(of[n]) if grad is None else grad for n, grad in grads.items()
         }
 
-    def reference(dtype: torch.dtype) -> dict[str, Tensor]:
+    def reference(dtype: torch.dtype, attend: Callable[..., Any]) -> dict[str, Tensor]:
         of = dict(zip("qkv", clean, strict=True)) | captured
         of = {n: x.detach().to(dtype).requires_grad_(n in names) for n, x in of.items()}
-        low = {n: of[n] for n in captured}
-        made = attend_by_mask(case, mask, of["q"], of["k"], of["v"], low)
+        made = attend(of["q"], of["k"], of["v"], {n: of[n] for n in captured})
         # Without lse asked for, there is none to compare.
         return results(dict(zip(values, made, strict=False)), of)
 
+    def by_oracle(
+        q: Tensor, k: Tensor, v: Tensor, low: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return oracle(case, q, k, v, low, dtype=torch.float64, blocks=blocks)[:2]
+
     actual = results(values, {"q": q, "k": k, "v": v} | captured)
-    exact = reference(torch.float64)
+    exact = reference(torch.float64, by_oracle)
     # Nothing exact enough is at hand for float64: its errors are those of float32, scaled.
     rough_dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
     shrink = torch.finfo(case.dtype).eps / torch.finfo(rough_dtype).eps
-    roughs = [reference(rough_dtype)]
+    roughs = [reference(rough_dtype, partial(attend_by_mask, case, mask))]
     if "v" in names and not case.score and case.softcap is None and case.mask == "":
         # Flash attention sums dv over tiles of queries, on CPU in the dtype of the inputs.
         roughs.append({"dv": flash_dv(case, mask, clean, weights["out"])})
