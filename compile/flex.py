@@ -13,7 +13,7 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd import graph_compile
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-from moba_flex.masks.mods import ScoreMod
+from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
 
 _serial = itertools.count()
 _MOST_GRAPHS = 64
@@ -68,7 +68,10 @@ def attend(
 
 @functools.cache
 def compiled(
-    function: Callable[..., Any], kind: tuple[Hashable, ...], **options: Any
+    function: Callable[..., Any],
+    kind: tuple[Hashable, ...],
+    softcap: float | None = None,
+    **options: Any,
 ) -> Callable[..., Any]:
     """Return `function`, with these options bound, compiled to one graph.
 
@@ -77,16 +80,29 @@ def compiled(
     Args:
         function: A function of q, k and v, of tensors by name, and of options.
         kind: What beside the options sets apart calls that share no graph: dtype, heads.
+        softcap: Of the function's `mods`.
         options: Keyword arguments of the function.
 
     Returns:
-        A function of q, k and v and of tensors by name; the same one for the same arguments.
+        A function of q, k and v, of tensors by name, and of a `score_mod` and a `mask_mod`; the
+        same one for the same arguments. Functions that differ in what they capture alone share a
+        graph.
     """
 
     # The names matter: PyTorch names the symbols of dynamic shapes after them, and those of *args
     # break its C++ template.
-    def bound(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Any:
-        return function(q, k, v, **tensors, **options)
+    def bound(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensors: dict[str, Any],
+        score_mod: ScoreMod | None,
+        mask_mod: MaskMod | None,
+    ) -> Any:
+        if score_mod is None and mask_mod is None and softcap is None:
+            return function(q, k, v, **tensors, **options)
+        mods = Mods(score_mod, mask_mod, softcap)
+        return function(q, k, v, mods=mods, **tensors, **options)
 
     # PyTorch counts recompilations by code object, and learns from its name what varies from call
     # to call: a code object and a name for each kind of call leave both to lengths and batch
@@ -98,11 +114,19 @@ def compiled(
         torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
     )
 
-    def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        score_mod: ScoreMod | None = None,
+        mask_mod: MaskMod | None = None,
+        **tensors: Any,
+    ) -> Any:
         # Lengths of less than a tile or of fewer than `top_k` blocks make more graphs than
         # PyTorch's limit of 8 lets pass.
         with dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
-            return graph(q, k, v, tensors)
+            return graph(q, k, v, tensors, score_mod, mask_mod)
 
     return call
 

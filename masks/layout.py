@@ -73,7 +73,9 @@ def plain_tables(
     """Return the tables `R = 1` of one sequence a row, of which queries are the last positions."""
     start = torch.arange(ceil_div(kv_len, block_size), device=device) * block_size
     position = torch.arange(kv_len - q_len, kv_len, device=device)
-    own = position // block_size
+    # By search, since PyTorch 2.13 compiles a division of all of a range, on CPU, to a loop over
+    # whole multiples that leaves the rest unwritten.
+    own = torch.bucketize(position, start, right=True) - 1
     newest = own - 1 if causal else torch.full_like(own, start.shape[0] - 1)
     queries = torch.stack((position, own, torch.zeros_like(own), newest))
     extents = torch.stack((start, (start + block_size).clamp(max=kv_len)))
