@@ -20,6 +20,10 @@ from moba_flex.masks.router import Routing
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Columns for the gradient of lse: one is needed, and as many keep vectors aligned, which matrix
+# products need to round alike wherever a vector lies.
+_EXTRA = 16
+
 
 def _hidden(k: Tensor, v: Tensor) -> Tensor | None:
     """Say which keys must not meet queries that do not see them: those that are not finite.
@@ -138,13 +142,12 @@ def attend_cpu_backward(
     dims = q.shape[3], k.shape[3], v.shape[3]
     width = max(dims)
     routing = _routing(q, k, blocks, block_size, causal, queries, extents)
-    grad, q, k, v, out = (_widen(x, width) for x in (grad, q, k, v, out))
+    extra = 0 if grad_lse is None else _EXTRA
+    grad, q, k, v, out = (_widen(x, width + extra) for x in (grad, q, k, v, out))
     if grad_lse is not None:
         # A part's share of the score gradient is p * (grad @ v - grad @ out). A column of ones in
         # v, of zeros in out and of grad_lse in grad adds grad_lse to it: the derivative of lse.
-        grad = torch.cat((grad, grad_lse.unsqueeze(-1).to(grad.dtype)), dim=-1)
-        q, k, out = (_widen(x, width + 1) for x in (q, k, out))
-        v = F.pad(v, (0, 1), value=1.0)
+        grad[..., width], v[..., width] = grad_lse, 1.0
     q, grad, out, lse = (x.contiguous() for x in (q, grad, out, lse))
     k, v = dense_vectors(k, v)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
