@@ -563,7 +563,7 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     # the first see some keys of the tile and the others all.
     key, offset = start + tl.arange(0, TILE_N), kv_len - q_len
     own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
-    own_stop = block_stop - offset if number == 0 else own_start
+    own_stop = tl.maximum(block_stop - offset, own_start) if number == 0 else own_start
     see_all = own_start
     if CAUSAL:
         see_all = tl.minimum(tl.maximum(start + TILE_N - offset, own_start), own_stop)

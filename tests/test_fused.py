@@ -58,6 +58,13 @@ def test_scales_that_are_not_positive(scale: float, seed: int) -> None:
     assert_matches_oracle("fused, scale", case, attention(case, "fused"))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_few_queries_of_many_keys(causal: bool, seed: int) -> None:
+    """Most blocks are nobody's own, and lie many tiles before the first query."""
+    case = Case(1, 1, 2, 40, 600, 16, 40, 4, causal=causal, seed=seed)
+    assert_matches_oracle("fused, few queries", case, attention(case, "fused"))
+
+
 def test_fewer_lists_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(2, h, 100, 16, requires_grad=True) for h in (4, 2, 2))
 
