@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -67,6 +68,25 @@ def cases(
         ties=ties,
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+@st.composite
+def layouts(draw: st.DrawFn, /, **options: Any) -> Case:
+    """Draw a request of one sequence a row, of packed documents, or of padded rows."""
+    case: Case = draw(cases(**options))
+    kind = draw(st.sampled_from(["plain", "documents", "padding"]))
+    if kind == "documents":
+        lengths = st.lists(st.integers(0, case.kv_len // 2 + 1), min_size=1, max_size=6)
+        docs = [1, *draw(lengths)]
+        q_docs = None
+        if draw(st.booleans()):
+            q_docs = (1, *(draw(st.integers(0, n)) for n in docs[1:]))
+        return replace(case, docs=tuple(docs), q_docs=q_docs)
+    if kind == "padding":
+        side = st.integers(0, case.kv_len)
+        pads = draw(st.lists(st.tuples(side, side), min_size=2, max_size=2))
+        return replace(case, pads=tuple(pads))
+    return case
 
 
 def needs_interpreter() -> None:

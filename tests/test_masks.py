@@ -1,7 +1,6 @@
 """Regrouped order and block masks, entry by entry, against the oracle's choice of tokens."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -28,31 +27,13 @@ from tests.helpers import (
     Case,
     cases,
     chosen_blocks,
+    layouts,
     listed_tiles,
     needs_interpreter,
     route_case,
     token_mask,
     visited_pairs,
 )
-
-
-@st.composite
-def layouts(draw: st.DrawFn, **options: Any) -> Case:
-    """Draw a request of one sequence a row, of packed documents, or of padded rows."""
-    case: Case = draw(cases(**options))
-    kind = draw(st.sampled_from(["plain", "documents", "padding"]))
-    if kind == "documents":
-        lengths = st.lists(st.integers(0, case.kv_len // 2 + 1), min_size=1, max_size=6)
-        docs = [1, *draw(lengths)]
-        q_docs = [draw(st.integers(0, n)) for n in docs] if draw(st.booleans()) else None
-        if q_docs is not None:
-            q_docs[0] = 1
-        return replace(case, docs=tuple(docs), q_docs=q_docs and tuple(q_docs))
-    if kind == "padding":
-        side = st.integers(0, case.kv_len)
-        pads = draw(st.lists(st.tuples(side, side), min_size=2, max_size=2))
-        return replace(case, pads=tuple(pads))
-    return case
 
 
 @given(case=layouts())
