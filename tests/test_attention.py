@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from moba_flex import choose_plan, moba_attention, moba_attention_reference, route
 from moba_flex.compile import plans
@@ -232,7 +233,139 @@ def test_nan_in_a_query_stays_in_its_row() -> None:
     out = moba_attention(q, k, v, block_size=16, top_k=3)
     assert out[0, 0, 50].isnan().all()
     out[0, 0, 50] = clean[0, 0, 50]
-    torch.testing.assert_close(out, clean)
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("plan", ["routed", "dense"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_what_is_not_finite_stays_with_those_who_see_it(
+    name: str, value: float, plan: Any
+) -> None:
+    q, k, v = torch.randn(3, 1, 2, 200, 16)
+    gate: dict[str, Any] = {"block_size": 200 if plan == "dense" else 40, "top_k": 2}
+
+    def run() -> tuple[Tensor, Tensor]:
+        some_q = q.clone().requires_grad_()
+        out = moba_attention(some_q, k, v, **gate, plan=plan)
+        return out, *torch.autograd.grad(out[:, :, :90].sum(), some_q)
+
+    clean = run()
+    # In the middle of a block, with queries before it in the same tile of any kernel.
+    {"k": k, "v": v}[name][0, 1, 90, 3] = value
+    spoiled = run()
+    assert not spoiled[0][0, 1, 90:120].isfinite().all()
+    for x, y in zip(spoiled, clean, strict=True):
+        torch.testing.assert_close(x[:, 0], y[:, 0])
+        torch.testing.assert_close(x[:, :, :90], y[:, :, :90])
+        if plan == "routed":  # what is cut elsewhere is the own block alone
+            assert torch.equal(x[:, 0, 120:], y[:, 0, 120:])
+            assert torch.equal(x[:, :, :80], y[:, :, :80])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("plan", ["routed", "dense"])
+def test_scales_that_are_not_positive(scale: float, plan: Any) -> None:
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 2, 100, 16)]
+    gate: dict[str, Any] = {"block_size": 16, "top_k": 3 if plan == "routed" else 7}
+    out = moba_attention(*inputs, **gate, scale=scale, plan=plan)
+    expected = moba_attention_reference(*inputs, **gate, scale=scale).out
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, weight)
+    for x, y in zip(grads, torch.autograd.grad(expected, inputs, weight), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("v_dim", [5, 16, 40])
+@pytest.mark.parametrize("plan", ["routed", "dense"])
+def test_values_may_have_another_head_dim(v_dim: int, plan: Any) -> None:
+    inputs = [
+        torch.randn(2, heads, 90, dim, requires_grad=True)
+        for heads, dim in ((4, 16), (2, 16), (2, v_dim))
+    ]
+    gate: dict[str, Any] = {"block_size": 16, "top_k": 3 if plan == "routed" else 6}
+    out, aux = moba_attention(*inputs, **gate, plan=plan, return_aux=AuxRequest(lse=True))
+    expected, lse, _ = moba_attention_reference(*inputs, **gate)
+    assert aux.lse is not None
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(aux.lse, lse)
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad((out, aux.lse), inputs, weights)
+    for x, y in zip(grads, torch.autograd.grad((expected, lse), inputs, weights), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("sizes", [(0, 7), (2, 0), (0, 0)])
+def test_nothing_in_is_nothing_out(sizes: tuple[int, int]) -> None:
+    batch, q_len = sizes
+    q = torch.randn(batch, 4, q_len, 8, requires_grad=True)
+    k, v = (torch.randn(batch, 2, 7, n, requires_grad=True) for n in (8, 5))
+    documents = {"cu_seqlens": torch.tensor([0, 7]), "cu_seqlens_q": torch.tensor([0, q_len])}
+    for options in ({}, {"softcap": 2.0}, documents, {"plan": "dense", "top_k": 4}):
+        some: dict[str, Any] = {"block_size": 2, "top_k": 2} | options
+        out, aux = moba_attention(q, k, v, **some, return_aux=AuxRequest(lse=True))
+        assert out.shape == (batch, 4, q_len, 5)
+        assert aux.lse is not None
+        assert aux.lse.shape == (batch, 4, q_len)
+        for x in torch.autograd.grad(out.sum() + aux.lse.sum(), (q, k, v)):
+            assert (x == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"top_k": 9}])
+def test_autocast_casts_like_scaled_dot_product_attention(options: dict[str, Any]) -> None:
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 130, 16))
+    gate: dict[str, Any] = {"block_size": 16, "top_k": 3} | options
+    low = (x.bfloat16() for x in (q, k, v))
+    expected = moba_attention(*low, **gate)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reference = scaled_dot_product_attention(q, k, v)
+        out, aux = moba_attention(
+            q, k, v.double().float(), **gate, return_aux=AuxRequest(lse=True)
+        )
+        mixed = moba_attention(q, k.bfloat16(), v, **gate)
+        exact = moba_attention(q.double(), k.double(), v.double(), **gate)
+    assert out.dtype == reference.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert torch.equal(mixed, expected)
+    assert exact.dtype == torch.float64
+    assert aux.lse is not None
+    assert aux.lse.dtype == torch.float32
+    for x in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert x.dtype == torch.float32
+
+
+def test_activation_checkpointing() -> None:
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 2, 130, 16)]
+
+    def attend(*qkv: Tensor) -> Tensor:
+        return moba_attention(*qkv, block_size=16, top_k=3, softcap=9.0).sin()
+
+    expected = torch.autograd.grad(attend(*inputs).sum(), inputs)
+    for reentrant in (False, True):
+        out = checkpoint(attend, *inputs, use_reentrant=reentrant)
+        assert isinstance(out, Tensor)
+        for x in inputs:
+            x.grad = None
+        out.sum().backward()
+        for x, y in zip(inputs, expected, strict=True):
+            assert x.grad is not None
+            assert torch.equal(x.grad, y)
+
+
+def test_vmap_is_refused() -> None:
+    q = torch.randn(3, 1, 2, 20, 16)
+
+    def attend(q: Tensor) -> Tensor:
+        return moba_attention(q, q, q, block_size=16, top_k=1)
+
+    message = "q, k and v must be plain tensors, got some under torch.func.vmap"
+    for call in (
+        torch.func.vmap(attend),
+        torch.func.vmap(torch.func.grad(lambda q: attend(q).sum())),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(q)
 
 
 def test_choose_plan() -> None:
@@ -240,6 +373,7 @@ def test_choose_plan() -> None:
     assert choose_plan(q, k, block_size=64, top_k=3) == "routed"
     assert choose_plan(q, k, block_size=64, top_k=4) == "dense"
     assert choose_plan(q, k, block_size=256, top_k=1) == "dense"
+    assert choose_plan(q, k, block_size=64, top_k=4, head_top_k=torch.tensor([4] * 4)) == "routed"
     on_meta = q.to("meta"), k.to("meta")
     assert choose_plan(*on_meta, block_size=64, top_k=3) == "routed"
     with FakeTensorMode():
@@ -247,3 +381,12 @@ def test_choose_plan() -> None:
             x = torch.empty(1, 2, 256, head_dim, device="cuda")
             assert choose_plan(x, x, block_size=64, top_k=3) == plan
             assert choose_plan(x, x, block_size=64, top_k=4) == "dense"
+        x = torch.empty(1, 2, 256, 64, device="cuda")
+        wide = torch.empty(1, 2, 256, 320, device="cuda")
+        assert choose_plan(x, x, wide, block_size=64, top_k=3) == "routed"
+        mods: list[dict[str, Any]] = [
+            {"score_mod": lambda score, b, h, q_idx, kv_idx: score},
+            {"mask_mod": lambda b, h, q_idx, kv_idx: q_idx >= kv_idx},
+        ]
+        for mod in mods:
+            assert choose_plan(x, x, block_size=64, top_k=3, **mod) == "routed"
