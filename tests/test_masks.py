@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -184,13 +184,26 @@ def test_regrouping_has_room_for_one_popular_block() -> None:
     assert groups.row.shape[2] == 26 * TILE
 
 
+@example(case=Case(block_size=20, top_k=2, docs=(300,) * 5, q_docs=(2,) * 5))  # far apart
+@given(case=layouts(max_len=1500, groups=(1,)))
+def test_own_masks_visit_own_blocks(case: Case) -> None:
+    blocks = torch.empty(case.batch, case.num_heads, case.q_len, 0, dtype=torch.int32)
+    tables = make_tables(case.q_len, case.kv_len, case.block_size, case.causal, **case.layout)
+    routing = Routing(blocks, case.block_size, case.q_len, case.kv_len, case.causal, tables)
+    wanted = token_mask(chosen_blocks(routing), case)[:, :1]
+    assert torch.equal(visited_pairs(own_block_mask(routing), case.batch), wanted)
+    masked = visited_pairs(own_block_mask(routing, lambda b, h, i, j: (i + j) % 3 < b), case.batch)
+    i, j = torch.arange(case.q_len)[:, None], torch.arange(case.kv_len)
+    assert torch.equal(
+        masked, wanted & ((i + j) % 3 < torch.arange(case.batch)[:, None, None, None])
+    )
+
+
 @given(case=layouts(max_len=300, min_block=20, groups=(1, 3)))
-def test_routed_masks_visit_own_and_chosen_blocks(case: Case) -> None:
+def test_routed_masks_visit_chosen_blocks(case: Case) -> None:
     q, k, _ = case.inputs()
     routing = route_case(case, q, k)
     none = replace(routing, blocks=routing.blocks[..., :0])
-    own = visited_pairs(own_block_mask(routing), case.batch)
-    assert torch.equal(own, token_mask(chosen_blocks(none), case)[:, :1])
     if routing.blocks.shape[3] == 0:
         return
 
@@ -226,6 +239,7 @@ def test_short_documents_take_no_room() -> None:
     tables = make_tables(
         64 * docs, 64 * docs, 128, True, cu_seqlens=torch.arange(docs + 1).int() * 64
     )
+    assert tables is not None
     blocks = torch.full((1, 1, 64 * docs, 2), tables.num_blocks, dtype=torch.int32)
     layout, _ = lay_out_keys(Routing(blocks, 128, 64 * docs, 64 * docs, True, tables))
     assert layout.length <= 64 * docs + 128

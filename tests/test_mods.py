@@ -77,6 +77,19 @@ def test_form_on_cuda_is_the_oracle(plan: str, case: Case) -> None:
         assert_matches_oracle(f"{plan} on cuda, mods", case, by_lists(case, plan))
 
 
+@pytest.mark.parametrize("mask", ["", "random:0.5"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("plan", ["routed", "masked"])
+def test_form_on_cuda_of_whole_tiles(plan: str, causal: bool, mask: str) -> None:
+    """Blocks of whole tiles, which need no mask but for a mask mod."""
+    case = Case(
+        2, 1, 2, 700, 768, 16, block_size=128, top_k=3, causal=causal, score="relative", mask=mask
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "attend", attend_by_lists)
+        assert_matches_oracle(f"{plan} on cuda, tiles", case, by_lists(case, plan))
+
+
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"docs": (5, 0, 77, 1, 200)}, {"pads": ((9, 0), (0, 60))}])
@@ -172,7 +185,7 @@ def test_a_capture_that_changes_before_backward_is_noticed() -> None:
 def test_mods_see_every_index_as_a_number() -> None:
     """As FlexAttention calls them: numbers without dimensions, all in their range."""
     q, k, v = inputs()
-    seen = []
+    seen: list[torch.Size] = []
 
     def note(score: Tensor, *indices: Tensor) -> Tensor:
         seen.extend(x.shape for x in (score, *indices))
