@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from moba_flex.masks.checks import check_gate
+from moba_flex.masks.checks import check_gate, check_int
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class MoBAConfig:
         top_k: Blocks a query attends to, its own included.
         sink_blocks: First blocks of the sequence that are always chosen; they count in `top_k`.
         local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
+        head_top_k: `top_k` of each head in each layer, a row of numbers for each layer; None for
+            `top_k` everywhere. None may exceed `top_k`.
         dense_layers: Layers that keep dense attention; negative numbers count from the last.
         cached: What a call with cached keys does, one with more keys than queries: "refuse"
             raises, "dense" attends to all keys.
@@ -31,6 +33,7 @@ class MoBAConfig:
     local_blocks: int = 0
     dense_layers: tuple[int, ...] = ()
     cached: Literal["refuse", "dense"] = "refuse"
+    head_top_k: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         check_gate(self.block_size, self.top_k, self.sink_blocks, self.local_blocks)
@@ -45,6 +48,43 @@ class MoBAConfig:
                 raise TypeError(f"dense_layers must hold ints, got {type(layer).__name__}")
         if self.cached not in ("refuse", "dense"):
             raise ValueError(f"cached must be 'refuse' or 'dense', got {self.cached!r}")
+        if self.head_top_k is not None:
+            object.__setattr__(self, "head_top_k", self._checked_head_top_k())
+
+    def _checked_head_top_k(self) -> tuple[tuple[int, ...], ...]:
+        """Return `head_top_k` as tuples."""
+        rows: Any = self.head_top_k
+        for row in [rows, *rows] if isinstance(rows, (list, tuple)) else [rows]:
+            if not isinstance(row, (list, tuple)):
+                raise TypeError(
+                    f"head_top_k must hold a tuple of ints for each layer, got "
+                    f"{type(row).__name__}"
+                )
+        least = 1 + self.sink_blocks + self.local_blocks
+        for number in (number for row in rows for number in row):
+            check_int("head_top_k", number, least)
+            if number > self.top_k:
+                raise ValueError(
+                    f"head_top_k must be at most top_k = {self.top_k}, got {number}: raise top_k"
+                )
+        return tuple(tuple(row) for row in rows)
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raise unless a model of this size has what the options name.
+
+        Raises:
+            ValueError: It lacks a layer, or has other layers or heads than `head_top_k`.
+        """
+        self.is_dense(0, num_layers)
+        sizes = {len(row) for row in self.head_top_k or ()}
+        if self.head_top_k is not None and (len(self.head_top_k), sizes) != (
+            num_layers,
+            {num_heads},
+        ):
+            raise ValueError(
+                f"head_top_k must hold {num_heads} numbers, one for each head, for each of "
+                f"{num_layers} layers, got {len(self.head_top_k)} rows of {sorted(sizes)}"
+            )
 
     def is_dense(self, layer_idx: int, num_layers: int) -> bool:
         """Return whether layer `layer_idx` of `num_layers` keeps dense attention.
@@ -62,7 +102,10 @@ class MoBAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON knows them."""
-        return {**asdict(self), "dense_layers": list(self.dense_layers)}
+        # JSON knows lists only.
+        head_top_k = self.head_top_k and [list(row) for row in self.head_top_k]
+        layers = list(self.dense_layers)
+        return {**asdict(self), "dense_layers": layers, "head_top_k": head_top_k}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moba_flex import diagnostics, pretrained
 from moba_flex.config import MoBAConfig
+from moba_flex.integrations.layout import Layout
 from moba_flex.integrations.transformers import apply, observe
 from moba_flex.masks.router import route
 
@@ -231,6 +232,7 @@ class _Probe:
         v: Tensor,
         scale: float | None,
         config: MoBAConfig,
+        layout: Layout,
     ) -> None:
         start = _clock(q.device)
         routing = route(

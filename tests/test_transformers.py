@@ -111,7 +111,8 @@ def test_observers_see_the_layers_that_route() -> None:
         model(tokens())
     model(tokens())
     assert [call[0] for call in seen] == [0, 2]
-    _, q, k, v, scale, config = seen[0]
+    _, q, k, v, scale, config, layout = seen[0]
+    assert layout == {}
     assert q.shape == (2, 4, LENGTH, 8)
     assert k.shape == v.shape == (2, 2, LENGTH, 8)
     assert scale == 8**-0.5
@@ -206,19 +207,9 @@ def test_compiles_into_one_graph(mask: Tensor | None) -> None:
     torch.testing.assert_close(got, model(tokens()).logits)
 
 
-def test_a_compiled_model_still_refuses() -> None:
-    compiled: Any = torch.compile(apply(build("Llama"), SMALL), backend="eager", fullgraph=True)
-    padding = torch.ones_like(tokens())
-    padding[0, :3] = 0
-    with pytest.raises(RuntimeError, match="attention_mask must be all ones, got padding"):
-        compiled(tokens(), attention_mask=padding, use_cache=False)
-    packed = torch.cat([torch.arange(20), torch.arange(25)])[None]
-    with pytest.raises(RuntimeError, match="position_ids must hold one document a row"):
-        compiled(tokens(), position_ids=packed, use_cache=False)
-
-
 def test_a_saved_model_keeps_its_options(tmp_path: Path) -> None:
-    config = MoBAConfig(8, 3, 1, dense_layers=(-1,), cached="dense")
+    rows = ((2, 3, 2, 2),) * 3
+    config = MoBAConfig(8, 3, 1, dense_layers=(-1,), cached="dense", head_top_k=rows)
     model = apply(build("Llama"), config)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["moba_flex"] == config.to_dict()
@@ -311,15 +302,6 @@ def test_refuses_a_cache() -> None:
         model(tokens(), past_key_values=static)
 
 
-@pytest.mark.parametrize("side", [slice(0, 3), slice(-3, None)])
-def test_refuses_padding(side: slice) -> None:
-    mask = torch.ones_like(tokens())
-    mask[1, side] = 0
-    message = "attention_mask must be all ones, got padding: leave the mask out if padding is on"
-    with pytest.raises(ValueError, match=message):
-        apply(build("Llama"), SMALL)(tokens(), attention_mask=mask)
-
-
 def test_right_padding_needs_no_mask() -> None:
     model, x = apply(build("Llama"), SMALL), tokens()
     want = model(x[:1, :30]).logits
@@ -329,18 +311,9 @@ def test_right_padding_needs_no_mask() -> None:
 
 def test_refuses_a_mask_of_the_callers_own() -> None:
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    message = (
-        r"attention_mask must be None or \[B, KV\] of ones, got a mask of shape \(2, 1, 45, 45\)"
-    )
+    message = r"attention_mask must be None or \[B, KV\], got a mask of shape \(2, 1, 45, 45\)"
     with pytest.raises(ValueError, match=message):
         apply(build("Llama"), SMALL)(tokens(), attention_mask=mask)
-
-
-def test_refuses_packed_documents() -> None:
-    packed = torch.cat([torch.arange(20), torch.arange(25)])[None]
-    message = "position_ids must hold one document a row, got packed documents"
-    with pytest.raises(ValueError, match=message):
-        apply(build("Llama"), SMALL)(tokens(), position_ids=packed, use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["or_mask_function", "and_mask_function", "block_sequence_ids"])
@@ -362,22 +335,6 @@ def test_refuses_sliding_windows() -> None:
     message = "layer 0 must have full attention, got sliding_window=8: name it in dense_layers"
     with pytest.raises(ValueError, match=message):
         apply(build("Mistral", sliding_window=8), SMALL)(tokens())
-
-
-def test_refuses_soft_caps() -> None:
-    model = apply(build("Gemma2", layer_types=FULL), SMALL)
-    with pytest.raises(
-        ValueError, match="attention must have no soft cap on the scores, got softcap"
-    ):
-        model(tokens())
-
-
-def test_refuses_learned_sinks() -> None:
-    model = apply(build("GptOss", layer_types=FULL, num_local_experts=2), SMALL)
-    with pytest.raises(
-        ValueError, match="attention must have no learned attention sinks, got s_aux"
-    ):
-        model(tokens())
 
 
 def test_refuses_dropout_in_training() -> None:

@@ -3,9 +3,15 @@
     model = AutoModelForCausalLM.from_pretrained(...)
     apply(model, MoBAConfig(block_size=512, top_k=3, dense_layers=(0, -1)))
 
-Prefill and training are Mixture of Block Attention. What it cannot compute exactly, such as
-padding, packed documents, sliding windows or dropout, raises a ValueError that says what to do
-instead; nothing falls back silently.
+Prefill and training are Mixture of Block Attention: of padded batches (`attention_mask`
+`[B, KV]`), where blocks start at each row's first real token; of packed documents, where they
+start at each document's first (`position_ids` that restart, or `cu_seq_lens_q` and
+`cu_seq_lens_k`, as of `DataCollatorWithFlattening`; a compiled model needs the latter); with soft
+caps (Gemma 2) and with learned sinks (GPT-OSS).
+
+A layer with a sliding window has few keys to choose from: name it in `dense_layers`, and it stays
+as it is. What cannot be computed exactly, such as dropout or a mask of the caller's own, raises a
+ValueError that says what to do instead; nothing falls back silently.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -21,31 +28,31 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from moba_flex.attention import moba_attention
 from moba_flex.config import MoBAConfig
+from moba_flex.integrations.layout import Layout, layout_of, mask, one_row, within_documents
+from moba_flex.masks.blocks import ceil_div
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 NAME = "moba_flex"
 """The `attn_implementation`, and the attribute of a model's config that holds the options."""
 
-Observer = Callable[[int | None, Tensor, Tensor, Tensor, float | None, MoBAConfig], None]
-"""Called with `layer_idx`, q `[B, Hq, Q, D]`, k and v `[B, Hkv, Q, D]`, scale and config."""
+Observer = Callable[[int | None, Tensor, Tensor, Tensor, float | None, MoBAConfig, Layout], None]
+"""Called with `layer_idx`, q `[B, Hq, Q, D]`, k and v `[B, Hkv, Q, D]`, scale, config and layout.
+
+The rows of a batch of packed documents come as one, `B` being 1.
+"""
 
 _default: MoBAConfig | None = None
 _observers: list[Observer] = []
 
 # What else transformers may hand to an attention function. None of it may be ignored.
 _UNSUPPORTED = {
-    "softcap": "no soft cap on the scores",
-    "s_aux": "no learned attention sinks",
-    "sinks": "no learned attention sinks",
+    "sinks": "learned sinks as s_aux alone",
     "position_bias": "no position bias on the scores",
     "head_mask": "no head mask",
-    "cu_seq_lens_q": "one document a row",
-    "cu_seq_lens_k": "one document a row",
     "indices": "no other sparse attention",
     "block_indices": "no other sparse attention",
     "cache": "no paged cache",
@@ -80,15 +87,15 @@ def apply(model: Model, config: MoBAConfig) -> Model:
 
     Raises:
         TypeError: `config` is no MoBAConfig.
-        ValueError: The model has cross-attention, does not use the attention interface, or lacks
-            a layer that the options name.
+        ValueError: The model has cross-attention, does not use the attention interface, or has
+            other layers or heads than the options name.
     """
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
     _check_decoder(model.config)
     _register()
     text = model.config.get_text_config()
-    config.is_dense(0, text.num_hidden_layers)  # raises for a layer that the model lacks
+    config.check_model(text.num_hidden_layers, text.num_attention_heads)
     # Without this flag a model may take the name and go on with an attention of its own.
     if model._supports_attention_backend:
         parts = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
@@ -117,7 +124,7 @@ def observe(observer: Observer) -> Iterator[None]:
 
 def _register() -> None:
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, mask)
 
 
 def _options(model_config: PreTrainedConfig) -> MoBAConfig:
@@ -148,9 +155,14 @@ def _attention(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend: q `[B, Hq, Q, D]`, k and v `[B, Hkv, KV, D]` to `[B, Q, Hq, D]`."""
+    """Attend: q `[B, Hq, Q, D]`, k and v `[B, Hkv, KV, D]` to `[B, Q, Hq, D]`.
+
+    `attention_mask` is what `mask` returned, or a mask `[B, 1, Q, KV]` of the caller's own.
+    """
     model_config: Any = module.config
     config = _options(model_config)
     _check_decoder(model_config)
@@ -163,109 +175,122 @@ def _attention(
     layer_idx: int | None = getattr(module, "layer_idx", None)
     q_len, kv_len = query.shape[2], key.shape[2]
     dense = layer_idx is not None and config.is_dense(layer_idx, model_config.num_hidden_layers)
-    if dense or (q_len != kv_len and config.cached == "dense"):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
-
-    if q_len != kv_len:
+    dense = dense or (q_len != kv_len and config.cached == "dense")
+    if q_len != kv_len and not dense:
         raise ValueError(
             f"queries must be as many as keys, got {q_len} queries and {kv_len} keys of a cache: "
             "pass use_cache=False, or set cached='dense' to attend to all keys in such calls"
         )
-    if sliding_window is not None:
+    pairs = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+    layout = layout_of(query, key, None if pairs is not None else attention_mask, kwargs)
+    if pairs is not None:
+        # Not every model tells transformers of documents when that makes the mask of a window.
+        if sliding_window is not None and "cu_seqlens" in layout:
+            pairs = within_documents(pairs, layout["cu_seqlens"])
+        layout = {}
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = softcap is None and s_aux is None
+    if dense and plain and not layout:
+        return sdpa_attention_forward(
+            module, query, key, value, pairs, dropout, scaling, is_causal, **kwargs
+        )
+
+    if sliding_window is not None and not dense:
         raise ValueError(
             f"layer {layer_idx} must have full attention, got sliding_window={sliding_window}: "
             "name it in dense_layers to leave it as it is"
         )
-    if attention_mask is not None:
+    if pairs is not None and not dense:
         raise ValueError(
-            "attention_mask must be None or [B, KV] of ones, "
-            f"got a mask of shape {tuple(attention_mask.shape)}: use attn_implementation='sdpa'"
+            "attention_mask must be None or [B, KV], "
+            f"got a mask of shape {tuple(pairs.shape)}: use attn_implementation='sdpa'"
         )
     if dropout:
         raise ValueError(
             f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
         )
+    if dense and (pairs is not None or q_len != kv_len):
+        out = _attend_to_pairs(query, key, value, pairs, scaling, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
 
-    if not torch.compiler.is_compiling():
+    shape = query.shape
+    if "cu_seqlens" in layout:
+        query, key, value = (one_row(x) for x in (query, key, value))
+    if not torch.compiler.is_compiling() and not dense:
         for observer in _observers:
-            observer(layer_idx, query, key, value, scaling, config)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    out = moba_attention(
-        query,
-        key,
-        value,
-        block_size=config.block_size,
-        top_k=config.top_k,
-        sink_blocks=config.sink_blocks,
-        local_blocks=config.local_blocks,
-        causal=causal,
-        scale=scaling,
-    )
-    return out.transpose(1, 2).contiguous(), None
+            observer(layer_idx, query, key, value, scaling, config, layout)
+    options: dict[str, Any] = {**_gate(config, layer_idx, query, key, dense), **layout}
+    options |= {"causal": causal, "scale": scaling, "softcap": softcap}
+    options["return_aux"] = AuxRequest(lse=s_aux is not None)
+    out, aux = moba_attention(query, key, value, **options)
+    if s_aux is not None:
+        out = _with_sinks(out, aux.lse, s_aux)
+    return out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1), None
 
 
-def _mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """Return None for a call that may be routed: square, and nothing masked but the future.
-
-    A windowed or cached call gets transformers' own mask, which `_attention` passes on or refuses.
-    """
-    # A tensor is the offset of a StaticCache, which has as many keys as queries only if empty.
-    shifted = isinstance(q_offset, int) and q_offset != 0
-    if local_size is not None or q_length != kv_length or shifted:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]  # a StaticCache's is a tensor
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            use_vmap=use_vmap,
-            device=device,
-            **kwargs,
-        )
-
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        # Packed documents come as and_masks(...); what comes in other ways cannot be looked into.
-        if use_vmap or getattr(mask_function, "__name__", "") != "and_mask":
+def _gate(
+    config: MoBAConfig, layer_idx: int | None, q: Tensor, k: Tensor, dense: bool
+) -> dict[str, Any]:
+    """Return the arguments of the gate for a layer."""
+    block_size = config.block_size
+    if dense:
+        return {"block_size": block_size, "top_k": ceil_div(k.shape[2], block_size)}
+    gate: dict[str, Any] = {
+        "block_size": block_size,
+        "top_k": config.top_k,
+        "sink_blocks": config.sink_blocks,
+        "local_blocks": config.local_blocks,
+    }
+    if config.head_top_k is not None:
+        if layer_idx is None:
             raise ValueError(
-                "attention must be plain causal or bidirectional, got a mask function of the "
-                "model's own: use attn_implementation='sdpa'"
+                "head_top_k must be None for a model whose layers have no layer_idx, got a table"
             )
-        # Compiled, transformers cannot look at position_ids and always takes them for packed ones.
-        rows = torch.arange(batch_size, device=device)[:, None]
-        positions = torch.arange(q_length, device=device)[None, :]
-        _require(
-            mask_function(rows, rows * 0, positions, positions * 0),
-            "position_ids must hold one document a row, got packed documents: "
-            "give each a row of its own",
-        )
-    if attention_mask is not None:
-        _require(
-            attention_mask,
-            "attention_mask must be all ones, got padding: "
-            "leave the mask out if padding is on the right, run rows one by one if on the left",
-        )
-    return None
+        row = config.head_top_k[layer_idx]
+        gate["top_k"] = max(row)
+        if min(row) < max(row):
+            gate["head_top_k"] = torch.tensor(row, device=q.device)
+    return gate
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """Raise unless all of `condition` holds; a compiled graph asserts it, as it cannot look."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(condition.all(), message)
-    elif not condition.all():
-        raise ValueError(message)
+def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
+    """Let each head's sink, a score without a value, `[Hq]`, take its share of the weight."""
+    share = torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))
+    return (out * share.unsqueeze(-1)).to(out.dtype)
+
+
+def _attend_to_pairs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attend densely under a mask `[B, 1, Q, KV]`, as `eager` does, for a window or a cache.
+
+    Memory is `O(Q * KV)`, as that of the mask.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = (q @ k.mT).float() * (q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if pairs is None:
+        # transformers leaves out the mask of one query, which sees everything, and of the first
+        # queries of a static cache, whose first keys are theirs.
+        ones = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        pairs = ones if q.shape[2] == 1 else ones.tril()
+    if pairs.dtype != torch.bool:
+        raise TypeError(
+            "attention_mask must be bool for a layer with a soft cap or sinks, got "
+            f"{pairs.dtype}: use attn_implementation='eager'"
+        )
+    scores = scores.masked_fill(~pairs, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        sink = s_aux.float()[:, None, None].expand(*scores.shape[:3], 1)
+        weight = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weight = scores.softmax(-1)
+    return weight.to(v.dtype) @ v
