@@ -176,7 +176,7 @@ class Case:
         return gate
 
     @property
-    def layout(self) -> dict[str, Tensor]:
+    def layout(self) -> dict[str, Any]:
         """Arguments of the layout."""
         if self.docs is not None:
             layout = {"cu_seqlens": self._starts(self.docs)}

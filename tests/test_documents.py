@@ -82,13 +82,17 @@ def _first_of_block(case: Case) -> Tensor:
 def separately(case: Case, q: Tensor, k: Tensor, v: Tensor, span: Span, row: slice) -> Any:
     """Attend in a call of its own, as one document."""
     q_start, q_stop, k_start, k_stop = span
-    some = q[row, :, q_start:q_stop], k[row, :, k_start:k_stop], v[row, :, k_start:k_stop]
-    layout = {
+    queries, keys = slice(q_start, q_stop), slice(k_start, k_stop)
+    layout: dict[str, Any] = {
         "cu_seqlens": torch.tensor([0, k_stop - k_start]),
         "cu_seqlens_q": torch.tensor([0, q_stop - q_start]),
     }
     aux = AuxRequest(lse=True)
-    out, lse = moba_attention(*some, **case.gate, **layout, plan="routed", return_aux=aux)
+    some_q, some_k, some_v = q[row, :, queries], k[row, :, keys], v[row, :, keys]
+    out, lse = moba_attention(
+        some_q, some_k, some_v, **case.gate, **layout, plan="routed", return_aux=aux
+    )
+    assert lse.lse is not None
     return out, lse.lse, *torch.autograd.grad(out.square().sum() + lse.lse.sum(), (q, k, v))
 
 
@@ -145,9 +149,11 @@ def test_covering_top_k_is_causal_attention_within_documents() -> None:
     for plan in ("auto", "dense", "routed"):
         out = moba_attention(q, k, v, block_size=15, top_k=7, cu_seqlens=starts, plan=plan)
         for start, stop in ((0, 100), (100, 150)):
-            some = (x[:, :, start:stop] for x in (q, k, v))
-            expected = scaled_dot_product_attention(*some, is_causal=True)
-            torch.testing.assert_close(out[:, :, start:stop], expected)
+            span = slice(start, stop)
+            expected = scaled_dot_product_attention(
+                q[:, :, span], k[:, :, span], v[:, :, span], is_causal=True
+            )
+            torch.testing.assert_close(out[:, :, span], expected)
 
 
 @pytest.mark.parametrize("top_k", [3, 20])
