@@ -31,6 +31,7 @@ from moba_flex.compile.fused_kernels import (
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.kernel_op import kernel_op, launch
+from moba_flex.masks.layout import Tables
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.router import Routing
 
@@ -87,26 +88,29 @@ def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _
 
 
 @lru_cache(maxsize=1024)
-def _options(
-    kernel: str, dtype: torch.dtype, head_dim: int, block_size: int, causal: bool, grouped: bool
-) -> dict[str, Any]:
-    tiles = _tiles(kernel, dtype, head_dim, block_size)
+def _options(kernel: str, problem: "_Kind") -> dict[str, Any]:
+    tiles = _tiles(kernel, problem.dtype, problem.width, problem.block_size)
     options: dict[str, Any] = {
-        "HEAD_DIM": head_dim,
-        "D": _padded(head_dim),
+        "HEAD_DIM": problem.head_dim,
+        "D": _padded(problem.head_dim),
+        "VALUE_DIM": problem.value_dim,
+        "DV": _padded(problem.value_dim),
+        "TABLES": problem.tables,
+        "SOFTCAP": problem.softcap,
         "TILE_M": tiles.m,
         "TILE_N": tiles.n,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if problem.dtype == torch.float32 else "tf32",
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
     if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
-        options["TAIL"] = not causal or block_size % tiles.n != 0
+        short = not problem.causal or problem.tables
+        options["TAIL"] = short or problem.block_size % tiles.n != 0
     else:
-        options["CAUSAL"] = causal
+        options["CAUSAL"] = problem.causal
     if not kernel.startswith("own"):
-        options["GROUPED"] = grouped
+        options["GROUPED"] = problem.grouped
     return options
 
 
@@ -128,9 +132,28 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
+class _Kind(NamedTuple):
+    """What kernels are compiled for."""
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    block_size: int
+    causal: bool
+    grouped: bool
+    softcap: bool
+    tables: bool
+
+    @property
+    def width(self) -> int:
+        """The larger head_dim, for which tiles are chosen."""
+        return max(self.head_dim, self.value_dim)
+
+
 class _Problem(NamedTuple):
     """The sizes of a call, and how its kernels are launched."""
 
+    kind: _Kind
     lists: int
     num_kv_heads: int
     group: int
@@ -139,31 +162,50 @@ class _Problem(NamedTuple):
     num_blocks: int
     block_size: int
     picks: int
-    head_dim: int
-    dtype: torch.dtype
-    causal: bool
     scale: float
+    softcap: float
+    table_rows: int
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, picks: int, block_size: int, causal: bool, scale: float
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        picks: int,
+        block_size: int,
+        causal: bool,
+        scale: float,
+        softcap: float = 0.0,
+        extents: Tensor | None = None,
     ) -> "_Problem":
-        """Read the sizes off queries and keys."""
+        """Read the sizes off queries, keys, values and tables."""
         batch, num_heads, q_len, head_dim = q.shape
         num_kv_heads, kv_len = k.shape[1:3]
+        group = num_heads // num_kv_heads
+        kind = _Kind(
+            q.dtype,
+            head_dim,
+            v.shape[3],
+            int(block_size),
+            causal,
+            grouped=group > 1,
+            softcap=softcap > 0,
+            tables=extents is not None,
+        )
         return cls(
+            kind=kind,
             lists=batch * num_kv_heads,
             num_kv_heads=num_kv_heads,
-            group=num_heads // num_kv_heads,
+            group=group,
             q_len=q_len,
             kv_len=kv_len,
-            num_blocks=ceil_div(kv_len, block_size),
+            num_blocks=ceil_div(kv_len, block_size) if extents is None else extents.shape[2],
             block_size=block_size,
             picks=picks,
-            head_dim=head_dim,
-            dtype=q.dtype,
-            causal=causal,
             scale=scale,
+            softcap=softcap,
+            table_rows=1 if extents is None else extents.shape[1],
         )
 
     @property
@@ -192,6 +234,8 @@ class _Problem(NamedTuple):
                     self.num_pairs,
                     self.picks,
                     self.scale / math.log(2),
+                    self.softcap / math.log(2),
+                    self.table_rows,
                 ),
             )
 
@@ -201,12 +245,11 @@ class _Problem(NamedTuple):
 
     def tiles(self, kernel: str) -> _Tiles:
         """Return the tiles of a kernel."""
-        return _tiles(kernel, self.dtype, self.head_dim, int(self.block_size))
+        return _tiles(kernel, self.kind.dtype, self.kind.width, self.kind.block_size)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Return what a kernel is compiled for."""
-        block_size, grouped = int(self.block_size), self.group > 1
-        return _options(kernel, self.dtype, self.head_dim, block_size, self.causal, grouped)
+        return _options(kernel, self.kind)
 
 
 @kernel_op("moba_flex::attend_fused_backward")
@@ -216,6 +259,8 @@ def attend_fused_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    queries: Tensor | None,
+    extents: Tensor | None,
     out: Tensor,
     lse: Tensor,
     rank: Tensor,
@@ -223,13 +268,20 @@ def attend_fused_backward(
     block_size: int,
     causal: bool,
     scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `attend_fused` with respect to `q`, `k` and `v`."""
     grad, q, k, v = dense_vectors(grad, q, k, v)
-    problem = _Problem.of(q, k, rank.shape[3], block_size, causal, scale)
+    problem = _Problem.of(q, k, v, rank.shape[3], block_size, causal, scale, softcap, extents)
     stats = _stats(problem, out, grad, lse, grad_lse, rank)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if queries is None or extents is None:
+        queries = extents = owners = rank  # they are not read
+    else:
+        owners = _owners(queries[1], extents.shape[2])
+        dk.zero_(), dv.zero_()  # padding belongs to no block
 
-    num_blocks = problem.num_blocks
+    num_blocks, head_dim, value_dim = problem.num_blocks, *problem.kind[1:3]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
     key_tile = problem.tiles("dkv").n
     tiles_per_block = ceil_div(block_size, key_tile)
@@ -239,17 +291,17 @@ def attend_fused_backward(
     spill_block, first_spill = tile_blocks(first, problem.num_pairs, share, skip=1)
     num_spills = spill_block.shape[1]
     slots = problem.at_once * 2 * num_spills  # see `_spill_places`
-    spill = lse.new_empty(slots * tiles_per_block * key_tile * 2 * _padded(problem.head_dim))
+    width = _padded(head_dim) + _padded(value_dim)
+    spill = lse.new_empty(slots * tiles_per_block * key_tile * width)
 
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    part = problem.parts(q, problem.head_dim)
+    part = problem.parts(q, head_dim)
     tiles = None
     for lists, sizes in problem.launches():
         launch(
             wrap_triton(dkv_kernel),
             ((num_spills + num_blocks) * tiles_per_block, lists),
             *(q, k, v, grad, stats, part, first),
-            *(spill_block, first_spill, spill, dk, dv),
+            *(spill_block, first_spill, queries, extents, owners, spill, dk, dv),
             *_strides(q, k, v, grad, dk, dv),
             *sizes,
             num_spills,
@@ -262,12 +314,15 @@ def attend_fused_backward(
             launch(
                 wrap_triton(dkv_sum_kernel),
                 (num_spills * tiles_per_block, lists),
-                *(spill_block, first_spill, spill, dk, dv),
+                *(spill_block, first_spill, extents, spill, dk, dv),
                 *_strides(dk, dv),
                 *(sizes[0], problem.num_kv_heads, problem.kv_len, num_blocks, block_size),
-                *(sizes[-1], num_spills, tiles_per_block),
-                HEAD_DIM=problem.head_dim,
-                D=_padded(problem.head_dim),
+                *(problem.scale / math.log(2), problem.table_rows, num_spills, tiles_per_block),
+                TABLES=problem.kind.tables,
+                HEAD_DIM=head_dim,
+                D=_padded(head_dim),
+                VALUE_DIM=value_dim,
+                DV=_padded(value_dim),
                 TILE_N=key_tile,
             )
         if gather_dq:
@@ -278,7 +333,7 @@ def attend_fused_backward(
             launch(
                 wrap_triton(pair_dq_kernel),
                 (num_tiles, lists),
-                *(q, k, v, grad, stats, part, first, tile_block, first_tile),
+                *(q, k, v, grad, stats, part, first, tile_block, first_tile, extents),
                 *_strides(q, k, v, grad),
                 *sizes,
                 num_tiles,
@@ -287,12 +342,30 @@ def attend_fused_backward(
         launch(
             wrap_triton(own_dq_kernel),
             (q_tiles, lists * problem.group),
-            *(q, k, v, grad, stats, part, rank, dq),
+            *(q, k, v, grad, stats, part, rank, queries, extents, dq),
             *_strides(q, k, v, grad, dq),
             *sizes,
             **problem.options("own_dq"),
         )
     return dq, dk, dv
+
+
+def _owners(own: Tensor, num_blocks: int) -> Tensor:
+    """Return of each block the first query whose own block it is, and the query after the last.
+
+    Args:
+        own: Own blocks, int32 `[R, Q]`; those of one block are neighbours.
+        num_blocks: `N`, which stands for none.
+
+    Returns:
+        int32 `[2, R, N]`.
+    """
+    q_len = own.shape[1]
+    query = torch.arange(q_len, dtype=torch.int32, device=own.device).expand_as(own)
+    first = own.new_full((own.shape[0], num_blocks + 1), q_len)
+    first = first.scatter_reduce(1, own.long(), query, "amin")
+    after = torch.zeros_like(first).scatter_reduce(1, own.long(), query + 1, "amax")
+    return torch.stack((first, after))[..., :-1].contiguous()
 
 
 def _stats(
@@ -318,45 +391,56 @@ def _stats(
         problem.q_len,
         problem.picks,
         LSE=grad_lse is not None,
-        HEAD_DIM=problem.head_dim,
-        D=_padded(problem.head_dim),
+        HEAD_DIM=problem.kind.value_dim,
+        D=_padded(problem.kind.value_dim),
         TILE_M=_STATS_ROWS,
     )
     return stats
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, _, ctx.block_size, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, _, ctx.block_size, ctx.causal, ctx.scale, ctx.softcap, queries, extents = inputs
+    ctx.save_for_backward(q, k, v, queries, extents, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, rank, first = ctx.saved_tensors
-    grad = torch.zeros_like(out) if grad is None else grad
-    saved = q, k, v, out, lse, rank, first
-    grads = attend_fused_backward(grad, grad_lse, *saved, ctx.block_size, ctx.causal, ctx.scale)
-    return *grads, None, None, None, None
+    grad = torch.zeros_like(ctx.saved_tensors[5]) if grad is None else grad
+    options = ctx.block_size, ctx.causal, ctx.scale, ctx.softcap
+    grads = attend_fused_backward(grad, grad_lse, *ctx.saved_tensors, *options)
+    return *grads, None, None, None, None, None, None, None
 
 
 @kernel_op("moba_flex::attend_fused", setup_context=_save, backward=_backward)
 def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    queries: Tensor | None,
+    extents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the own block and to the chosen ones; arguments as `attend_cpu`.
 
+    The scale must not be negative: the kernels' maximum is that of products, before they are
+    scaled. A `softcap` of 0 is none.
+
     Returns:
-        Output `[B, Hq, Q, D]`, log-sum-exp float32 `[B, Hq, Q]`, and of the `Pairs` what backward
+        Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and of the `Pairs` what backward
         reads: `rank` and `first`.
     """
-    if scale < 0:  # the kernels' maximum is that of products, before they are scaled
-        q, scale = -q, -scale
     q, k, v = dense_vectors(q, k, v)
-    problem = _Problem.of(q, k, blocks.shape[3], block_size, causal, scale)
-    routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal)
+    problem = _Problem.of(q, k, v, blocks.shape[3], block_size, causal, scale, softcap, extents)
+    tables = None if queries is None or extents is None else Tables(queries, extents)
+    routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal, tables)
     pairs = sort_pairs(routing, problem.num_kv_heads)
+    queries, extents = tables or (pairs.first, pairs.first)  # without tables they are not read
     if problem.picks:
         tile_block, first_tile = tile_blocks(
             pairs.first, problem.num_pairs, problem.tiles("pair_forward").m
@@ -364,15 +448,17 @@ def attend_fused(
         num_tiles = tile_block.shape[1]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
 
-    out = torch.empty_like(q)
+    value_dim = problem.kind.value_dim
+    out = torch.empty_like(q) if value_dim == q.shape[3] else q.new_empty(*q.shape[:3], value_dim)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    part, part_lse = problem.parts(q, problem.head_dim), problem.parts(lse, 1)
+    part, part_lse = problem.parts(q, value_dim), problem.parts(lse, 1)
     for lists, sizes in problem.launches():
         if problem.picks:
             launch(
                 wrap_triton(pair_forward_kernel),
                 (num_tiles, lists),
                 *(q, k, v, part, part_lse, pairs.row, pairs.first, tile_block, first_tile),
+                extents,
                 *_strides(q, k, v),
                 *sizes,
                 num_tiles,
@@ -381,7 +467,7 @@ def attend_fused(
         launch(
             wrap_triton(own_forward_kernel),
             (q_tiles, lists * problem.group),
-            *(q, k, v, part, part_lse, pairs.rank, out, lse),
+            *(q, k, v, part, part_lse, pairs.rank, queries, extents, out, lse),
             *_strides(q, k, v, out),
             *sizes,
             **problem.options("own_forward"),

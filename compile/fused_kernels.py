@@ -4,6 +4,11 @@ Scores are in units of log2, `score * scale * log2(e)`, so that each exponential
 *list* is one key/value head of one sequence; its *rows* are `(head in group) * Q + query`, and its
 *pairs* lie in the order of `moba_flex.masks.regroup.Pairs`. A launch handles some of the lists,
 from `first_list` on; the parts that one kernel leaves for the next are of those lists alone.
+
+With TABLES, `queries` and `extents` of `moba_flex.masks.layout.Tables` say where blocks lie; in a
+block may then be fewer keys than `block_size`, or none, and a query may see nothing. What kernels
+read of blocks they read themselves, not by a function: PyTorch would take what decides where a
+kernel writes for what it writes to.
 """
 
 import triton
@@ -24,6 +29,7 @@ _SIZES = [
     "block_size",
     "q_len",
     "share",
+    "table_rows",
     "tiles_per_block",
 ]
 
@@ -61,74 +67,168 @@ def _rows_to_ptrs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Add keys `start..stop` to a softmax; with MASKED, those of `low..high` of each row.
+def _cap(score, scale, cap, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return scores in units of log2 under a soft cap in the same units, and its slope."""
+    x = score * (scale / cap)
+    tanh = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    if PRECISION == "ieee":  # near 0 the difference leaves few digits; there, Taylor's series
+        y = x * x
+        series = y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+        tanh = tl.where(y < 0.0625, x + x * series, tanh)
+    return cap * tanh, 1.0 - tanh * tanh
 
-    The scale must not be negative.
+
+@triton.jit
+def _finite(x):  # type: ignore[no-untyped-def]
+    """Return vectors with zeros for what is not finite, and which had that, `[length]`."""
+    finite = tl.abs(x.to(tl.float32)) < float("inf")
+    spoilt = tl.max((~finite).to(tl.int32), 1) > 0
+    return tl.where(finite, x, 0.0).to(x.dtype), spoilt
+
+
+@triton.jit
+def _attend_tile(  # type: ignore[no-untyped-def]
+    q, acc, top, total, k, v, at, low, high, scale, cap,
+    MASKED: tl.constexpr, CLEAN: tl.constexpr, SOFTCAP: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys, from `at` on, to a softmax; with MASKED, those of `low..high` of a row.
+
+    The scale must not be negative. A value that is not finite spoils, with a weight of zero, also
+    rows that do not see it; with CLEAN it does not.
     """
-    for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
-        k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
-        v = _load_keys(v_ptr, stride_vn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
-        score = tl.dot(q, k.T, input_precision=PRECISION)
-        if MASKED:
-            key = (at + tl.arange(0, TILE_N))[None, :]
-            seen = (key >= low[:, None]) & (key < high[:, None])
-            score = tl.where(seen, score * scale, -float("inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            # A row may have seen no key yet.
-            shift = tl.where(higher == -float("inf"), 0.0, higher)
-            weight = tl.exp2(score - shift[:, None])
-        else:
-            higher = tl.maximum(top, tl.max(score, 1) * scale)
-            shift = higher
-            weight = tl.exp2(score * scale - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        top = higher
+    score = tl.dot(q, k.T, input_precision=PRECISION)
+    if SOFTCAP:
+        score, _ = _cap(score, scale, cap, PRECISION)
+        scale = 1.0
+    if MASKED:
+        key = (at + tl.arange(0, TILE_N))[None, :]
+        seen = (key >= low[:, None]) & (key < high[:, None])
+        score = tl.where(seen, score * scale, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        # A row may have seen no key yet.
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        weight = tl.exp2(score - shift[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(score, 1) * scale)
+        shift = higher
+        weight = tl.exp2(score * scale - shift[:, None])
+    decay = tl.exp2(top - shift)
+    total = total * decay + tl.sum(weight, 1)
+    acc = acc * decay[:, None]
+    if CLEAN:
+        v, spoilt = _finite(v)
+        weight = tl.where(seen & spoilt[None, :], float("nan"), weight)
+    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, higher, total
+
+
+@triton.jit
+def _next_keys(at, stop, low, high):  # type: ignore[no-untyped-def]
+    """Return the first key from `at` on that a row sees, or `stop`."""
+    return tl.min(tl.where(high > at, tl.maximum(low, at), stop))
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale, cap,
+    MASKED: tl.constexpr, CLEAN: tl.constexpr, ISLANDS: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add keys `start..stop` to a softmax, see `_attend_tile`.
+
+    With ISLANDS, keys that no row sees are passed over.
+    """
+    if ISLANDS:
+        at = start
+        while at < stop:
+            k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
+            v = _load_keys(v_ptr, stride_vn, at, stop, VALUE_DIM, DV, TILE_N, MASKED)
+            acc, top, total = _attend_tile(
+                q, acc, top, total, k, v, at, low, high, scale, cap, MASKED, CLEAN, SOFTCAP,
+                TILE_N, PRECISION,
+            )  # fmt: skip
+            at = _next_keys(at + TILE_N, stop, low, high)
+    else:
+        for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
+            k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
+            v = _load_keys(v_ptr, stride_vn, at, stop, VALUE_DIM, DV, TILE_N, MASKED)
+            acc, top, total = _attend_tile(
+                q, acc, top, total, k, v, at, low, high, scale, cap, MASKED, CLEAN, SOFTCAP,
+                TILE_N, PRECISION,
+            )  # fmt: skip
     return acc, top, total
+
+
+@triton.jit
+def _attend_tile_backward(  # type: ignore[no-untyped-def]
+    q, grad, lse, delta, dq, k, v, at, low, high, scale, cap,
+    MASKED: tl.constexpr, CLEAN: tl.constexpr, SOFTCAP: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to dq, over the scale, what a tile of keys contributes; see `_attend_tile`."""
+    score = tl.dot(q, k.T, input_precision=PRECISION)
+    if SOFTCAP:
+        score, slope = _cap(score, scale, cap, PRECISION)
+    else:
+        score, slope = score * scale, 1.0
+    weight = tl.exp2(score - lse[:, None])
+    dweight = tl.dot(grad, v.T, input_precision=PRECISION)
+    dscore = weight * (dweight - delta[:, None]) * slope
+    if MASKED:
+        key = (at + tl.arange(0, TILE_N))[None, :]
+        dscore = tl.where((key >= low[:, None]) & (key < high[:, None]), dscore, 0.0)
+    if CLEAN:  # the scores have told the rows that see them
+        k, _ = _finite(k)
+    return tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
 def _attend_backward(  # type: ignore[no-untyped-def]
     q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    cap,
+    MASKED: tl.constexpr, CLEAN: tl.constexpr, ISLANDS: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq, over the scale, what keys `start..stop` contribute."""
-    for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
-        k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
-        v = _load_keys(v_ptr, stride_vn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
-        score = tl.dot(q, k.T, input_precision=PRECISION) * scale
-        weight = tl.exp2(score - lse[:, None])
-        if MASKED:
-            key = (at + tl.arange(0, TILE_N))[None, :]
-            weight = tl.where((key >= low[:, None]) & (key < high[:, None]), weight, 0.0)
-        dweight = tl.dot(grad, v.T, input_precision=PRECISION)
-        dscore = weight * (dweight - delta[:, None])
-        dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION)
+    """Add to dq, over the scale, what keys `start..stop` contribute; see `_attend`."""
+    if ISLANDS:
+        at = start
+        while at < stop:
+            k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
+            v = _load_keys(v_ptr, stride_vn, at, stop, VALUE_DIM, DV, TILE_N, MASKED)
+            dq = _attend_tile_backward(
+                q, grad, lse, delta, dq, k, v, at, low, high, scale, cap, MASKED, CLEAN, SOFTCAP,
+                TILE_N, PRECISION,
+            )  # fmt: skip
+            at = _next_keys(at + TILE_N, stop, low, high)
+    else:
+        for at in tl.range(start, stop, TILE_N, num_stages=STAGES):
+            k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
+            v = _load_keys(v_ptr, stride_vn, at, stop, VALUE_DIM, DV, TILE_N, MASKED)
+            dq = _attend_tile_backward(
+                q, grad, lse, delta, dq, k, v, at, low, high, scale, cap, MASKED, CLEAN, SOFTCAP,
+                TILE_N, PRECISION,
+            )  # fmt: skip
     return dq
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def pair_forward_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, row_ptr, first_pair_ptr, tile_block_ptr,
-    first_tile_ptr,
+    first_tile_ptr, extents_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale, num_tiles,
-    TAIL: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    scale, cap, table_rows, num_tiles,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend with the pairs of a tile to the block that they chose."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
     list_id = first_list + tl.program_id(1)
-    # Not in a function: PyTorch would take what it reads for what the kernel writes to.
     block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
     if block >= num_blocks:
         return
@@ -146,29 +246,34 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
-    acc = tl.zeros([TILE_M, D], tl.float32)
+    acc = tl.zeros([TILE_M, DV], tl.float32)
     top = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     start = block * block_size
     stop = tl.minimum(start + block_size, kv_len)
+    if TABLES:
+        extents_ptr += batch % table_rows * num_blocks + block
+        start, stop = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
     whole = start + (stop - start) // TILE_N * TILE_N if TAIL else stop
     low = tl.zeros([TILE_M], tl.int32) + start
     high = tl.zeros([TILE_M], tl.int32) + stop
     acc, top, total = _attend(
         q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
-        False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
     )  # fmt: skip
     if TAIL:
         acc, top, total = _attend(
             q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
-            scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+            scale, cap, True, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N,
+            PRECISION, STAGES,
         )  # fmt: skip
     place = tl.program_id(1).to(tl.int64) * num_pairs + pair
     part = acc / total[:, None]
+    value_dim = tl.arange(0, DV)
     tl.store(
-        part_ptr + place[:, None] * HEAD_DIM + dim[None, :],
+        part_ptr + place[:, None] * VALUE_DIM + value_dim[None, :],
         part.to(part_ptr.dtype.element_ty),
-        mask=exists[:, None] & (dim < HEAD_DIM)[None, :],
+        mask=exists[:, None] & (value_dim < VALUE_DIM)[None, :],
     )
     tl.store(part_lse_ptr + place, top + tl.log2(total), mask=exists)
 
@@ -196,18 +301,41 @@ def _own_keys(  # type: ignore[no-untyped-def]
     return low, high, start, whole, stop
 
 
+@triton.jit
+def _own_keys_by_table(  # type: ignore[no-untyped-def]
+    query, queries_ptr, extents_ptr, q_len, kv_len, num_blocks, table_rows,
+    TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Return what `_own_keys` does of queries and blocks that tables describe."""
+    queries_ptr += tl.minimum(query, q_len - 1)
+    own = tl.load(queries_ptr + table_rows * q_len)
+    known = own < num_blocks
+    low = tl.load(extents_ptr + own, mask=known, other=0)
+    if CAUSAL:
+        high = tl.load(queries_ptr) + 1
+    else:
+        high = tl.load(extents_ptr + table_rows * num_blocks + own, mask=known, other=0)
+    start, stop = tl.min(tl.where(high > low, low, kv_len)), tl.max(high)
+    whole = start
+    if tl.min(own) == tl.max(own):
+        whole += tl.maximum(tl.min(high) - start, 0) // TILE_N * TILE_N
+    return low, high, start, whole, stop
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def own_forward_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, rank_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, rank_ptr, queries_ptr, extents_ptr, out_ptr,
+    lse_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_ob, stride_oh, stride_om,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+    scale, cap, table_rows,
+    CAUSAL: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend with a tile of queries to their own blocks, and merge what their pairs found."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
     local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
     list_id = first_list + local_list
     batch = (list_id // num_kv_heads).to(tl.int64)
@@ -221,44 +349,67 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
-    acc = tl.zeros([TILE_M, D], tl.float32)
+    acc = tl.zeros([TILE_M, DV], tl.float32)
     top = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
-    low, high, start, whole, stop = _own_keys(
-        query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
-    )
+    if TABLES:
+        table_row = batch % table_rows
+        low, high, start, whole, stop = _own_keys_by_table(
+            query, queries_ptr + table_row * q_len, extents_ptr + table_row * num_blocks, q_len,
+            kv_len, num_blocks, table_rows, TILE_N, CAUSAL,
+        )  # fmt: skip
+    else:
+        low, high, start, whole, stop = _own_keys(
+            query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
+        )
     acc, top, total = _attend(
         q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
-        False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
     )  # fmt: skip
     acc, top, total = _attend(
         q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high, scale,
-        True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        cap, True, False, TABLES, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
     )  # fmt: skip
+    if tl.max((acc != acc).to(tl.int32)) > 0:
+        acc = tl.zeros([TILE_M, DV], tl.float32)
+        top = tl.full([TILE_M], -float("inf"), tl.float32)
+        total = tl.zeros([TILE_M], tl.float32)
+        acc, top, total = _attend(
+            q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale,
+            cap, True, True, True, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
+        )  # fmt: skip
 
     row = (head_in_group * q_len + query).to(tl.int64)
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
     part_start = local_list.to(tl.int64) * num_pairs
+    value_dim = tl.arange(0, DV)[None, :]
     # The merged maximum first: then what was found before is scaled once.
     highest = top
     for pick in range(picks):
         rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
         part_lse = tl.load(part_lse_ptr + part_start + rank, mask=rank >= 0, other=-float("inf"))
         highest = tl.maximum(highest, part_lse)
-    decay = tl.exp2(top - highest)
+    shift = highest
+    if TABLES:  # a row may see nothing
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+    decay = tl.exp2(top - shift)
     acc, total = acc * decay[:, None], total * decay
     for pick in range(picks):
         rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
         exists, place = rank >= 0, part_start + rank
         part_lse = tl.load(part_lse_ptr + place, mask=exists, other=-float("inf"))
-        part_ptrs = part_ptr + place[:, None] * HEAD_DIM + dim[None, :]
-        part = tl.load(part_ptrs, mask=exists[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        weight = tl.exp2(part_lse - highest)
+        part_ptrs = part_ptr + place[:, None] * VALUE_DIM + value_dim
+        part = tl.load(part_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
+        weight = tl.exp2(part_lse - shift)
         acc += part.to(tl.float32) * weight[:, None]
         total += weight
 
-    out_ptrs = out_ptr + batch * stride_ob + q_head * stride_oh + offset * stride_om + dim[None, :]
-    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptrs = out_ptr + batch * stride_ob + q_head * stride_oh + offset * stride_om + value_dim
+    out = acc / total[:, None]
+    if TABLES:
+        out = tl.where(total[:, None] == 0, 0.0, out)
+    inside = (query < q_len)[:, None] & (value_dim < VALUE_DIM)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
     lse_ptrs = lse_ptr + (batch * num_kv_heads * group + q_head) * q_len + query
     tl.store(lse_ptrs, (highest + tl.log2(total)) * LN_2, mask=query < q_len)
 
@@ -319,18 +470,18 @@ def stats_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_SIZES)
 def pair_dq_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, first_pair_ptr, tile_block_ptr,
-    first_tile_ptr,
+    first_tile_ptr, extents_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale, num_tiles,
-    TAIL: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    scale, cap, table_rows, num_tiles,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write each pair's part of dq, over the scale."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
     list_id = first_list + tl.program_id(1)
-    # Not in a function: PyTorch would take what it reads for what the kernel writes to.
     block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
     if block >= num_blocks:
         return
@@ -349,26 +500,32 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
     q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
-    grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, D)
+    grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, DV)
     q = tl.load(q_ptrs, mask=inside, other=0.0)
-    grad = tl.load(grad_ptrs, mask=inside, other=0.0)
+    grad_inside = exists[:, None] & (tl.arange(0, DV) < VALUE_DIM)[None, :]
+    grad = tl.load(grad_ptrs, mask=grad_inside, other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
     dq = tl.zeros([TILE_M, D], tl.float32)
     start = block * block_size
     stop = tl.minimum(start + block_size, kv_len)
+    if TABLES:
+        extents_ptr += batch % table_rows * num_blocks + block
+        start, stop = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
     whole = start + (stop - start) // TILE_N * TILE_N if TAIL else stop
     low = tl.zeros([TILE_M], tl.int32) + start
     high = tl.zeros([TILE_M], tl.int32) + stop
     dq = _attend_backward(
         q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high,
-        scale, False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        scale, cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+        STAGES,
     )  # fmt: skip
     if TAIL:
         dq = _attend_backward(
             q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
-            scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+            scale, cap, True, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+            STAGES,
         )  # fmt: skip
     place = tl.program_id(1).to(tl.int64) * num_pairs + pair
     part_ptrs = part_ptr + place[:, None] * HEAD_DIM + dim[None, :]
@@ -377,16 +534,18 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def own_dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, rank_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, rank_ptr, queries_ptr, extents_ptr,
+    dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+    scale, cap, table_rows,
+    CAUSAL: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write dq of a tile of queries: that of their own blocks and the sum of their pairs'."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
     local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
     list_id = first_list + local_list
     batch = (list_id // num_kv_heads).to(tl.int64)
@@ -397,9 +556,10 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
     offset = query[:, None].to(tl.int64)
     q_ptrs = q_ptr + batch * stride_qb + q_head * stride_qh + offset * stride_qm + dim[None, :]
-    g_ptrs = grad_ptr + batch * stride_gb + q_head * stride_gh + offset * stride_gm + dim[None, :]
+    value_dim = tl.arange(0, DV)[None, :]
+    g_ptrs = grad_ptr + batch * stride_gb + q_head * stride_gh + offset * stride_gm + value_dim
     q = tl.load(q_ptrs, mask=inside, other=0.0)
-    grad = tl.load(g_ptrs, mask=inside, other=0.0)
+    grad = tl.load(g_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
     row = (head_in_group * q_len + query).to(tl.int64)
     place = list_id.to(tl.int64) * (group * q_len + num_pairs) + row
     stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -408,17 +568,32 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     v_ptr += batch * stride_vb + head * stride_vh
 
     dq = tl.zeros([TILE_M, D], tl.float32)
-    low, high, start, whole, stop = _own_keys(
-        query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
-    )
+    if TABLES:
+        table_row = batch % table_rows
+        low, high, start, whole, stop = _own_keys_by_table(
+            query, queries_ptr + table_row * q_len, extents_ptr + table_row * num_blocks, q_len,
+            kv_len, num_blocks, table_rows, TILE_N, CAUSAL,
+        )  # fmt: skip
+    else:
+        low, high, start, whole, stop = _own_keys(
+            query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
+        )
     dq = _attend_backward(
         q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high,
-        scale, False, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        scale, cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+        STAGES,
     )  # fmt: skip
     dq = _attend_backward(
         q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
-        scale, True, HEAD_DIM, D, TILE_N, PRECISION, STAGES,
+        scale, cap, True, False, TABLES, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+        STAGES,
     )  # fmt: skip
+    if tl.max((dq != dq).to(tl.int32)) > 0:
+        dq = _attend_backward(
+            q, grad, lse, delta, tl.zeros([TILE_M, D], tl.float32), k_ptr, v_ptr, stride_kn,
+            stride_vn, start, stop, low, high, scale, cap, True, True, True, SOFTCAP, HEAD_DIM, D,
+            VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
+        )  # fmt: skip
 
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
     part_start = local_list.to(tl.int64) * num_pairs
@@ -436,9 +611,10 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _add_rows(  # type: ignore[no-untyped-def]
     dk, dv, k, v, first, stop, own_start, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
-    stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, key, offset,
-    MASKED: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, cap, key, offset,
+    MASKED: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add to dk, over the scale, and dv what pairs and own rows contribute.
 
@@ -467,20 +643,27 @@ def _add_rows(  # type: ignore[no-untyped-def]
         lse, delta, row = _unpack(tl.load(stats_ptrs + tl.arange(0, 4)[None, :]))
         lse = tl.where(exists, lse, float("inf"))
         q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
-        grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, D)
+        grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, DV)
         if HEAD_DIM == D:
-            q, grad = tl.load(q_ptrs), tl.load(grad_ptrs)
+            q = tl.load(q_ptrs)
         else:
-            inside = (dim < HEAD_DIM)[None, :]
-            q = tl.load(q_ptrs, mask=inside, other=0.0)
+            q = tl.load(q_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        if VALUE_DIM == DV:
+            grad = tl.load(grad_ptrs)
+        else:
+            inside = (tl.arange(0, DV) < VALUE_DIM)[None, :]
             grad = tl.load(grad_ptrs, mask=inside, other=0.0)
         score = tl.dot(k, q.T, input_precision=PRECISION)
         dweight = tl.dot(v, grad.T, input_precision=PRECISION)
-        weight = tl.exp2(score * scale - lse[None, :])
+        if SOFTCAP:
+            score, slope = _cap(score, scale, cap, PRECISION)
+        else:
+            score, slope = score * scale, 1.0
+        weight = tl.exp2(score - lse[None, :])
         if MASKED:
             weight = tl.where(key[:, None] <= (row % q_len + offset)[None, :], weight, 0.0)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        dscore = (weight * (dweight - delta[None, :])).to(q.dtype)
+        dscore = (weight * (dweight - delta[None, :]) * slope).to(q.dtype)
         dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
         if WRITE_DQ:
             dq = tl.dot(dscore.T, k, input_precision=PRECISION)
@@ -493,29 +676,33 @@ def _add_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _spill_places(  # type: ignore[no-untyped-def]
-    slot, within, num_spills, tiles_per_block, D: tl.constexpr, TILE_N: tl.constexpr
-):
-    """Return where the sums of a tile of keys lie: those of dk; those of dv are `width` later.
+    slot, within, num_spills, tiles_per_block, D: tl.constexpr, DV: tl.constexpr,
+    TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Return where the sums of a tile of keys lie, of dk and of dv.
 
     Each list has a slot for each spill and, from `num_spills` on, one for what was not spilled.
     """
-    width = tiles_per_block * TILE_N * D
-    place = (tl.program_id(1) * 2 * num_spills + slot).to(tl.int64) * 2 * width
-    inner = (within + tl.arange(0, TILE_N))[:, None] * D + tl.arange(0, D)[None, :]
-    return place + inner, width
+    keys = tiles_per_block * TILE_N
+    place = (tl.program_id(1) * 2 * num_spills + slot).to(tl.int64) * keys * (D + DV)
+    key = (within + tl.arange(0, TILE_N))[:, None]
+    dk_places = place + key * D + tl.arange(0, D)[None, :]
+    dv_places = place + keys * D + key * DV + tl.arange(0, DV)[None, :]
+    return dk_places, dv_places
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, first_pair_ptr, spill_block_ptr,
-    first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
+    first_spill_ptr, queries_ptr, extents_ptr, owners_ptr, spill_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb,
     stride_dvh, stride_dvn,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale, num_spills, tiles_per_block, share,
-    CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    scale, cap, table_rows, num_spills, tiles_per_block, share,
+    CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, TABLES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys, which lies within one block.
@@ -524,7 +711,7 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     Further shares, of blocks that are chosen by many, spill to programs of their own, which start
     first. The sums of such blocks are left for `dkv_sum_kernel`.
     """
-    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
     list_id = first_list + tl.program_id(1)
     item = tl.program_id(0) // tiles_per_block
     within = tl.program_id(0) % tiles_per_block * TILE_N
@@ -543,64 +730,80 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     head = (list_id % num_kv_heads).to(tl.int64)
     block_start = block * block_size
     block_stop = tl.minimum(block_start + block_size, kv_len)
+    # The queries whose own block this is, and how far they are from their positions.
+    offset = kv_len - q_len
+    own_first = tl.maximum(block_start - offset, 0)
+    own_after = tl.maximum(block_stop - offset, own_first)
+    if TABLES:
+        entry = batch % table_rows * num_blocks + block
+        block_start = tl.load(extents_ptr + entry)
+        block_stop = tl.load(extents_ptr + table_rows * num_blocks + entry)
+        own_first = tl.load(owners_ptr + entry)
+        own_after = tl.load(owners_ptr + table_rows * num_blocks + entry)
+        position_ptr = queries_ptr + batch % table_rows * q_len + own_first
+        offset = tl.load(position_ptr, mask=own_first < own_after, other=0) - own_first
     start = block_start + within
     if start >= block_stop:
         return
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     k = _load_keys(k_ptr, stride_kn, start, block_stop, HEAD_DIM, D, TILE_N, True)
-    v = _load_keys(v_ptr, stride_vn, start, block_stop, HEAD_DIM, D, TILE_N, True)
+    v = _load_keys(v_ptr, stride_vn, start, block_stop, VALUE_DIM, DV, TILE_N, True)
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
     stats_ptr += list_id.to(tl.int64) * (group * q_len + num_pairs) * 4
     part_ptr += tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM
 
     dk = tl.zeros([TILE_N, D], tl.float32)
-    dv = tl.zeros([TILE_N, D], tl.float32)
+    dv = tl.zeros([TILE_N, DV], tl.float32)
     first = tl.load(first_pair_ptr + block) + number * share
     stop = tl.minimum(first + share, tl.load(first_pair_ptr + block + 1))
-    # The queries whose own block this is; of a causal block those from the first key on, of which
-    # the first see some keys of the tile and the others all.
-    key, offset = start + tl.arange(0, TILE_N), kv_len - q_len
-    own_start = tl.maximum((start if CAUSAL else block_start) - offset, 0)
-    own_stop = tl.maximum(block_stop - offset, own_start) if number == 0 else own_start
+    # Of the queries of a causal block those from the first key on: the first see some keys of the
+    # tile and the others all.
+    key = start + tl.arange(0, TILE_N)
+    own_start = tl.maximum(start - offset, own_first) if CAUSAL else own_first
+    own_stop = tl.maximum(own_after, own_start) if number == 0 else own_start
     see_all = own_start
     if CAUSAL:
         see_all = tl.minimum(tl.maximum(start + TILE_N - offset, own_start), own_stop)
         dk, dv = _add_rows(
             dk, dv, k, v, 0, 0, own_start, see_all, q_ptr, grad_ptr, stats_ptr, part_ptr,
-            stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, key, offset, True,
-            False, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+            stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, cap, key, offset,
+            True, False, GROUPED, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_M, PRECISION, STAGES,
         )  # fmt: skip
     dk, dv = _add_rows(
         dk, dv, k, v, first, stop, see_all, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
-        stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, key, offset, False,
-        WRITE_DQ, GROUPED, HEAD_DIM, D, TILE_M, PRECISION, STAGES,
+        stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, cap, key, offset, False,
+        WRITE_DQ, GROUPED, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_M, PRECISION, STAGES,
     )  # fmt: skip
 
     if shared:
-        place, width = _spill_places(slot, within, num_spills, tiles_per_block, D, TILE_N)
-        tl.store(spill_ptr + place, dk)
-        tl.store(spill_ptr + place + width, dv)
+        dk_places, dv_places = _spill_places(
+            slot, within, num_spills, tiles_per_block, D, DV, TILE_N
+        )
+        tl.store(spill_ptr + dk_places, dk)
+        tl.store(spill_ptr + dv_places, dv)
     else:
-        dim, row = tl.arange(0, D)[None, :], key[:, None].to(tl.int64)
-        inside = (key < block_stop)[:, None] & (dim < HEAD_DIM)
+        dim, value_dim = tl.arange(0, D)[None, :], tl.arange(0, DV)[None, :]
+        row, exists = key[:, None].to(tl.int64), (key < block_stop)[:, None]
         dk_ptrs = dk_ptr + batch * stride_dkb + head * stride_dkh + row * stride_dkn + dim
-        dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + row * stride_dvn + dim
-        tl.store(dk_ptrs, (dk * (scale * LN_2)).to(dk_ptr.dtype.element_ty), mask=inside)
-        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + row * stride_dvn + value_dim
+        scaled = (dk * (scale * LN_2)).to(dk_ptr.dtype.element_ty)
+        tl.store(dk_ptrs, scaled, mask=exists & (dim < HEAD_DIM))
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=exists & (value_dim < VALUE_DIM))
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_sum_kernel(  # type: ignore[no-untyped-def]
-    spill_block_ptr, first_spill_ptr, spill_ptr, dk_ptr, dv_ptr,
+    spill_block_ptr, first_spill_ptr, extents_ptr, spill_ptr, dk_ptr, dv_ptr,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    first_list, num_kv_heads, kv_len, num_blocks, block_size, scale, num_spills,
+    first_list, num_kv_heads, kv_len, num_blocks, block_size, scale, table_rows, num_spills,
     tiles_per_block,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr,
+    TABLES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Add up what the shares of a block left of dk and dv; the program of its first spill does."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile makes it a double
+    scale = tl.cast(scale, tl.float32)  # a double if traced
     list_id = first_list + tl.program_id(1)
     item = tl.program_id(0) // tiles_per_block
     within = tl.program_id(0) % tiles_per_block * TILE_N
@@ -610,22 +813,29 @@ def dkv_sum_kernel(  # type: ignore[no-untyped-def]
     first_spill_ptr += list_id * (num_blocks + 1)
     if item > tl.load(first_spill_ptr + block):
         return
-    place, width = _spill_places(num_spills + item, within, num_spills, tiles_per_block, D, TILE_N)
-    dk, dv = tl.load(spill_ptr + place), tl.load(spill_ptr + place + width)
+    dk_places, dv_places = _spill_places(
+        num_spills + item, within, num_spills, tiles_per_block, D, DV, TILE_N
+    )
+    dk, dv = tl.load(spill_ptr + dk_places), tl.load(spill_ptr + dv_places)
     for spill in range(item, tl.load(first_spill_ptr + block + 1)):
-        place, width = _spill_places(spill, within, num_spills, tiles_per_block, D, TILE_N)
-        dk += tl.load(spill_ptr + place)
-        dv += tl.load(spill_ptr + place + width)
+        dk_places, dv_places = _spill_places(
+            spill, within, num_spills, tiles_per_block, D, DV, TILE_N
+        )
+        dk += tl.load(spill_ptr + dk_places)
+        dv += tl.load(spill_ptr + dv_places)
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
-    key, dim = (
-        block * block_size + within + tl.arange(0, TILE_N)[:, None],
-        tl.arange(0, D)[None, :],
-    )
-    block_stop = tl.minimum((block + 1) * block_size, kv_len)
-    inside = (key < block_stop) & (dim < HEAD_DIM)
-    row = key.to(tl.int64)
+    block_start = block * block_size
+    block_stop = tl.minimum(block_start + block_size, kv_len)
+    if TABLES:
+        extents_ptr += batch % table_rows * num_blocks + block
+        block_start = tl.load(extents_ptr)
+        block_stop = tl.load(extents_ptr + table_rows * num_blocks)
+    key = block_start + within + tl.arange(0, TILE_N)[:, None]
+    row, exists = key.to(tl.int64), key < block_stop
+    dim, value_dim = tl.arange(0, D)[None, :], tl.arange(0, DV)[None, :]
     dk_ptrs = dk_ptr + batch * stride_dkb + head * stride_dkh + row * stride_dkn + dim
-    dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + row * stride_dvn + dim
-    tl.store(dk_ptrs, (dk * (scale * LN_2)).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    dv_ptrs = dv_ptr + batch * stride_dvb + head * stride_dvh + row * stride_dvn + value_dim
+    scaled = (dk * (scale * LN_2)).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_ptrs, scaled, mask=exists & (dim < HEAD_DIM))
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=exists & (value_dim < VALUE_DIM))

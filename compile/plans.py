@@ -191,10 +191,10 @@ def fused(
     mods: Mods | None = None,
 ) -> Result:
     """Do what `routed` does, with regrouping and merge inside of Triton kernels."""
-    if mods is not None or routing.tables is not None:
-        raise NotImplementedError("plan='fused' serves no documents, padding or softcap yet")
+    softcap = 0.0 if mods is None or mods.softcap is None else float(mods.softcap)
     blocks, block_size = routing.blocks, routing.block_size
-    out, lse, *_ = attend_fused(q, k, v, blocks, block_size, routing.causal, scale)
+    options = block_size, routing.causal, scale, softcap
+    out, lse, *_ = attend_fused(q, k, v, blocks, *options, *(routing.tables or (None, None)))
     return out, lse
 
 

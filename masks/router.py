@@ -101,9 +101,7 @@ def route(
         options = block_size, picks, sink_blocks, local_blocks, causal
         located = () if tables is None else tables
         if q.is_cuda:
-            if head_top_k is not None or tables is not None:
-                raise NotImplementedError("head_top_k and tables: not on cuda yet")
-            blocks = gate_triton(q, k, *options)
+            blocks = gate_triton(q, k, *options, head_top_k, *located)
         else:
             blocks = gate_cpu(q, k, *options, head_top_k, *located)
     return Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)

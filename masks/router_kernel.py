@@ -27,6 +27,7 @@ _SIZES = [
     "q_len",
     "q_offset",
     "sink_blocks",
+    "table_rows",
 ]
 
 
@@ -34,6 +35,7 @@ _SIZES = [
 def pool_kernel(  # type: ignore[no-untyped-def]
     k_ptr,
     out_ptr,
+    extents_ptr,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -42,17 +44,22 @@ def pool_kernel(  # type: ignore[no-untyped-def]
     kv_len,
     num_blocks,
     block_size,
+    table_rows,
+    TABLES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
     """Average the keys of a block in float32."""
     block, head = tl.program_id(0), tl.program_id(1)
+    start = block * block_size
+    stop = tl.minimum(start + block_size, kv_len)
+    if TABLES:
+        extents_ptr += head // num_heads % table_rows * num_blocks + block
+        start, stop = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
     k_ptr += (head // num_heads).to(tl.int64) * stride_kb
     k_ptr += (head % num_heads).to(tl.int64) * stride_kh
     dim = tl.arange(0, HEAD_DIM_PADDED)
-    start = block * block_size
-    stop = tl.minimum(start + block_size, kv_len)
     total = tl.zeros([HEAD_DIM_PADDED], tl.float32)
     for at in range(start, stop, TILE_N):
         key = at + tl.arange(0, TILE_N)[:, None]
@@ -60,25 +67,28 @@ def pool_kernel(  # type: ignore[no-untyped-def]
         k = tl.load(k_ptrs, mask=(key < stop) & (dim[None, :] < HEAD_DIM), other=0.0)
         total += tl.sum(k.to(tl.float32), 0)
     out_ptrs = out_ptr + (head.to(tl.int64) * num_blocks + block) * HEAD_DIM + dim
-    mean = total / (stop - start).to(tl.float32)
+    mean = total / tl.maximum(stop - start, 1).to(tl.float32)
     tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def _pool_keys(k: Tensor, block_size: int) -> Tensor:
-    """Average the keys of each block; argument and result as `pool_keys`."""
+def _pool_keys(k: Tensor, block_size: int, extents: Tensor | None) -> Tensor:
+    """Average the keys of each block, of `extents` if given; result as of `pool_keys`."""
     batch, num_heads, kv_len, head_dim = k.shape
-    num_blocks = ceil_div(kv_len, block_size)
+    num_blocks = ceil_div(kv_len, block_size) if extents is None else extents.shape[2]
     out = torch.empty(batch, num_heads, num_blocks, head_dim, dtype=k.dtype, device=k.device)
     launch(
         wrap_triton(pool_kernel),
         (num_blocks, batch * num_heads),
         k,
         out,
+        k if extents is None else extents,
         *k.stride(),
         num_heads,
         kv_len,
         num_blocks,
         block_size,
+        1 if extents is None else extents.shape[1],
+        TABLES=extents is not None,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
         TILE_N=_POOL_TILE,
@@ -88,9 +98,9 @@ def _pool_keys(k: Tensor, block_size: int) -> Tensor:
 
 @triton.jit
 def _offer(  # type: ignore[no-untyped-def]
-    best, block, q, block_keys_ptr, stride_kn, stride_kd, first, stop, own, num_blocks,
-    sink_blocks, local_blocks,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    best, block, q, block_keys_ptr, stride_kn, stride_kd, first, stop, own, oldest, newest,
+    num_blocks, sink_blocks, local_blocks,
+    MASKED: tl.constexpr, FORCED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Offer tiles of blocks to the best so far, tile `stop - 1` first and tile `first` last.
@@ -113,10 +123,11 @@ def _offer(  # type: ignore[no-untyped-def]
         # Infinity is left to forced blocks and empty slots.
         affinity = tl.minimum(tl.maximum(affinity, -largest), largest)
         if FORCED:
-            forced = (col < sink_blocks) | ((col < own) & (col >= own - local_blocks))
+            forced = col < oldest + sink_blocks
+            forced |= (col < own) & (col >= own - local_blocks)
             affinity = tl.where(forced, float("inf"), affinity)
         if MASKED:
-            candidate = col < own if CAUSAL else (col != own) & (col < num_blocks)
+            candidate = (col >= oldest) & (col <= newest) & (col != own)
             affinity = tl.where(candidate, affinity, -float("inf"))
 
         new, worst = tl.max(affinity, 1, keep_dims=True), tl.min(best, 1, keep_dims=True)
@@ -134,11 +145,13 @@ def _offer(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def gate_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, block_keys_ptr, out_ptr,
+    q_ptr, block_keys_ptr, out_ptr, head_top_k_ptr, queries_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     num_heads, group, q_len, q_offset, num_blocks, block_size, sink_blocks, local_blocks, picks,
-    CAUSAL: tl.constexpr, FORCED: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
+    table_rows,
+    CAUSAL: tl.constexpr, FORCED: tl.constexpr, BY_HEAD: tl.constexpr, TABLES: tl.constexpr,
+    SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Choose `picks` blocks for `TILE_Q` queries of one head.
 
@@ -153,31 +166,51 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     q_ptr += batch * stride_qb + head * stride_qh
     q_ptrs = q_ptr + row[:, None].to(tl.int64) * stride_qm + dim[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=(row[:, None] < q_len) & (dim[None, :] < HEAD_DIM), other=0.0)
-    own = ((row + q_offset) // block_size)[:, None]
+    if TABLES:
+        # Rows past the last query count as that one, whose candidates are as far as any.
+        queries_ptr += (batch % table_rows) * q_len + tl.minimum(row, q_len - 1)[:, None]
+        field = table_rows * q_len
+        own = tl.load(queries_ptr + field)
+        oldest, newest = tl.load(queries_ptr + 2 * field), tl.load(queries_ptr + 3 * field)
+    else:
+        own = ((row + q_offset) // block_size)[:, None]
+        oldest = tl.zeros_like(own)
+        # Past the last query there may be blocks that do not exist.
+        newest = tl.minimum(own, num_blocks) - 1 if CAUSAL else oldest + num_blocks - 1
+    chosen = picks
+    if BY_HEAD:
+        chosen = tl.minimum(picks, tl.load(head_top_k_ptr + head).to(tl.int32) - 1)
 
     slot = tl.arange(0, SLOTS)[None, :]
-    # Slots past `picks` hold what nothing replaces. Empty slots have numbers of their own, for the
-    # eviction.
-    best = tl.where(slot < picks, -float("inf"), float("inf"))
+    # Slots past `chosen` hold what nothing replaces. Empty slots have numbers of their own, for
+    # the eviction.
+    best = tl.where(slot < chosen, -float("inf"), float("inf"))
     best += tl.zeros([TILE_Q, SLOTS], tl.float32)
     block = tl.zeros([TILE_Q, SLOTS], tl.int32) - 1 - slot
 
-    # Tiles `whole` to `tiles` need a mask.
-    candidates = tl.minimum(tl.max(own), num_blocks) if CAUSAL else num_blocks
-    tiles = tl.cdiv(candidates, TILE_N)
-    whole = tl.minimum(tl.min(own) // TILE_N, tiles) if CAUSAL else 0
+    # Tiles `first..start` and `stop..last` need a mask.
+    first, last = tl.min(oldest) // TILE_N, tl.cdiv(tl.max(newest) + 1, TILE_N)
+    stop = tl.minimum(tl.maximum(tl.min(newest) + 1, 0) // TILE_N, last) if CAUSAL else first
+    start = tl.minimum(tl.cdiv(tl.max(oldest), TILE_N), stop)
     block_keys_ptr += batch * stride_kb + (head // group) * stride_kh
     best, block = _offer(
-        best, block, q, block_keys_ptr, stride_kn, stride_kd, whole, tiles, own, num_blocks,
-        sink_blocks, local_blocks, True, CAUSAL, FORCED, HEAD_DIM, HEAD_DIM_PADDED, TILE_N,
+        best, block, q, block_keys_ptr, stride_kn, stride_kd, stop, last, own, oldest, newest,
+        num_blocks, sink_blocks, local_blocks, True, FORCED, HEAD_DIM, HEAD_DIM_PADDED, TILE_N,
     )  # fmt: skip
     if CAUSAL:
         best, block = _offer(
-            best, block, q, block_keys_ptr, stride_kn, stride_kd, 0, whole, own, num_blocks,
-            sink_blocks, local_blocks, False, CAUSAL, FORCED, HEAD_DIM, HEAD_DIM_PADDED, TILE_N,
+            best, block, q, block_keys_ptr, stride_kn, stride_kd, start, stop, own, oldest,
+            newest, num_blocks, sink_blocks, local_blocks, False, FORCED, HEAD_DIM,
+            HEAD_DIM_PADDED, TILE_N,
+        )  # fmt: skip
+    if CAUSAL and TABLES:
+        best, block = _offer(
+            best, block, q, block_keys_ptr, stride_kn, stride_kd, first, start, own, oldest,
+            newest, num_blocks, sink_blocks, local_blocks, True, FORCED, HEAD_DIM,
+            HEAD_DIM_PADDED, TILE_N,
         )  # fmt: skip
 
-    block = tl.sort(tl.where((block < 0) | (slot >= picks), num_blocks, block), 1)
+    block = tl.sort(tl.where((block < 0) | (slot >= chosen), num_blocks, block), 1)
     out_row = (tl.program_id(1).to(tl.int64) * q_len + row[:, None]) * picks
     tl.store(out_ptr + out_row + slot, block, mask=(row[:, None] < q_len) & (slot < picks))
 
@@ -191,18 +224,24 @@ def gate_triton(
     sink_blocks: int,
     local_blocks: int,
     causal: bool,
+    head_top_k: Tensor | None = None,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
 ) -> Tensor:
-    """Choose `picks` blocks besides the own one; result as of `gate_cpu`."""
+    """Choose at most `picks` blocks besides the own one; arguments and result as of `gate_cpu`."""
     batch, num_heads, q_len, head_dim = q.shape
     out = torch.empty(batch, num_heads, q_len, picks, dtype=torch.int32, device=q.device)
-    if picks:
-        block_keys = _pool_keys(k, block_size)
+    if out.numel():
+        block_keys = _pool_keys(k, block_size, extents)
         launch(
             wrap_triton(gate_kernel),
             (ceil_div(q_len, _TILE_Q), batch * num_heads),
             q,
             block_keys,
             out,
+            # What is absent is not read.
+            out if head_top_k is None else head_top_k,
+            out if queries is None else queries,
             *q.stride(),
             *block_keys.stride(),
             num_heads,
@@ -214,8 +253,11 @@ def gate_triton(
             sink_blocks,
             local_blocks,
             picks,
+            1 if queries is None else queries.shape[1],
             CAUSAL=causal,
             FORCED=sink_blocks + local_blocks > 0,
+            BY_HEAD=head_top_k is not None,
+            TABLES=queries is not None,
             SLOTS=max(2, triton.next_power_of_2(picks)),
             HEAD_DIM=head_dim,
             HEAD_DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),

@@ -12,8 +12,8 @@ from moba_flex.compile import fused, fused_kernels
 from moba_flex.masks import regroup_kernel, router_kernel
 
 INTS = (
-    *("rank", "row", "first", "tile_block", "spill_block", "stats"),
-    *("block_ptr", "count", "next"),
+    *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
+    *("owners", "block_ptr", "count", "next", "head_top_k"),
 )
 FLOATS = ("lse", "spill_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -29,7 +29,7 @@ def compile_kernel(
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name == "scale":
+        if name in ("scale", "cap"):
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
@@ -60,13 +60,15 @@ def compile_kernel(
     }
 
 
-def gate(dtype: torch.dtype, head_dim: int, picks: int, forced: bool) -> dict[str, Any]:
-    """Compile the gate."""
+def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
+    """Compile the gate, plain or with all that it can do."""
     constants = {
         "stride_qd": 1,
         "stride_kd": 1,
         "CAUSAL": True,
-        "FORCED": forced,
+        "FORCED": everything,
+        "BY_HEAD": everything,
+        "TABLES": everything,
         "SLOTS": max(2, triton.next_power_of_2(picks)),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
@@ -86,10 +88,16 @@ def sorting() -> list[dict[str, Any]]:
     ]
 
 
-def attention(dtype: torch.dtype, head_dim: int, block_size: int) -> list[dict[str, Any]]:
-    """Compile the kernels of the fused plan."""
+def attention(
+    dtype: torch.dtype, head_dim: int, block_size: int, everything: bool
+) -> list[dict[str, Any]]:
+    """Compile the kernels of the fused plan, plain or with all that they can do."""
     q, k = (torch.empty(1, heads, 256, head_dim, dtype=dtype) for heads in (2, 1))
-    problem = fused._Problem.of(q, k, 2, block_size, True, 1.0)
+    v, softcap, extents = k, 0.0, None
+    if everything:
+        v, softcap = k[..., : head_dim // 2], 30.0
+        extents = torch.empty(2, 1, 8, dtype=torch.int32)
+    problem = fused._Problem.of(q, k, v, 2, block_size, True, 1.0, softcap, extents)
     found = []
     for name in fused._TILES:
         tiles, constants = problem.tiles(name), problem.options(name)
@@ -107,6 +115,6 @@ if __name__ == "__main__":
     ]
     results = [gate(*case) for case in cases]
     results += sorting()
-    results += attention(torch.bfloat16, 128, 128)
-    results += attention(torch.float16, 80, 100)
+    results += attention(torch.bfloat16, 128, 128, everything=False)
+    results += attention(torch.float16, 80, 100, everything=True)
     print(json.dumps(results))

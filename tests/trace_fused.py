@@ -75,7 +75,7 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDriver())
     # The plan is for CUDA; here the tensors are not, and nothing runs.
     with (
-        patch("moba_flex.attention.interpreted", lambda: True),
+        patch("moba_flex.compile.limits.interpreted", lambda: True),
         patch("moba_flex.masks.regroup._has_kernels", lambda device: True),
     ):
         graphs = [count_graphs(block_size) for block_size in (128, 256)]  # one tile and several
