@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -259,6 +260,21 @@ def _check_key_mask(q: Tensor, k: Tensor, key_mask: Tensor) -> None:
             )
 
 
+def check_scale(scale: object) -> None:
+    """Raise unless `scale` is None or a finite number.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite.
+    """
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
 def check_mods(mods: Mods) -> None:
     """Raise unless these are changes to scores that FlexAttention can make.
 
@@ -269,7 +285,7 @@ def check_mods(mods: Mods) -> None:
     if mods.softcap is not None:
         if isinstance(mods.softcap, bool) or not isinstance(mods.softcap, (int, float)):
             raise TypeError(f"softcap must be a number, got {type(mods.softcap).__name__}")
-        if not 0 < mods.softcap < float("inf"):
+        if not 0 < mods.softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, got {mods.softcap}: use None")
     _check_function("score_mod", mods.score_mod, ("score", "b", "h", "q_idx", "kv_idx"))
     _check_function("mask_mod", mods.mask_mod, ("b", "h", "q_idx", "kv_idx"))

@@ -15,6 +15,10 @@ def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
+    # What is no tensor of floating-point numbers is for the checks to refuse.
     return [
-        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
     ]

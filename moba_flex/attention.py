@@ -22,6 +22,7 @@ from moba_flex.masks.checks import (
     check_no_vmap,
     check_qkv,
     check_routing,
+    check_scale,
     longest_sequence,
 )
 from moba_flex.masks.inputs import cast_by_autocast
@@ -160,6 +161,7 @@ def moba_attention(
         check_gate(block_size, top_k, sink_blocks, local_blocks)
         check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
         check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
+        check_scale(scale)
     chosen = _choose(q, k, v, block_size, top_k, head_top_k, mods) if plan == "auto" else plan
     if chosen not in _PLANS:
         raise ValueError(f"plan must be one of {('auto', *_PLANS)}, got {plan!r}")
@@ -251,6 +253,7 @@ def routed_attention(
         check_no_vmap(q, k, v)
         check_qkv(q, k, v)
         check_routing(routing, q, k)
+        check_scale(scale)
     chosen = _choose_sparse(q, v, mods) if plan == "auto" else plan
     if chosen not in _PLANS[1:]:
         raise ValueError(f"plan must be one of {('auto', *_PLANS[1:])}, got {plan!r}")

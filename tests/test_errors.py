@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 
-from moba_flex import choose_plan, create_moba_block_mask, moba_attention
+from moba_flex import (
+    Routing,
+    choose_plan,
+    create_moba_block_mask,
+    moba_attention,
+    patterns,
+    route,
+    routed_attention,
+)
 
 GATE: dict[str, Any] = {"block_size": 4, "top_k": 2}
 
 
 def x(*shape: int, **options: Any) -> Tensor:
     return torch.zeros(*(shape or (1, 2, 8, 16)), **options)
+
+
+def to_meta(routing: Routing) -> Routing:
+    return replace(routing, blocks=routing.blocks.to("meta"))
 
 
 GATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -50,10 +63,16 @@ QK_ERRORS: list[tuple[Any, Any, type[Exception], str]] = [
         "q must have a floating-point dtype, got torch.int64",
     ),
     (
-        x(1, 2, 0, 16),
+        x(1, 0, 8, 16),
         x(),
         ValueError,
-        "q must have no empty dimension, got shape (1, 2, 0, 16)",
+        "q must have heads and a head_dim of at least 1, got shape (1, 0, 8, 16)",
+    ),
+    (
+        x(),
+        x(1, 2, 8, 0),
+        ValueError,
+        "k must have heads and a head_dim of at least 1, got shape (1, 2, 8, 0)",
     ),
     (x(), x(2, 2, 8, 16), ValueError, "k must have the batch size of q, 1, got 2"),
     (
@@ -78,11 +97,144 @@ QK_ERRORS: list[tuple[Any, Any, type[Exception], str]] = [
         "queries are the last positions of the keys",
     ),
 ]
+STARTS, MASK = torch.tensor([0, 3, 8]), torch.ones(1, 8, dtype=torch.bool)
+LAYOUT_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"cu_seqlens": [0, 8]}, TypeError, "cu_seqlens must be a Tensor, got list"),
+    (
+        {"cu_seqlens": STARTS.float()},
+        TypeError,
+        "cu_seqlens must have dtype torch.int32 or torch.int64, got torch.float32",
+    ),
+    (
+        {"cu_seqlens": STARTS.to("meta")},
+        ValueError,
+        "cu_seqlens must be on the device of q, cpu, got meta",
+    ),
+    (
+        {"cu_seqlens": STARTS[:1]},
+        ValueError,
+        "cu_seqlens must have shape [documents + 1], got (1,)",
+    ),
+    (
+        {"cu_seqlens": STARTS[None]},
+        ValueError,
+        "cu_seqlens must have shape [documents + 1], got (1, 3)",
+    ),
+    ({"cu_seqlens": STARTS + 1}, ValueError, "cu_seqlens must start at 0, got 1"),
+    (
+        {"cu_seqlens": torch.tensor([0, 5, 4, 8])},
+        ValueError,
+        "cu_seqlens must not decrease, got 4 after 5",
+    ),
+    (
+        {"cu_seqlens": STARTS[:2]},
+        ValueError,
+        "cu_seqlens must end at the number of keys, 8, got 3",
+    ),
+    (
+        {"cu_seqlens": STARTS, "cu_seqlens_q": STARTS[:2]},
+        ValueError,
+        "cu_seqlens_q must end at the number of queries, 8, got 3",
+    ),
+    (
+        {"cu_seqlens": STARTS, "cu_seqlens_q": torch.tensor([0, 3, 3, 8])},
+        ValueError,
+        "cu_seqlens_q must have as many entries as cu_seqlens, 3, got 4",
+    ),
+    (
+        {"cu_seqlens": STARTS, "cu_seqlens_q": torch.tensor([0, 4, 8])},
+        ValueError,
+        "cu_seqlens_q must give document 0 at most as many queries as keys, 3, got 4: "
+        "queries are the last positions of the keys",
+    ),
+    (
+        {"cu_seqlens_q": STARTS},
+        ValueError,
+        "cu_seqlens must be given with cu_seqlens_q, got None",
+    ),
+    (
+        {"cu_seqlens": STARTS, "key_mask": MASK},
+        ValueError,
+        "key_mask must be None beside cu_seqlens, got both: leave padding out of packed documents",
+    ),
+    ({"key_mask": [[True] * 8]}, TypeError, "key_mask must be a Tensor, got list"),
+    (
+        {"key_mask": MASK.long()},
+        TypeError,
+        "key_mask must have dtype torch.bool, got torch.int64: use key_mask.bool()",
+    ),
+    (
+        {"key_mask": MASK[:, :7]},
+        ValueError,
+        "key_mask must have shape [B, KV] = (1, 8), got (1, 7)",
+    ),
+    (
+        {"key_mask": MASK.to("meta")},
+        ValueError,
+        "key_mask must be on the device of q, cpu, got meta",
+    ),
+    (
+        {"key_mask": torch.tensor([[True, False, True, True, False, False, True, False]])},
+        ValueError,
+        "key_mask must have one run of True a row, got 3 in row 0: "
+        "pad on the left, on the right or on both sides",
+    ),
+]
+HEAD_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    ([2, 2], TypeError, "head_top_k must be a Tensor, got list"),
+    (
+        torch.tensor([2.0, 2.0]),
+        TypeError,
+        "head_top_k must have dtype torch.int32 or torch.int64, got torch.float32",
+    ),
+    (torch.tensor([2]), ValueError, "head_top_k must have shape [Hq] = (2,), got (1,)"),
+    (
+        torch.tensor([2, 3]),
+        ValueError,
+        "head_top_k must be from 1 + sink_blocks + local_blocks to top_k, 1 to 2, got 3",
+    ),
+    (
+        torch.tensor([2, 0], dtype=torch.int32),
+        ValueError,
+        "head_top_k must be from 1 + sink_blocks + local_blocks to top_k, 1 to 2, got 0",
+    ),
+    (
+        torch.tensor([2, 2], device="meta"),
+        ValueError,
+        "head_top_k must be on the device of q, cpu, got meta",
+    ),
+]
+MOD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"softcap": "50"}, TypeError, "softcap must be a number, got str"),
+    ({"softcap": True}, TypeError, "softcap must be a number, got bool"),
+    ({"softcap": 0}, ValueError, "softcap must be positive and finite, got 0: use None"),
+    (
+        {"softcap": float("inf")},
+        ValueError,
+        "softcap must be positive and finite, got inf: use None",
+    ),
+    ({"score_mod": 1.0}, TypeError, "score_mod must be a function, got float"),
+    (
+        {"score_mod": lambda score, b, h, q_idx: score},
+        TypeError,
+        "score_mod must take 5 arguments (score, b, h, q_idx, kv_idx), got "
+        "score_mod(score, b, h, q_idx)",
+    ),
+    (
+        {"mask_mod": lambda score, b, h, q_idx, kv_idx: score},
+        TypeError,
+        "mask_mod must take 4 arguments (b, h, q_idx, kv_idx), got "
+        "mask_mod(score, b, h, q_idx, kv_idx)",
+    ),
+    ({"mask_mod": x()}, TypeError, "mask_mod must be a function, got Tensor"),
+    ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+    ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+]
 CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: moba_attention(x(), x(), x(1, 2, 7, 16), **GATE),
         ValueError,
-        "v must have the shape of k, (1, 2, 8, 16), got (1, 2, 7, 16)",
+        "v must have the shape of k, (1, 2, 8, 16), save its head_dim, got (1, 2, 7, 16)",
     ),
     (
         lambda: moba_attention(x(), x(), "v", **GATE),  # type: ignore[call-overload]
@@ -114,6 +266,61 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: moba_attention(x(), x(), x(), **GATE, return_aux=AuxRequest(max_scores=True)),
         ValueError,
         "return_aux must ask for lse alone, got max_scores=True",
+    ),
+    (
+        lambda: moba_attention(x(1, 2, 5, 16), x(), x(), **GATE, cu_seqlens=STARTS),
+        ValueError,
+        "cu_seqlens_q must say where documents start among 5 queries of 8 keys, got None",
+    ),
+    (
+        lambda: moba_attention(
+            x(), x(), x(), **GATE, head_top_k=torch.tensor([2, 2]), plan="dense"
+        ),
+        ValueError,
+        "head_top_k must be None for plan='dense', got a Tensor: let plan be 'auto'",
+    ),
+    (
+        lambda: moba_attention(
+            x(), x(), x(), block_size=2, top_k=2, cu_seqlens=STARTS, plan="dense"
+        ),
+        ValueError,
+        "top_k must cover all 3 blocks for plan='dense', got 2: "
+        "raise top_k, or let plan be 'auto'",
+    ),
+    (
+        lambda: routed_attention(x(), x(), x(), "all"),  # type: ignore[call-overload]
+        TypeError,
+        "routing must be a Routing, got str",
+    ),
+    (
+        lambda: routed_attention(x(), x(), x(), route(x(1, 2, 4, 16), x(), **GATE)),
+        ValueError,
+        "routing must be of [B, Hq, Q, KV] = (1, 2, 8, 8), got one of (1, 2, 4, 8)",
+    ),
+    (
+        lambda: routed_attention(x(), x(), x(), to_meta(route(x(), x(), **GATE))),
+        ValueError,
+        "routing must be on the device of q, cpu, got meta",
+    ),
+    (
+        lambda: routed_attention(
+            *[x()] * 3,
+            route(x(), x(), **GATE),
+            plan="dense",  # type: ignore[call-overload]
+        ),
+        ValueError,
+        "plan must be one of ('auto', 'fused', 'routed', 'masked'), got 'dense'",
+    ),
+    (
+        lambda: moba_attention(x(), x(), x(1, 2, 8, 0), **GATE),
+        ValueError,
+        "v must have the shape of k, (1, 2, 8, 16), save its head_dim, got (1, 2, 8, 0)",
+    ),
+    (
+        lambda: torch.vmap(lambda q: moba_attention(q, q, q, **GATE))(x(3, 1, 2, 8, 16)),
+        ValueError,
+        "q, k and v must be plain tensors, got some under torch.func.vmap: "
+        "make what vmap runs over part of the batch",
     ),
     (
         lambda: moba_attention(x(), x(), x(requires_grad=True), **GATE, plan="masked"),
@@ -170,6 +377,38 @@ def test_queries_and_keys(q: Any, k: Any, error: type[Exception], message: str) 
             call()
 
 
+@pytest.mark.parametrize(("options", "error", "message"), LAYOUT_ERRORS, ids=identify)
+def test_layouts(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    for call in (
+        lambda: moba_attention(x(), x(), x(), **GATE, **options),
+        lambda: create_moba_block_mask(x(), x(), **GATE, **options),
+        lambda: patterns.sliding_window(x(), x(), block_size=4, local_blocks=1, **options),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
+@pytest.mark.parametrize(("head_top_k", "error", "message"), HEAD_ERRORS, ids=identify)
+def test_top_k_of_heads(head_top_k: Any, error: type[Exception], message: str) -> None:
+    for call in (
+        lambda: moba_attention(x(), x(), x(), **GATE, head_top_k=head_top_k),
+        lambda: create_moba_block_mask(x(), x(), **GATE, head_top_k=head_top_k),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
+@pytest.mark.parametrize(("options", "error", "message"), MOD_ERRORS, ids=identify)
+def test_mods(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    routing = route(x(), x(), **GATE)
+    for call in (
+        lambda: moba_attention(x(), x(), x(), **GATE, **options),
+        lambda: routed_attention(x(), x(), x(), routing, **options),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
 @pytest.mark.parametrize(("call", "error", "message"), CALL_ERRORS, ids=identify)
 def test_calls(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
@@ -214,6 +453,19 @@ def test_what_cuda_cannot_serve(
         q = torch.empty(1, 2, 64, head_dim, device="cuda", dtype=dtype)
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             moba_attention(q, q, q, block_size=16, top_k=2, plan=plan)
+
+
+@pytest.mark.parametrize("name", ["score_mod", "mask_mod"])
+def test_functions_that_the_fused_plan_does_not_take(name: str) -> None:
+    mods: dict[str, Any] = {
+        "score_mod": lambda score, b, h, q_idx, kv_idx: score,
+        "mask_mod": lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
+    }
+    message = f"{name} must be None for plan='fused', got a function: let plan be 'routed'"
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, 16, device="cuda")
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            moba_attention(q, q, q, **GATE, plan="fused", **{name: mods[name]})
 
 
 def test_the_fused_plan_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
