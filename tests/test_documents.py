@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import moba_attention, moba_attention_reference
-from moba_flex.compile import parts
+from moba_flex.compile import cpu, parts
 from moba_flex.masks import router
+from moba_flex.masks.layout import make_tables
 from tests.case import Case, Span
 from tests.helpers import assert_matches_oracle, attention, cases, chosen_blocks, route_case
 
@@ -237,3 +239,46 @@ def test_each_head_has_its_own_top_k() -> None:
     for head, number in enumerate(numbers):
         alone = moba_attention(q, k, v, block_size=16, top_k=number)
         torch.testing.assert_close(out[:, head], alone[:, head])
+
+
+@pytest.mark.parametrize("kind", ["docs", "pads", "heads"])
+def test_one_graph_for_any_layout(kind: str) -> None:
+    """Neither lengths nor where documents lie nor the blocks of a head make a new graph."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        return moba_attention(q, k, v, block_size=16, top_k=3, **options)
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for length, number in ((90, 3), (150, 4), (333, 7), (210, 5)):
+        lengths = [length - 5 * number, *[5] * number]
+        case = Case(batch=2, group=2, q_len=length, kv_len=length)
+        if kind == "docs":
+            case = replace(case, docs=(*lengths,))
+        elif kind == "pads":
+            case = replace(case, pads=((number, 0), (length // 2, 2 * number)))
+        options = case.layout
+        if kind == "heads":
+            options["head_top_k"] = torch.tensor([1 + number % 3, 2])
+        q, k, v = inputs = [x.requires_grad_() for x in case.inputs()]
+        out, expected = compiled(q, k, v, options), attend(q, k, v, options)
+        torch.testing.assert_close(out, expected)
+        weight = torch.randn_like(out)
+        grads = torch.autograd.grad(out, inputs, weight)
+        for x, y in zip(grads, torch.autograd.grad(expected, inputs, weight), strict=True):
+            torch.testing.assert_close(x, y)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_ops_keep_the_rules_of_torch_library(causal: bool) -> None:
+    for layout in ({"docs": (30, 0, 41)}, {"pads": ((3, 9), (71, 0))}):
+        case = Case(2, 1, 2, 71, 71, 16, 8, 3, causal=causal, **layout)
+        q, k, v = (x.requires_grad_() for x in case.inputs())
+        tables = make_tables(71, 71, 8, causal, **case.layout)
+        assert tables is not None
+        gate = (q, k, 8, 2, 1, 0, causal, torch.tensor([2, 3]), *tables)
+        torch.library.opcheck(router.gate_cpu, gate)
+        options = (router.gate_cpu(*gate), 8, causal, 0.3, *tables)
+        torch.library.opcheck(cpu.attend_cpu, (q, k, v, *options))

@@ -406,7 +406,7 @@ def test_mods(options: dict[str, Any], error: type[Exception], message: str) -> 
         lambda: routed_attention(x(), x(), x(), routing, **options),
     ):
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
-            call()
+            call()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), CALL_ERRORS, ids=identify)
