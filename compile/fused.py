@@ -407,9 +407,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    grad = torch.zeros_like(ctx.saved_tensors[5]) if grad is None else grad
+    q, k, v, queries, extents, out, lse, rank, first = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    saved = q, k, v, queries, extents, out, lse, rank, first
     options = ctx.block_size, ctx.causal, ctx.scale, ctx.softcap
-    grads = attend_fused_backward(grad, grad_lse, *ctx.saved_tensors, *options)
+    grads = attend_fused_backward(grad, grad_lse, *saved, *options)
     return *grads, None, None, None, None, None, None, None
 
 

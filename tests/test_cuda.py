@@ -1,6 +1,7 @@
 """The same comparisons on a CUDA device, and what exists there alone."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from moba_flex import (
     moba_attention_reference,
     route,
 )
+from tests import fuzz
 from tests.helpers import (
     Case,
     assert_gate_is_right,
@@ -89,6 +91,44 @@ def test_whole_tiles_are_the_oracle(kind: str, plan: Any) -> None:
         assert_matches_oracle(f"cuda {plan}, whole tiles", case, attention(case, plan))
 
     check()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("plan", ["fused", "routed", "masked", "dense", "auto"])
+def test_whole_requests_are_the_oracle(plan: str) -> None:
+    """Documents, padding, mods and all: some of what `python -m tests.fuzz` draws."""
+    count = settings().max_examples * (10 if plan == "fused" else 1)
+    seed = int(torch.randint(2**31, ()))
+    tally = fuzz.fuzz(range(count), seed, "cuda", (plan,), 0.0)
+    assert not tally.failures, f"seed {seed}: {tally.failures}"
+
+
+def documents(count: int, length: int) -> tuple[Tensor, list[slice]]:
+    """Cut a length into documents, the first of one token and the second empty."""
+    inner = torch.randint(2, length + 1, (count - 2,)).sort().values
+    starts = torch.cat((torch.tensor([0, 1, 1]), inner, torch.tensor([length])))
+    edges = starts.tolist()
+    slices = [slice(a, b) for a, b in pairwise(edges) if a < b]
+    return starts.int().cuda(), slices
+
+
+def test_packed_documents_are_separate_calls() -> None:
+    case = replace(FUSED_KINDS["no groups"], batch=1, q_len=3000, kv_len=3000, device="cuda")
+    q, k, v = (x.requires_grad_() for x in case.inputs())
+    gate: dict[str, Any] = {"block_size": 128, "top_k": 4, "plan": "fused"}
+    starts, slices = documents(9, 3000)
+    weight = torch.randn_like(q)
+    packed = moba_attention(q, k, v, **gate, cu_seqlens=starts)
+    apart = torch.cat(
+        [moba_attention(*(x[:, :, s] for x in (q, k, v)), **gate) for s in slices], 2
+    )
+    half_step = torch.finfo(BF16).eps / 2
+    pairs = [(packed, apart)]
+    pairs += zip(
+        *(torch.autograd.grad(x, (q, k, v), weight) for x in (packed, apart)), strict=True
+    )
+    for x, y in pairs:  # each rounds its parts and its result
+        assert (x.float() - y.float()).norm() < 4 * half_step * y.float().norm()
 
 
 def test_tensors_past_32_bit_offsets() -> None:
