@@ -134,8 +134,8 @@ def _offer(  # type: ignore[no-untyped-def]
         while tl.max((new > worst).to(tl.int32)) > 0:
             # Ties break to the left, which is the more recent block, and evict the oldest.
             at = tl.min(tl.where(affinity == new, lane, TILE_N), 1, keep_dims=True)
-            oldest = tl.min(tl.where(best == worst, block, 0x7FFFFFFF), 1, keep_dims=True)
-            evicted = (new > worst) & (best == worst) & (block == oldest)
+            last = tl.min(tl.where(best == worst, block, 0x7FFFFFFF), 1, keep_dims=True)
+            evicted = (new > worst) & (best == worst) & (block == last)
             best = tl.where(evicted, new, best)
             block = tl.where(evicted, top - at, block)
             affinity = tl.where(lane == at, -float("inf"), affinity)
