@@ -171,7 +171,7 @@ class _Scores:
         power = torch.baddbmm(none, q, k.mT, beta=0, alpha=2 * self.scale / cap)
         power.clamp_(-40, 40).expm1_()
         height = cap * self.unit
-        return power.div_(torch.add(q.new_tensor(2 / height), power, alpha=1 / height))
+        return power.div_(torch.rsub(power, 2 / height, alpha=-1 / height))
 
     def uncap(self, grad: Tensor, capped: Tensor) -> Tensor:
         """Turn a gradient of what `cap` returned into one of what it took."""
@@ -278,7 +278,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
 ) -> tuple[Tensor, Tensor]:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    v_dim = v.shape[3]
+    limits, v_dim = torch.finfo(exact), v.shape[3]
     spoiled = not v.sum(dtype=exact).isfinite()
     if spoiled:
         # A weight of 0 times what is not finite is NaN: a column says who sees such a value.
@@ -306,16 +306,17 @@ def _forward(
             weight = scores.exp2_()
             total = weight.sum(2, keepdim=True)
             attended = torch.bmm(weight, piece.keys(part_v))
-            piece.put(part_out, attended.div_(total.masked_fill(total == 0, 1.0)))
+            piece.put(part_out, attended.div_(total.clamp(min=limits.tiny)))
             logarithm = total.log2_() if largest is None else total.log2_().add_(largest)
             piece.put(part_lse, logarithm.div_(_LOG2E))
         part_out, part_lse = part_out.flatten(1, 2), part_lse.flatten(1, 2)
-        old = part.queries.take(lse)
-        # Where the part is nothing, it weighs nothing, also beside nothing.
-        gain = torch.sigmoid(part_lse - old).masked_fill_(part_lse == -math.inf, 0.0)
-        merged = torch.lerp(part.queries.take(out), part_out, gain.unsqueeze(3))
-        part.queries.put(out, merged)
-        part.queries.put(lse, torch.logaddexp(old, part_lse))
+        if not part.first:
+            merged = torch.logaddexp(part.queries.take(lse), part_lse)
+            # Nothing weighs nothing, also beside nothing.
+            gain = torch.exp(part_lse - merged.clamp(min=limits.min)).unsqueeze(3)
+            part_out, part_lse = torch.lerp(part.queries.take(out), part_out, gain), merged
+        part.queries.put(out, part_out)
+        part.queries.put(lse, part_lse)
     if spoiled:
         out = out[..., :v_dim].masked_fill(out[..., v_dim:] > 0, math.nan)
     return out.to(q.dtype), lse

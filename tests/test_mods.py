@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from moba_flex import moba_attention, moba_attention_reference, route
 from moba_flex.compile import modded, plans
 from moba_flex.masks.mods import Mods
+from moba_flex.masks.regroup import Regrouping
+from moba_flex.masks.router import Routing
+from moba_flex.masks.tiles import TILE, KeyLayout, routed_block_mask
 from tests.helpers import (
     Case,
     assert_matches_oracle,
@@ -268,3 +271,55 @@ def test_ops_keep_the_rules_of_torch_library(grad_lse: bool) -> None:
     saved = (x.detach() for x in (q, k, v, routing.blocks, out, lse))
     grads = torch.randn_like(out), torch.randn_like(lse) if grad_lse else None
     torch.library.opcheck(modded.attend_softcap_backward, (*grads, *saved, *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"docs": (5, 0, 77, 1, 200)}, {"pads": ((9, 0), (0, 60))}])
+def test_form_on_cuda_is_one_graph_for_any_length(
+    layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention itself, forward and backward; and functions that capture other tensors."""
+    # It has a backward on CPU where nothing generates code, and reads the mask, not the lists.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+
+    def spelled_out(groups: Regrouping, layout: KeyLayout, mask_mod: Any) -> BlockMask:
+        def listed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            tile = q_idx // TILE
+            met = groups.tile_block[b, h, tile] == kv_idx // layout.stride
+            return met & groups.tile_used[b, h, tile] & mask_mod(b, h, q_idx, kv_idx)
+
+        return routed_block_mask(groups, layout, listed)
+
+    monkeypatch.setattr(plans, "routed_block_mask", spelled_out)
+    base = Case(2, 1, 2, 283, 283, 32, 37, 3, softcap=5.0, score="relative", mask="random:0.5")
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, tables: Any, blocks: Tensor, score_mod: Any, mask_mod: Any
+    ) -> Any:
+        routing = Routing(blocks, base.block_size, q.shape[2], k.shape[2], True, tables)
+        mods = Mods(score_mod, mask_mod, base.softcap)
+        return plans._routed_flex(q, k, v, routing, scale=0.2, mods=mods)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for seed, extra in enumerate((0, 120, 301)):
+        case = replace(base, seed=seed, q_len=283 + extra, kv_len=283 + extra, **layout)
+        if case.docs is not None:
+            case = replace(case, docs=(5 + extra, *case.docs[1:]))
+        q, k, v = (x.requires_grad_() for x in case.inputs())
+        captured = {key: x.requires_grad_() for key, x in case.captured().items()}
+        routing = route_case(case, q, k)
+        mods = Mods(case.score_mod(captured), case.mask_mod(), case.softcap)
+        expected = modded.attend_modded(q, k, v, routing, mods, 0.2)
+        functions = mods.score_mod, mods.mask_mod
+        found = compiled(q, k, v, routing.tables, routing.blocks, *functions)
+        of = [q, k, v, *captured.values()]
+        weights = [torch.randn_like(x) for x in expected]
+        weights[1] = weights[1].masked_fill(expected[1] == -torch.inf, 0.0)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
+        grads = (torch.autograd.grad(x, of, weights) for x in (found, expected))
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
