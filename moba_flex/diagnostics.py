@@ -1,4 +1,7 @@
-"""What a routing looks like: how much it attends to, how evenly, and what it misses."""
+"""What a routing looks like: how much it attends to, how evenly, and what it misses.
+
+Routings of one sequence a row only: of packed documents and of padded rows a ValueError says so.
+"""
 
 import math
 
@@ -154,6 +157,11 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
 
 def _own_blocks(routing: Routing) -> Tensor:
     """Return the number of each query's own block, int64 `[Q]`."""
+    if routing.tables is not None:
+        raise ValueError(
+            "routing must be of one sequence a row, got documents or padding: "
+            "look at sequences one by one"
+        )
     position = torch.arange(routing.q_len, device=routing.blocks.device) + routing.q_offset
     return position // routing.block_size
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from moba_flex import diagnostics, pretrained
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations.layout import Layout
-from moba_flex.integrations.transformers import apply, observe
+from moba_flex.integrations.transformers import apply, gate_of, observe
 from moba_flex.masks.router import route
 
 _ROWS = 256  # rows of logits that are held in float32 at a time
@@ -235,14 +235,7 @@ class _Probe:
         layout: Layout,
     ) -> None:
         start = _clock(q.device)
-        routing = route(
-            q,
-            k,
-            block_size=config.block_size,
-            top_k=config.top_k,
-            sink_blocks=config.sink_blocks,
-            local_blocks=config.local_blocks,
-        )
+        routing = route(q, k, **gate_of(config, layer_idx, q.device))
         self.rows.append(
             (
                 diagnostics.density(routing),

