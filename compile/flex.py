@@ -49,6 +49,10 @@ def attend(
     # For fewer than 128 queries PyTorch would take its decoding kernel, which for some dtypes and
     # head dims has no tile that fits the mask blocks.
     options: Any = {"BACKEND": "TRITON"} if q.is_cuda else None
+    if q.is_cuda and score_mod is not None:
+        # With three stages, and what gradients of captured tensors need, PyTorch's choice for head
+        # dims from 64 to 128 fills the shared memory of a Hopper GPU to the last byte.
+        options["bwd_num_stages"] = 2
     result = flex_attention(
         q,
         k,
