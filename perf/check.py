@@ -6,6 +6,7 @@ it reaches lengths at which a whole reference would not fit.
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,14 +45,16 @@ def check(
     """
     tolerance = TOLERANCE[q.dtype]
     block_size, top_k = (shape.block_size, shape.top_k) if sparse else (shape.seq_len, 1)
-    rows = torch.linspace(0, shape.seq_len - 1, QUERIES, device=q.device).long()
+    rows = torch.linspace(shape.padding, shape.seq_len - 1, QUERIES, device=q.device)
+    rows = rows.long().unique()
+    keys = number_keys(shape, block_size, q.device)
 
     def reference(q_rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend_rows(
-            q_rows, k, v, rows, gate(q_rows, k, rows, block_size, top_k), block_size
-        )
+        blocks = gate(q_rows, k, rows, keys, top_k)
+        return attend_rows(q_rows, k, v, rows, blocks, keys.block, shape.softcap)
 
     out = attend(q, k, v)
+    assert not out[:, :, : shape.padding].any(), "padding must get zeros, got others"
     expected = torch.empty_like(out[:, :, rows], dtype=torch.float64)
     with torch.no_grad():
         for of_q, of_k in by_head(q, k):
@@ -91,32 +94,56 @@ def by_head(q: Tensor, k: Tensor) -> Iterator[tuple[Index, Index]]:
             yield (batch, slice(h * group, (h + 1) * group)), (batch, slice(h, h + 1))
 
 
-def gate(q: Tensor, k: Tensor, rows: Tensor, block_size: int, top_k: int) -> Tensor:
+class Keys(NamedTuple):
+    """Of each key its block and its document, int `[S]`. Padding is a document of its own."""
+
+    block: Tensor
+    document: Tensor
+
+
+def number_keys(shape: Shape, block_size: int, device: torch.device) -> Keys:
+    """Number the blocks of a row, which start anew at the start of each document."""
+    starts = sorted({0, *range(shape.padding, shape.seq_len, shape.length)})
+    position = torch.arange(shape.seq_len, device=device)
+    start = torch.tensor(starts, device=device)
+    document = torch.bucketize(position, start, right=True) - 1
+    begins = (position - start[document]) % block_size == 0
+    return Keys(begins.cumsum(0) - 1, document)
+
+
+def gate(q: Tensor, k: Tensor, rows: Tensor, keys: Keys, top_k: int) -> Tensor:
     """Choose blocks for some queries (arXiv 2502.13189, equations 5 to 7).
 
     Args:
         q: The `R` queries of a key head, `[1, G, R, D]`.
         k: Its keys, `[1, 1, S, D]`.
         rows: Positions of the queries, `[R]`.
-        block_size: Keys per routed block.
+        keys: Where blocks and documents lie.
         top_k: Blocks a query attends to, its own included.
 
     Returns:
         The others' numbers, int `[1, G, R, K - 1]`; the number of blocks stands for none.
     """
     with torch.no_grad():
-        block = torch.arange(k.shape[2], device=k.device) // block_size
+        block, document = keys
         size = block.bincount()
         total = k.new_zeros(1, 1, len(size), k.shape[3], dtype=torch.float64)
         means = total.index_add(2, block, k.double()) / size[:, None]
         affinity = q.double() @ means.to(k.dtype).double().mT
-        past = torch.arange(len(size), device=k.device) < (rows // block_size)[:, None]
+        number, first = torch.arange(len(size), device=k.device), size.cumsum(0) - size
+        past = (number < block[rows, None]) & (document[first] == document[rows, None])
         best = affinity.masked_fill(~past, -math.inf).topk(min(top_k, len(size)) - 1)
         return best.indices.masked_fill(best.values == -math.inf, len(size))
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, blocks: Tensor, block_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    blocks: Tensor,
+    block: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend, in float64, with some queries to their own blocks and to chosen ones.
 
@@ -126,17 +153,19 @@ def attend_rows(
         v: Its values, `[1, 1, S, D]`.
         rows: Positions of the queries, `[R]`.
         blocks: What `gate` returns.
-        block_size: Keys per routed block.
+        block: The block of each key, int `[S]`.
+        softcap: What scores are capped at, if they are.
 
     Returns:
         Outputs, `[1, G, R, D]`.
     """
     positions = torch.arange(k.shape[2], device=k.device)
-    block, own = positions // block_size, rows[:, None] // block_size
     chosen = torch.zeros(*q.shape[:3], int(block[-1]) + 2, dtype=torch.bool, device=k.device)
     chosen.scatter_(3, blocks.long(), True)
-    mask = (chosen[..., block] | (block == own)) & (positions <= rows[:, None])
+    mask = (chosen[..., block] | (block == block[rows, None])) & (positions <= rows[:, None])
     logits = q.double() @ k.double().mT / math.sqrt(k.shape[3])
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits.masked_fill(~mask, -math.inf).softmax(-1) @ v.double()
 
 

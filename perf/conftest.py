@@ -21,6 +21,7 @@ ONLY = {
     "sweep": (_FEW, STAGES + PARTS),
     "dense": (_FEW, STAGES),
     "map": (_FEW, ("forward+backward",)),
+    "layouts": ((OURS,), STAGES),
 }
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import create_moba_block_mask, moba_attention
 from moba_flex.compile.flex import repeatable
+from moba_flex.masks.layout import Layout
 from perf.shapes import Shape
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,21 +47,35 @@ class Peer:
 
 def moba_flex(shape: Shape, device: torch.device) -> Attention:
     """Set up the plan that this library takes by itself."""
-    return _moba_flex(shape, "auto")
+    return _moba_flex(shape, device, "auto")
 
 
 def moba_flex_routed(shape: Shape, device: torch.device) -> Attention:
     """Set up this library's plan that is made of FlexAttention."""
     if device.type != "cuda":
         raise Unavailable("on CPU this is what moba_flex takes by itself")
-    return _moba_flex(shape, "routed")
+    return _moba_flex(shape, device, "routed")
 
 
-def _moba_flex(shape: Shape, plan: Literal["auto", "routed"]) -> Attention:
+def _moba_flex(shape: Shape, device: torch.device, plan: Literal["auto", "routed"]) -> Attention:
+    options: dict[str, Any] = {"block_size": shape.block_size, "top_k": shape.top_k}
+    options |= {"softcap": shape.softcap, **layout(shape, device)}
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return moba_attention(q, k, v, block_size=shape.block_size, top_k=shape.top_k, plan=plan)
+        return moba_attention(q, k, v, plan=plan, **options)
 
     return attend
+
+
+def layout(shape: Shape, device: torch.device) -> Layout:
+    """Return what tells moba_flex that a row is packed of documents, or padded."""
+    if shape.documents:
+        starts = range(0, shape.seq_len + 1, shape.length)
+        return {"cu_seqlens": torch.tensor(starts, dtype=torch.int32, device=device)}
+    if shape.padding:
+        real = torch.arange(shape.seq_len, device=device) >= shape.padding
+        return {"key_mask": real.repeat(shape.batch, 1)}
+    return {}
 
 
 def flex_moba(shape: Shape, device: torch.device) -> Attention:

@@ -1,5 +1,6 @@
 """The shapes that are timed, their inputs, and how much work each of them is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ class Shape:
         dtype: Of queries, keys and values.
         routing: "uniform" if blocks are chosen evenly; "one" if all queries want the first block;
             "skewed" if 90 % of the queries want the first 5 % of the blocks.
+        documents: How many documents of one length each row is packed of; 0 if it is not packed.
+        padding: How many tokens at the start of each row are padding.
+        softcap: What scores are capped at; None if they are not.
     """
 
     name: str
@@ -38,6 +42,9 @@ class Shape:
     top_k: int
     dtype: torch.dtype
     routing: Literal["uniform", "one", "skewed"] = "uniform"
+    documents: int = 0
+    padding: int = 0
+    softcap: float | None = None
 
     @property
     def dense(self) -> bool:
@@ -46,8 +53,18 @@ class Shape:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a sequence; the last may be short."""
+        """Blocks of a row, but for what documents cut; the last may be short."""
         return -(-self.seq_len // self.block_size)
+
+    @property
+    def length(self) -> int:
+        """Tokens that can see each other: of a document, or of a row without its padding."""
+        return (self.seq_len - self.padding) // max(1, self.documents)
+
+    @property
+    def instances(self) -> int:
+        """How often a head attends to so many tokens."""
+        return self.batch * self.num_heads * max(1, self.documents)
 
     @property
     def selected_pairs(self) -> int:
@@ -57,18 +74,18 @@ class Shape:
         whole blocks before it, or as many as there are.
         """
         pairs = 0
-        for start in range(0, self.seq_len, self.block_size):
-            queries = min(self.block_size, self.seq_len - start)
+        for start in range(0, self.length, self.block_size):
+            queries = min(self.block_size, self.length - start)
             own = queries * (queries + 1) // 2
             past = min(start, (self.top_k - 1) * self.block_size)
             pairs += own + queries * past
-        return pairs * self.batch * self.num_heads
+        return pairs * self.instances
 
     @property
     def density(self) -> float:
         """Share of the causal pairs that MoBA attends to."""
-        causal_pairs = self.seq_len * (self.seq_len + 1) // 2
-        return self.selected_pairs / (causal_pairs * self.batch * self.num_heads)
+        causal_pairs = self.length * (self.length + 1) // 2
+        return self.selected_pairs / (causal_pairs * self.instances)
 
     def flops(self, stage: str) -> float:
         """Operations of a stage: two matrix products a selected pair forward, five backward.
@@ -83,8 +100,8 @@ class Shape:
         """Operations that MoBA cannot do without: those of a stage, and the scores of its gate."""
         gate = 0
         if stage != "backward":
-            candidates = sum(query // self.block_size for query in range(self.seq_len))
-            gate = 2 * self.head_dim * candidates * self.batch * self.num_heads
+            candidates = sum(query // self.block_size for query in range(self.length))
+            gate = 2 * self.head_dim * candidates * self.instances
         return self.flops(stage) + gate
 
     def bytes(self, stage: str) -> int:
@@ -99,7 +116,8 @@ def draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
     Unless routing is uniform, the keys of the wanted blocks and the queries that want them are
     shifted along one direction: by so little that attention stays spread, by so much that the
-    affinity, 12 more, outdoes that of all other blocks.
+    affinity, 12 more, outdoes that of all other blocks. With a cap, queries are so long that it
+    changes the output.
     """
     torch.manual_seed(0)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
@@ -110,6 +128,8 @@ def draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         direction = shape.head_dim**-0.5  # all elements alike make a vector of length 1
         q += 6 * direction * (torch.rand(shape.seq_len, 1, device=device) < share)
         k[:, :, : blocks * shape.block_size] += 2 * direction
+    if shape.softcap is not None:
+        q *= shape.softcap / 12  # largest scores of a query about a quarter of the cap
     return q, k, v
 
 
@@ -131,8 +151,22 @@ def _dense(thousands: int) -> Shape:
     return _eight(thousands, thousands * 1024, 1)
 
 
-def _cpu(name: str, seq_len: int) -> Shape:
-    return Shape(name, 1, 4, 4, seq_len, 64, 512, 3, torch.float32)
+def _cpu(thousands: int, block_size: int, top_k: int, note: str = "", **changed: Any) -> Shape:
+    usual = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "dtype": torch.float32}
+    return _gpu(thousands, block_size, top_k, note, **usual | changed)
+
+
+def _layouts(make: Callable[..., Shape], thousands: int) -> list[Shape]:
+    """List a plain row, and the same packed of documents, padded, and with a cap."""
+    sizes = thousands, 128, 8
+    return [
+        make(*sizes),
+        make(*sizes, "1 document", documents=1),
+        make(*sizes, "8 documents", documents=8),
+        make(*sizes, "256 documents", documents=256),
+        make(*sizes, "1/8 padding", padding=thousands * 1024 // 8),
+        make(*sizes, "softcap 50", softcap=50.0),
+    ]
 
 
 TINY = Shape("tiny", 2, 4, 2, 320, 32, 64, 3, torch.float32)
@@ -172,13 +206,15 @@ ROWS = {
                 for top_k in (2, 3, 4, 8, 12, 16)
             ),
         ],
+        "layouts": _layouts(_gpu, 64),
         "errors": [_gpu(32, 128, 8)],
     },
     "cpu": {
         "main": [
-            _cpu("8K/512/3", 8 * 1024),
-            _cpu("16K/512/3", 16 * 1024),
-            _cpu("32K/512/3", 32 * 1024),
+            _cpu(8, 512, 3),
+            _cpu(16, 512, 3),
+            _cpu(32, 512, 3),
         ],
+        "layouts": _layouts(_cpu, 8),
     },
 }

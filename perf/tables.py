@@ -71,7 +71,7 @@ def sizes(benches: list[Bench]) -> str:
 
 
 def table(benches: list[Bench]) -> str:
-    """Write a row for each shape and implementation, then one for each forward pass in parts."""
+    """Write a row for each shape and implementation."""
     titles = [title for stage in STAGES for title in (f"{stage} ms", "x")]
     rows = [["shape", "implementation", *titles, "TFLOP/s", "of the limit", "MiB"]]
     for shape, peers in group(benches).items():
@@ -84,11 +84,38 @@ def table(benches: list[Bench]) -> str:
                 cells += [timing(bench), f"{ratio:.2f}" if ratio else ""]
             cells += [passes(stages, "tflops", "{:.3g}"), passes(stages, "limit_share", "{:.1%}")]
             rows.append([*cells, memory(stages)])
+    return markdown(rows)
+
+
+def table_and_parts(benches: list[Bench]) -> str:
+    """Write that table, then a row for each forward pass in parts, if they were timed."""
     parts = [[f"{OURS}, parts of forward", *(f"{part} ms" for part in PARTS)]]
     for shape, peers in group(benches).items():
         if PARTS[0] in (stages := peers.get(OURS, {})):
             parts.append([shape, *(timing(stages.get(part)) for part in PARTS)])
-    return "\n\n".join(markdown(lines) for lines in (rows, parts) if len(lines) > 1)
+    return table(benches) + (f"\n\n{markdown(parts)}" if len(parts) > 1 else "")
+
+
+def layouts_table(benches: list[Bench]) -> str:
+    """Write a row for each layout, its times as ratios to those of the plain row too."""
+    titles = [title for stage in STAGES for title in (f"{stage} ms", "x plain")]
+    rows = [["layout", *titles]]
+    run = {shape: peers[OURS] for shape, peers in group(benches).items()}
+    plain: dict[str, Bench] = next(filter(is_plain, run.values()), {})
+    for shape, stages in run.items():
+        cells = [shape]
+        for stage in STAGES:
+            bench, base = stages.get(stage), plain.get(stage)
+            ratio = seconds(bench) / seconds(base) if bench and base else None
+            cells += [timing(bench), f"{ratio:.2f}" if ratio else ""]
+        rows.append(cells)
+    return markdown(rows)
+
+
+def is_plain(stages: dict[str, Bench]) -> bool:
+    """Say whether rows are one sequence each, without padding and without a cap."""
+    info = next(iter(stages.values()))["extra_info"]
+    return not any(info[name] for name in ("documents", "padding", "softcap"))
 
 
 def sweep_table(benches: list[Bench]) -> str:

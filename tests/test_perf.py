@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import moba_attention, moba_attention_reference
 from perf import bench_attention, conftest, errors, plot, tables, timing
-from perf.check import attend_rows, by_head, check, gate, relative_errors
+from perf.check import attend_rows, by_head, check, gate, number_keys, relative_errors
 from perf.fit import fit
-from perf.peers import PEERS, Peer, Unavailable
+from perf.peers import PEERS, Peer, Unavailable, layout
 from perf.shapes import PARTS, ROWS, STAGES, TINY, Shape, draw
 
 CPU = torch.device("cpu")
@@ -42,6 +43,33 @@ def test_selected_pairs_are_those_of_the_gate(seq_len: int, block_size: int, top
     scores = 2 * shape.head_dim * int((own < own[:, None])[:, ::block_size].sum()) * 2 * 2
     assert shape.operations("forward") == shape.flops("forward") + scores
     assert shape.operations("backward") == shape.flops("backward")
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"documents": 1},
+    {"documents": 5},
+    {"documents": 16},  # shorter than a block
+    {"padding": 70},
+    {"padding": 300},  # leaves less than a block
+    {"softcap": 2.0},
+]
+
+
+@pytest.mark.parametrize("changed", LAYOUTS)
+def test_selected_pairs_are_those_of_the_layout(changed: dict[str, Any]) -> None:
+    shape = replace(TINY, **changed)
+    options: dict[str, Any] = {"block_size": shape.block_size, "top_k": shape.top_k}
+    options |= layout(shape, CPU)
+    lse = moba_attention_reference(*inputs(shape), **options, scale=0.0, dtype=torch.float64).lse
+    assert shape.selected_pairs == pytest.approx(float(lse.exp().sum()))  # of scores that are 0
+    dense = replace(shape, top_k=99)
+    assert shape.density == shape.selected_pairs / dense.selected_pairs
+    keys = number_keys(shape, shape.block_size, CPU)
+    rows = torch.arange(shape.padding, shape.seq_len)
+    start = keys.block[torch.searchsorted(keys.document, keys.document[rows])]
+    candidates = int((keys.block[rows] - start).sum()) * shape.batch * shape.num_heads
+    scores = 2 * shape.head_dim * candidates
+    assert shape.operations("forward") == shape.flops("forward") + scores
 
 
 def test_flops_of_a_dense_shape() -> None:
@@ -71,6 +99,7 @@ def test_shapes_are_what_they_are_called(device: str) -> None:
             assert tokens == shape.seq_len
             dense = ["dense"] if shape.dense else [str(shape.block_size), str(shape.top_k)]
             assert options == dense
+            assert shape.seq_len == shape.padding + shape.length * max(1, shape.documents)
 
 
 @pytest.mark.parametrize(
@@ -87,17 +116,20 @@ def test_inputs_make_the_gate_choose_what_is_wanted(
     assert share == pytest.approx(wants, abs=0.08)
 
 
-def test_gate_and_rows_are_those_of_the_oracle() -> None:
-    q, k, v = inputs(TINY)
-    rows = torch.arange(0, TINY.seq_len, 3)
-    expected = moba_attention_reference(
-        q, k, v, block_size=TINY.block_size, top_k=TINY.top_k, dtype=torch.float64
-    ).out[:, :, rows]
+@pytest.mark.parametrize("changed", [{}, *LAYOUTS])
+def test_gate_and_rows_are_those_of_the_oracle(changed: dict[str, Any]) -> None:
+    shape = replace(TINY, **changed)
+    q, k, v = inputs(shape)
+    rows = torch.arange(shape.padding, shape.seq_len, 3)
+    options: dict[str, Any] = {"block_size": shape.block_size, "top_k": shape.top_k}
+    options |= {"softcap": shape.softcap, **layout(shape, CPU)}
+    out = moba_attention_reference(q, k, v, **options, dtype=torch.float64).out
+    keys = number_keys(shape, shape.block_size, CPU)
     for of_q, of_k in by_head(q, k):
         q_rows = q[of_q][:, :, rows]
-        blocks = gate(q_rows, k[of_k], rows, TINY.block_size, TINY.top_k)
-        actual = attend_rows(q_rows, k[of_k], v[of_k], rows, blocks, TINY.block_size)
-        torch.testing.assert_close(actual, expected[of_q], rtol=1e-9, atol=1e-12)
+        blocks = gate(q_rows, k[of_k], rows, keys, shape.top_k)
+        actual = attend_rows(q_rows, k[of_k], v[of_k], rows, blocks, keys.block, shape.softcap)
+        torch.testing.assert_close(actual, out[of_q][:, :, rows], rtol=1e-9, atol=1e-12)
 
 
 def test_heads_are_visited_once() -> None:
@@ -124,6 +156,28 @@ def test_check_accepts_a_right_answer() -> None:
     found = check(dense, *inputs(TINY, requires_grad=True), TINY, sparse=False)
     assert found["right_rows"] == 1
     assert found["error"] < 1e-5
+
+
+@pytest.mark.parametrize("changed", LAYOUTS)
+def test_check_accepts_what_moba_flex_makes_of_a_layout(changed: dict[str, Any]) -> None:
+    shape = replace(TINY, **changed)
+    attend = PEERS["moba_flex"].setup(shape, CPU)
+    found = check(attend, *inputs(shape, requires_grad=True), shape, sparse=True)
+    assert found["right_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({"documents": 5}, "of the queries are right"),
+        ({"padding": 70}, "padding must get zeros"),
+        ({"softcap": 50.0}, "of the queries are right"),
+    ],
+)
+def test_check_refuses_an_answer_that_knows_no_layout(changed: dict[str, Any], wrong: str) -> None:
+    shape = replace(TINY, **changed)
+    with pytest.raises(AssertionError, match=wrong):
+        check(PEERS["moba_flex"].setup(TINY, CPU), *inputs(shape), shape, sparse=True)
 
 
 def test_check_refuses_a_dense_answer_to_a_sparse_question() -> None:
@@ -184,6 +238,8 @@ def test_what_is_timed_of_a_group() -> None:
     assert {stage for *_, stage in grid} == {"forward+backward"}
     assert [peer for _, peer, _ in grid].count("SDPA cuDNN, causal") == 1
     assert [peer for _, peer, _ in grid].count("moba_flex") == 7 * 6
+    layouts = list(conftest.timed("layouts", ROWS["cuda"]["layouts"]))
+    assert {(peer, stage) for _, peer, stage in layouts} == {("moba_flex", s) for s in STAGES}
     main = list(conftest.timed("main", ROWS["cuda"]["main"]))
     assert len(main) == 7 * (len(PEERS) * len(STAGES) + len(PARTS))
     assert len(set(main)) == len(main)
@@ -285,6 +341,7 @@ def test_a_run_holds_what_is_shown_of_it(tmp_path: Path) -> None:
     info = stages["forward"]["extra_info"]
     assert (info["rows"], info["dtype"], info["seq_len"]) == ("tiny", "float32", 320)
     assert "moba_flex" in tables.table(document["benchmarks"])
+    assert tables.is_plain(stages)
 
 
 def test_machine_is_described_without_its_name() -> None:
@@ -309,6 +366,16 @@ MAIN = [
     bench("8K/512/3", "moba_flex", "regroup", 0.02),
     bench("8K/512/3", "moba_flex", "attend", 0.09),
     bench("8K/512/3", "dense", "forward", 1.236),
+]
+
+
+_LAYOUT = {"rows": "layouts", "documents": 0, "padding": 0, "softcap": None}
+LAID_OUT = [
+    bench("8K/128/8 padded", "moba_flex", "forward", 0.2, **_LAYOUT | {"padding": 1024}),
+    bench("8K/128/8 padded", "moba_flex", "forward+backward", 0.39, **_LAYOUT | {"padding": 1024}),
+    bench("8K/128/8", "moba_flex", "forward", 0.1, **_LAYOUT),
+    bench("8K/128/8", "moba_flex", "backward", 0.25, **_LAYOUT),
+    bench("8K/128/8", "moba_flex", "forward+backward", 0.3, **_LAYOUT),
 ]
 
 
@@ -362,7 +429,7 @@ DOCUMENT: dict[str, Any] = {
         "matmul_flops": {"float32": 1.5e11},
         "copy_bytes": 2e10,
     },
-    "benchmarks": [*MAIN, *sweep(), *grid()],
+    "benchmarks": [*MAIN, *sweep(), *grid(), *LAID_OUT],
 }
 
 
@@ -379,7 +446,7 @@ def test_heading() -> None:
 
 
 def test_table() -> None:
-    assert tables.table(MAIN).splitlines()[2:] == [
+    assert tables.table_and_parts(MAIN).splitlines()[2:] == [
         "| 8K/512/3, 25.0% | moba_flex | 100 ± 1 | 1.00 | 250 ± 2 | 1.00 | 400 ± 4 | 1.00 "
         "| 1.23 / 2 | 50.0% / 25.0% | 2,048 |",
         "| 8K/512/3, 25.0% | dense | 1,236 ± 12 | 12.36 | - |  | - |  | 1.23 / - | - / - | - |",
@@ -388,7 +455,18 @@ def test_table() -> None:
         "| --- | --- | --- | --- |",
         "| 8K/512/3 | 10.0 ± 0.1 | 20.0 ± 0.2 | 90.0 ± 0.9 |",
     ]
-    assert "parts" not in tables.table(MAIN[:3])
+    assert tables.table_and_parts(MAIN[:3]) == tables.table(MAIN[:3])
+
+
+def test_layouts_table() -> None:
+    assert tables.layouts_table(LAID_OUT).splitlines() == [
+        "| layout | forward ms | x plain | backward ms | x plain "
+        "| forward+backward ms | x plain |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 8K/128/8 padded | 200 ± 2 | 2.00 | - |  | 390 ± 4 | 1.30 |",
+        "| 8K/128/8 | 100 ± 1 | 1.00 | 250 ± 2 | 1.00 | 300 ± 3 | 1.00 |",
+    ]
+    assert "1.00" not in tables.layouts_table(LAID_OUT[:2])
 
 
 def test_sweep_table() -> None:
@@ -456,32 +534,67 @@ def test_figures(number: float, text: str) -> None:
     assert tables.figures(number) == text
 
 
-def test_main_updates_the_readme_once(
+def test_main_updates_both_pages_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(plot, "ROOT", tmp_path)
-    readme, file = tmp_path / "README.md", tmp_path / "attention_run.json"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
-    file.write_text(json.dumps(DOCUMENT))
-    title = tables.heading(DOCUMENT)
-    sections = [plot.LEGEND]
-    for name, text, sizes in (
-        ("attention_run", tables.table(MAIN), tables.sizes(MAIN)),
-        ("attention_run_sweep", tables.sweep_table(sweep()), tables.sizes(sweep())),
-        ("attention_run_map", tables.map_table(grid()), tables.sizes(grid())),
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    for name, path in (("RESULTS", tmp_path), ("README", readme), ("PAGE", page)):
+        monkeypatch.setattr(plot, name, path)
+    for path in (readme, page):
+        path.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    (tmp_path / "attention_run.json").write_text(json.dumps(DOCUMENT))
+    title, rates = tables.heading(DOCUMENT), tables.rates(DOCUMENT)
+    sections = []
+    for kind, picture, benches, write in (
+        ("main", "attention_run.png", MAIN, tables.table_and_parts),
+        ("layouts", None, LAID_OUT, tables.layouts_table),
+        ("map", "attention_run_map.png", grid(), tables.map_table),
+        ("sweep", "attention_run_sweep.png", sweep(), tables.sweep_table),
     ):
-        head = f"**{title}**{tables.rates(DOCUMENT)}; {sizes}"
-        sections += [head, text, f"![{title}]({name}.png)"]
-    expected = "\n\n".join(sections)
+        head = f"**{title}**{rates}; {tables.sizes(benches)}"
+        sections += [f"## {plot.KINDS[kind].title}", plot.KINDS[kind].legend, head, write(benches)]
+        sections += [f"![{title}]({picture})"] if picture else []
+    head = f"**{title}**{rates}; {tables.sizes(MAIN)}"
+    short = "\n\n".join([plot.LEGEND, head, tables.table(MAIN)])
+    whole = "\n\n".join(sections)
     for _ in range(2):
-        plot.main(["--update-readme", str(file)])
-        assert readme.read_text() == f"before\n{plot.BEGIN}\n{expected}\n{plot.END}\nafter\n"
+        plot.main(["--update"])
+        assert readme.read_text() == f"before\n{plot.BEGIN}\n{short}\n{plot.END}\nafter\n"
+        assert page.read_text() == f"before\n{plot.BEGIN}\n{whole}\n{plot.END}\nafter\n"
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == ["attention_run.png", "attention_run_map.png", "attention_run_sweep.png"]
     for picture in pictures:
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert expected in capsys.readouterr().out
+    assert whole in capsys.readouterr().out
+
+
+def test_pages_are_not_made_from_some_files(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plot.main(["--update", "attention_run.json"])
+    assert "FILE must not be given with --update" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [("dense", "sweep"), ("variants", "variants"), ("tiny", "main"), (None, "main")],
+)
+def test_kinds(rows: str | None, kind: str) -> None:
+    assert plot.kind_of(bench("64K/dense", "moba_flex", "forward", 0.1, rows=rows)) == kind
+
+
+def test_pages_show_the_figures_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {name: getattr(plot, name).read_text() for name in ("README", "PAGE")}
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(plot, name, tmp_path / name)
+    for name, kind in plot.KINDS.items():
+        if kind.draw:
+            monkeypatch.setitem(plot.KINDS, name, kind._replace(draw=lambda *args: None))
+    plot.main(["--update"])
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
 
 
 def test_only_what_a_run_holds_is_shown(
@@ -497,7 +610,7 @@ def test_only_what_a_run_holds_is_shown(
     assert tables.map_table(grid()) in capsys.readouterr().out
 
 
-def test_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
+def test_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must contain"):
