@@ -62,6 +62,8 @@ class Case:
         mask: "window:w", "random:p" (each pair is kept with probability p), or nothing.
         memory: How q, k and v lie in memory, one of `MEMORY` each.
         grads: Which of q, k, v and the captured tensors, "c", require gradients.
+        pattern: A fixed routing in place of the gate: "sliding_window", "sink_window",
+            "global_local:n" or "strided:n", with `sink_blocks` and `local_blocks`.
         plants: Values planted where they hurt: "q=nan" somewhere in one vector, "k*=inf" all over
             one.
     """
@@ -95,6 +97,7 @@ class Case:
     lse: bool = True
     plants: tuple[str, ...] = ()
     plan: str = "auto"
+    pattern: str = ""
 
     def __post_init__(self) -> None:
         """Let sizes follow from documents, and padding fit the sizes."""
@@ -197,7 +200,8 @@ class Case:
         something else, but only without causality does anybody choose it.
         """
         whole = self.block_size & (self.block_size - 1) == 0
-        return self.ties and self.causal and whole and not self.plants
+        gate = not self.plants and not self.pattern
+        return self.ties and self.causal and whole and gate
 
     def _starts(self, lengths: tuple[int, ...]) -> Tensor:
         ends = torch.tensor((0, *lengths), device=self.device).cumsum(0)

@@ -85,6 +85,8 @@ def _draw_kind(rng: Random, device: str, plan: str) -> Case:
     masks = "window:1", "window:7", "window:100", "random:0.9", "random:0.3", "random:0"
     no_grad = device == "cpu" and plan == "masked"  # compiled FlexAttention has no backward there
     some = "".join(name for name in "qkvc" if rng.random() < 0.5)
+    fixed = ("sliding_window", "sink_window", "global_local:3", "strided:2")
+    pattern = maybe(0.08, rng.choice(fixed), "") if plan != "dense" else ""
     layout = rng.choices(("", "docs", "q_docs", "pads"), (30, 25, 15, 30))[0]
     return Case(
         num_kv_heads=num_kv_heads,
@@ -113,6 +115,7 @@ def _draw_kind(rng: Random, device: str, plan: str) -> Case:
         q_docs=() if layout == "q_docs" else None,
         pads=((0, 0),) if layout == "pads" else None,
         plan=plan,
+        pattern=pattern,
     )
 
 
@@ -216,7 +219,8 @@ def _said(case: Case) -> str:
 def simpler(case: Case) -> Iterator[Case]:
     """Yield cases that are smaller or plainer in one respect, the most so first."""
     for name in ("plants", "docs", "q_docs", "pads", "head_top_k", "softcap", "score", "mask",
-                 "v_dim", "scale", "memory", "dtype", "causal", "ties", "lse"):  # fmt: skip
+                 "pattern", "v_dim", "scale", "memory", "dtype", "causal", "ties",
+                 "lse"):  # fmt: skip
         plain: dict[str, Any] = {name: Case.__dataclass_fields__[name].default}
         if getattr(case, name) != plain[name]:
             yield replace(case, **plain)
@@ -332,7 +336,9 @@ def tags(case: Case) -> Iterator[tuple[str, str]]:
             "all" if q == kv else "none" if q == 0 else "1 of more" if q == 1 else "some",
         )
     yield "gate", "causal" if case.causal else "not causal"
-    if case.sink_blocks or case.local_blocks:
+    if case.pattern:
+        yield "gate", case.pattern.partition(":")[0]
+    elif case.sink_blocks or case.local_blocks:
         yield "gate", "forced blocks"
     if case.head_top_k is not None:
         yield "gate", "top_k by head"

@@ -21,7 +21,14 @@ from torch.library import wrap_triton
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import Routing, moba_attention, moba_attention_reference, route
+from moba_flex import (
+    Routing,
+    moba_attention,
+    moba_attention_reference,
+    patterns,
+    route,
+    routed_attention,
+)
 from moba_flex.compile.plans import interpreted
 from moba_flex.masks.layout import make_tables
 from moba_flex.oracle import ReferenceOutput
@@ -117,9 +124,17 @@ def run_script(name: str) -> Any:
 
 def route_case(case: Case, q: Tensor, k: Tensor) -> Routing:
     """Return the library's choice for a case."""
-    gate = case.gate
+    if case.pattern:
+        name, _, number = case.pattern.partition(":")
+        options: dict[str, Any] = {"local_blocks": case.local_blocks, "causal": case.causal}
+        if name == "sink_window":
+            options["sink_blocks"] = case.sink_blocks
+        if number:
+            options["every" if name == "global_local" else "stride"] = int(number)
+        pattern = getattr(patterns, name)
+        return pattern(q, k, block_size=case.block_size, **options, **case.layout)
     tables = make_tables(case.q_len, case.kv_len, case.block_size, case.causal, **case.layout)
-    return route(q, k, **gate, tables=tables)
+    return route(q, k, **case.gate, tables=tables)
 
 
 def chosen_blocks(routing: Routing) -> Tensor:
@@ -220,8 +235,6 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Attention:
     """Return `moba_attention` of a case, as a function of q, k, v and the captured tensors."""
     options: dict[str, Any] = {
-        **case.gate,
-        **case.layout,
         "scale": case.scale,
         "softcap": case.softcap,
         "mask_mod": case.mask_mod(),
@@ -231,7 +244,12 @@ def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Atten
 
     def run(q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor | None]:
         score_mod = case.score_mod(dict(zip(case.captured(), captured, strict=True)))
-        out, aux = moba_attention(q, k, v, **options, score_mod=score_mod)
+        if case.pattern:
+            routing = route_case(case, q, k)
+            out, aux = routed_attention(q, k, v, routing, **options, score_mod=score_mod)
+        else:
+            request = case.gate | case.layout | options
+            out, aux = moba_attention(q, k, v, **request, score_mod=score_mod)
         return out, aux.lse
 
     return run
@@ -291,7 +309,8 @@ def assert_matches_oracle(
         captured = {key: x.requires_grad_() for key, x in captured.items()}
     routing = route_case(case, q, k)
     blocks = chosen_blocks(routing)
-    assert_gate_is_right(case, q.detach(), k.detach(), blocks)
+    if not case.pattern:
+        assert_gate_is_right(case, q.detach(), k.detach(), blocks)
     if case.has_exact_ties:
         want = oracle(case, q.detach(), k.detach(), v.detach(), captured).blocks
         assert torch.equal(blocks, want), "the more recent of equals"

@@ -433,7 +433,7 @@ def nobody_knows_which_layer() -> Any:
     return gate_of(MoBAConfig(4, 2, head_top_k=((2, 2),)), None, torch.device("cpu"))
 
 
-BOTH = {"cu_seq_lens_q": STARTS.int(), "cu_seq_lens_k": STARTS.int()}
+BOTH: dict[str, Any] = {"cu_seq_lens_q": STARTS.int(), "cu_seq_lens_k": STARTS.int()}
 HOLES = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
 SMALL: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8}
 DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
