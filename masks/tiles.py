@@ -246,11 +246,12 @@ def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
         stop = torch.minimum(stop, position + 1)
     if routing.tables is None:
         return start, stop
-    # Queries that are padding come before those that are not, or after.
+    # Queries that are padding come before those that are not, or after: no tile lies between them
+    # and what the nearest of the others sees.
     real = position >= 0
     before = torch.arange(routing.q_len, device=device) < real.int().argmax(1, keepdim=True)
-    first = torch.where(real, start, kv_len).amin(1, keepdim=True)
-    last = torch.where(real, stop, 0).amax(1, keepdim=True)
+    first = torch.where(real, start, kv_len).amin(1, keepdim=True) // TILE * TILE
+    last = ceil_div(torch.where(real, stop, 0).amax(1, keepdim=True), TILE) * TILE
     nothing = torch.where(before, first, last)
     return torch.where(real, start, nothing), torch.where(real, stop, nothing)
 

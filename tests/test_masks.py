@@ -185,6 +185,8 @@ def test_regrouping_has_room_for_one_popular_block() -> None:
 
 
 @example(case=Case(block_size=20, top_k=2, docs=(300,) * 5, q_docs=(2,) * 5))  # far apart
+@example(case=Case(1, 1, 1, 1100, 1100, block_size=1, pads=((1000, 10),)))  # tiles of padding
+@example(case=Case(1, 1, 1, 1100, 1100, block_size=1, pads=((10, 1000),)))
 @given(case=layouts(max_len=1500, groups=(1,)))
 def test_own_masks_visit_own_blocks(case: Case) -> None:
     blocks = torch.empty(case.batch, case.num_heads, case.q_len, 0, dtype=torch.int32)
@@ -199,6 +201,7 @@ def test_own_masks_visit_own_blocks(case: Case) -> None:
     )
 
 
+@example(case=Case(2, 2, 1, 129, 300, block_size=128, top_k=2))  # keys lie as they are
 @given(case=layouts(max_len=300, min_block=20, groups=(1, 3)))
 def test_routed_masks_visit_chosen_blocks(case: Case) -> None:
     q, k, _ = case.inputs()
@@ -213,7 +216,7 @@ def test_routed_masks_visit_chosen_blocks(case: Case) -> None:
     rows = groups.row.clamp(min=0).long()
     head, q_idx = rows // case.q_len, rows % case.q_len
     b = torch.arange(case.batch)[:, None]
-    key, exists = layout.key_of(b, place)
+    key, exists = layout.key_of(b, place.expand(case.batch, -1))
     if (places := layout.places_of(k)) is not None:
         assert torch.equal(gather_rows(k, *places)[:, 0][exists], k[b, 0, key][exists])
         assert not gather_rows(k, *places)[:, 0][~exists].any()
