@@ -153,7 +153,7 @@ def _own_parts(
     low = extents[0][torch.where(covered, oldest, own)].long()
     high = extents[1][own if causal else torch.where(covered, newest.maximum(own), own)].long()
     starts = torch.ones_like(covered)
-    starts[1:] = (low.diff() != 0) | (position.diff() != 1)
+    starts[1:] = low.diff() != 0
     if hidden is not None:
         starts |= hidden[position]
     start = starts.nonzero().squeeze(1)

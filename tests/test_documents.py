@@ -14,9 +14,10 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import moba_attention, moba_attention_reference
+from moba_flex import moba_attention, moba_attention_reference, route
 from moba_flex.compile import cpu, parts
 from moba_flex.masks import router
+from moba_flex.masks.blocks import pool_extents
 from moba_flex.masks.layout import make_tables
 from tests.case import Case, Span
 from tests.helpers import assert_matches_oracle, attention, cases, chosen_blocks, route_case
@@ -282,3 +283,42 @@ def test_ops_keep_the_rules_of_torch_library(causal: bool) -> None:
         torch.library.opcheck(router.gate_cpu, gate)
         options = (router.gate_cpu(*gate), 8, causal, 0.3, *tables)
         torch.library.opcheck(cpu.attend_cpu, (q, k, v, *options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_keys_are_means_of_each_block(dtype: torch.dtype) -> None:
+    for layout in ({"docs": (30, 0, 1, 7, 41)}, {"pads": ((3, 9), (79, 0), (0, 0))}):
+        case = Case(3, 2, 1, 79, 79, 16, 8, dtype=dtype, **layout)
+        _, k, _ = case.inputs()
+        tables = make_tables(79, 79, 8, True, **case.layout)
+        assert tables is not None
+        keys = pool_extents(k, tables.extents)
+        assert keys.dtype == dtype
+        assert keys.shape == (3, 2, tables.num_blocks, 16)
+        for b in range(3):
+            block = case.places.key_block[b % case.places.key_block.shape[0]]
+            for n in range(tables.num_blocks):
+                inside = k[b, :, block == n].double()
+                exact = inside.mean(1) if inside.shape[1] else torch.zeros(2, 16)
+                # Rounded once, from sums of eight terms in float32.
+                step = exact.abs() * torch.finfo(dtype).eps / 2
+                slack = inside.abs().sum(1) * torch.finfo(torch.float32).eps
+                assert ((keys[b, :, n].double() - exact).abs() <= step + slack).all()
+
+
+def test_sinks_are_the_first_blocks_of_a_document() -> None:
+    docs = 40, 44
+    q, k, _ = torch.randn(3, 1, 2, sum(docs), 16)
+    mask = torch.arange(sum(docs))[None] >= 40
+    layouts: list[tuple[dict[str, Any], int]] = [
+        ({"cu_seqlens": torch.tensor([0, 40, 84])}, 10),
+        ({"key_mask": mask}, 0),
+    ]
+    for layout, first in layouts:
+        tables = make_tables(84, 84, 4, True, **layout)
+        routing = route(q, k, block_size=4, top_k=5, sink_blocks=2, local_blocks=1, tables=tables)
+        blocks = chosen_blocks(routing)
+        for i in range(60, 84):
+            own = first + (i - 40) // 4
+            assert blocks[:, :, i, [first, first + 1, own - 1, own]].all()
+            assert (blocks[:, :, i].sum(-1) == 5).all()
