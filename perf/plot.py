@@ -64,8 +64,8 @@ KINDS = {
     ),
     "layouts": Kind(
         "Packed documents, padding, soft caps",
-        'Documents of one length each, or padding at the start of the row. "x plain" is the time '
-        "over that of the first row, in the same run.",
+        'Median and interquartile range in ms. Documents are of one length each, padding is at the '
+        'start of each row. "x plain" is the time over that of the plain row, in the same run.',
         layouts_table,
     ),
     "map": Kind(
