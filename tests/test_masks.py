@@ -234,7 +234,7 @@ def test_routed_masks_visit_chosen_blocks(case: Case) -> None:
     slot = torch.arange(rows.shape[2])[:, None]
     found = origin(b, kv_head[..., None], slot, place)
     for x, y in zip(found[1:], (h, q_idx[..., None], key[:, None, None]), strict=True):
-        assert torch.equal(x, y.expand_as(x))
+        assert torch.equal(*torch.broadcast_tensors(x, y))
 
 
 def test_short_documents_take_no_room() -> None:
