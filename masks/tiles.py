@@ -174,7 +174,9 @@ def routed_block_mask(
         mask_mod: What else hides keys, of slots and places.
     """
     num_slots, num_tiles = groups.row.shape[2], groups.tile_block.shape[2]
-    count, index = groups.tile_used.int(), groups.tile_block.unsqueeze(-1)
+    used = groups.tile_used
+    # Made anew, not viewed: see `_Ranges.lists`.
+    count, index = used.int(), torch.where(used.unsqueeze(-1), groups.tile_block.unsqueeze(-1), 0)
     # A row chooses a block at most once, which bounds the tiles of a block.
     width = ceil_div(groups.slot.shape[2], TILE)
     tile = torch.arange(width, device=index.device, dtype=torch.int32)
@@ -301,16 +303,20 @@ class _Ranges:
     def lists(self, width: int, tiles: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return counts `[R, 1, n]` and indices `[R, 1, n, width]`: partly met, and fully."""
         slot = torch.arange(width, device=self.start.device)
-        num_full = (self.full_stop - self.full_start).clamp(min=0)
-        num_partial = (self.stop - self.start).clamp(min=0) - num_full
-        skip = torch.where(
-            slot >= (self.full_start - self.start).unsqueeze(2), num_full.unsqueeze(2), 0
+        # One head from here on: what becomes a view of one head in the end has, in a graph, stride
+        # 0 there. FlexAttention on CUDA multiplies the number of the sequence by it, and so would
+        # take the lists of the first sequence for those of all.
+        start, stop, full_start, full_stop = (
+            x.unsqueeze(1) for x in (self.start, self.stop, self.full_start, self.full_stop)
         )
-        partial, full = self.start.unsqueeze(2) + slot + skip, self.full_start.unsqueeze(2) + slot
+        num_full = (full_stop - full_start).clamp(min=0)
+        num_partial = (stop - start).clamp(min=0) - num_full
+        skip = torch.where(slot >= (full_start - start).unsqueeze(3), num_full.unsqueeze(3), 0)
+        partial, full = start.unsqueeze(3) + slot + skip, full_start.unsqueeze(3) + slot
 
         def as_listed(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             # Unused indices must be in range too.
-            return count.int().unsqueeze(1), index.clamp(0, tiles - 1).int().unsqueeze(1)
+            return count.int(), index.clamp(0, tiles - 1).int()
 
         return as_listed(num_partial, partial), as_listed(num_full, full)
 

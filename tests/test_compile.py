@@ -7,12 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
+from torch._inductor.ir import ExternKernel
+from torch._inductor.kernel.flex import flex_attention as flex_lowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from moba_flex import create_moba_block_mask, moba_attention, route
 from moba_flex.compile import cpu, flex, plans
+from moba_flex.compile.flex import attend
+from moba_flex.compile.merge import gather_rows
 from moba_flex.masks import router
+from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.layout import padded_tables
+from moba_flex.masks.regroup import regroup
+from moba_flex.masks.tiles import TILE, lay_out_keys, own_block_mask, routed_block_mask
 from tests.helpers import Case, run_script
 
 LENGTHS = [200, 333, 512, 700, 1024, 1111]
@@ -245,3 +254,56 @@ def test_fused_plan_is_one_graph_for_any_length() -> None:
         "pair_dq_kernel": ["part_ptr"],
         "own_dq_kernel": ["dq_ptr"],
     }
+
+
+class Seen(Exception):
+    """Ends a compilation that has gone far enough."""
+
+
+def own_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+    tables = padded_tables(key_mask, q.shape[2], 64, True)
+    routing = route(q, k, block_size=64, top_k=3, tables=tables)
+    return attend(q, k, v, own_block_mask(routing), 1.0, lse=False)[0]
+
+
+def routed_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+    layout, routing = lay_out_keys(route(q, k, block_size=64, top_k=3))
+    groups = regroup(routing, k.shape[1], TILE)
+    if (places := layout.places_of(k)) is not None:
+        k, v = (gather_rows(x, *places) for x in (k, v))
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    slots = gather_rows(rows, groups.row, groups.slot)
+    return attend(slots, k, v, routed_block_mask(groups, layout), 1.0, lse=False)[0]
+
+
+def natural_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+    mask = routing_to_block_mask(route(q, k, block_size=64, top_k=3))
+    return attend(q, k, v, mask, 1.0, lse=False)[0]
+
+
+@pytest.mark.parametrize("length", [300, 384])
+@pytest.mark.parametrize(
+    ("function", "heads"), [(own_lists, 2), (routed_lists, 2), (natural_lists, 1)]
+)
+def test_lists_of_one_head_keep_sequences_apart(
+    monkeypatch: pytest.MonkeyPatch, function: Any, heads: int, length: int
+) -> None:
+    """FlexAttention on CUDA finds the lists of a sequence by the stride of their heads."""
+    found = []
+
+    def look(*args: Any, **kwargs: Any) -> None:
+        lists = next(x for x in args if isinstance(x, tuple | list) and len(x) > 10)
+        for x in lists[2:10]:
+            realized = ExternKernel.realize_input(x)  # type: ignore[no-untyped-call]
+            sizes, strides = realized.get_size(), realized.get_stride()
+            found.append((int(sizes[1] * strides[1]), int(strides[0])))
+        raise Seen
+
+    monkeypatch.setattr(flex_lowering, "lower_cpu", look)
+    q, (k, v) = torch.randn(2, heads, length, 16), torch.randn(2, 2, 1, length, 16)
+    key_mask = torch.arange(length) >= torch.tensor([[0], [90]])
+    torch._dynamo.reset()
+    with pytest.raises(InductorError, match="Seen"):
+        torch.compile(function, fullgraph=True)(q, k, v, key_mask)
+    assert len(found) == 8
+    assert all(by_head == by_sequence for by_head, by_sequence in found), found
