@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from moba_flex import (
     Routing,
@@ -227,8 +227,26 @@ def test_odd_static_lengths_in_a_graph(dtype: torch.dtype) -> None:
     """Inductor pads strides of such sizes, and in PyTorch 2.11 reads some of them unpadded."""
     case = Case(2, 2, 2, 700, 1000, head_dim=64, block_size=100, top_k=4, device="cuda")
     case = replace(case, dtype=dtype)
-    compiled = torch.compile(attention(case, "routed"), fullgraph=True, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        options: dict[str, Any] = {
+            **case.gate,
+            "plan": "routed",
+            "return_aux": AuxRequest(lse=True),
+        }
+        out, aux = moba_attention(q, k, v, **options)
+        return out, aux.lse
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
     assert_matches_oracle("cuda routed, static", case, compiled)
+
+
+def test_one_head_of_keys_and_a_batch() -> None:
+    """Lists of one head: each sequence must get its own."""
+    case = Case(3, 1, 4, 700, 700, head_dim=64, block_size=128, top_k=3, dtype=BF16, device="cuda")
+    assert_matches_oracle("cuda routed, one head", case, attention(case, "routed"))
+    padded = replace(case, pads=((0, 0), (300, 0), (0, 250)), softcap=20.0, top_k=6)
+    assert_matches_oracle("cuda dense, one head", padded, attention(padded, "dense"))
 
 
 def test_mask_made_inside_and_outside_of_a_graph() -> None:
