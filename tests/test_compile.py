@@ -286,7 +286,7 @@ def natural_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     ("function", "heads"), [(own_lists, 2), (routed_lists, 2), (natural_lists, 1)]
 )
 def test_lists_of_one_head_keep_sequences_apart(
-    monkeypatch: pytest.MonkeyPatch, function: Any, heads: int, length: int
+    monkeypatch: pytest.MonkeyPatch, function: Callable[..., Tensor], heads: int, length: int
 ) -> None:
     """FlexAttention on CUDA finds the lists of a sequence by the stride of their heads."""
     found = []
@@ -294,7 +294,7 @@ def test_lists_of_one_head_keep_sequences_apart(
     def look(*args: Any, **kwargs: Any) -> None:
         lists = next(x for x in args if isinstance(x, tuple | list) and len(x) > 10)
         for x in lists[2:10]:
-            realized = ExternKernel.realize_input(x)  # type: ignore[no-untyped-call]
+            realized = ExternKernel.realize_input(x)
             sizes, strides = realized.get_size(), realized.get_stride()
             found.append((int(sizes[1] * strides[1]), int(strides[0])))
         raise Seen
