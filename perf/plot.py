@@ -64,7 +64,7 @@ KINDS = {
     ),
     "layouts": Kind(
         "Packed documents, padding, soft caps",
-        'Median and interquartile range in ms. Documents are of one length each, padding is at the '
+        "Median and interquartile range in ms. Documents are of one length, padding is at the "
         'start of each row. "x plain" is the time over that of the plain row, in the same run.',
         layouts_table,
     ),
