@@ -154,6 +154,8 @@ def _own_parts(
     high = extents[1][own if causal else torch.where(covered, newest.maximum(own), own)].long()
     starts = torch.ones_like(covered)
     starts[1:] = low.diff() != 0
+    if not causal:  # of a routing of the caller's own, one query may see more than the next
+        starts[1:] |= high.diff() != 0
     if hidden is not None:
         starts |= hidden[position]
     start = starts.nonzero().squeeze(1)

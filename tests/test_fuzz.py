@@ -133,3 +133,14 @@ def test_a_line_is_the_case(capsys: pytest.CaptureFixture[str]) -> None:
 def test_runs_spread_over_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--cases", "6", "--jobs", "2", "--plan", "routed"]) == 0
     assert "6 cases in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        # Queries that see from the same key on, and not to the same.
+        "q_len=2 kv_len=3 block_size=2 causal=False grads= lse=False pattern=global_local:3",
+    ],
+)
+def test_cases_that_were_wrong(line: str) -> None:
+    assert fuzz.run(Case.parse(line)) is None
