@@ -8,8 +8,8 @@ stay in a core's cache. Backward computes the scores again.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.router import Routing
 
-_PIECE = 1 << 17  # scores: 512 KiB of float32, so that two kinds fit a core's cache
+_PIECE = 1 << 18  # scores: 1 MiB of float32
 _LEAST_ROWS = 64  # fewer make slow matrix products
 _LOG2E = math.log2(math.e)
 
@@ -67,8 +67,7 @@ def _attend_outside(
     return result
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Some rows of some heads of a part, and the keys that they may see.
 
     Queries of the part are `[b, h, g, n, ...]`, with `g` query heads for each of `h` key/value
@@ -131,6 +130,20 @@ def _pieces(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Piece]:
                 yield _Piece(*places, keys, causal)
 
 
+class _Scratch:
+    """Memory for the scores of one piece after the other: fresh memory would take page faults."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def of(self, name: str, x: Tensor, *shape: int) -> Tensor:
+        """Return room of this name and shape, for the dtype of `x`."""
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = x.new_empty(size)
+        return self._flat[name][:size].view(shape)
+
+
 @dataclass(frozen=True)
 class _Scores:
     """What becomes of scores: products of queries and keys, changed, in units of log 2.
@@ -139,11 +152,13 @@ class _Scores:
         mods: The changes.
         scale: Factor on the products.
         shape: B, Hq and Q, which number a query from 0 to B * Hq * Q - 1.
+        scratch: Where the scores of a piece lie.
     """
 
     mods: Mods
     scale: float
     shape: tuple[int, int, int]
+    scratch: _Scratch = field(default_factory=_Scratch)
 
     @property
     def unit(self) -> float:
@@ -163,15 +178,17 @@ class _Scores:
 
     def cap(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the scores `[p, r, m]` after the soft cap."""
-        none, cap = q.new_empty(1, 1, 1), self.mods.softcap
+        cap, shape = self.mods.softcap, (q.shape[0], q.shape[1], k.shape[1])
+        scores = self.scratch.of("capped", q, *shape)
+        factor = self.scale * self.unit if cap is None else 2 * self.scale / cap
+        torch.baddbmm(scores, q, k.mT, beta=0, alpha=factor, out=scores)
         if cap is None:
-            return torch.baddbmm(none, q, k.mT, beta=0, alpha=self.scale * self.unit)
+            return scores
         # tanh(x) = (exp(2x) - 1) / (exp(2x) + 1) by `expm1`, which is as exact as `tanh` and three
         # times as fast. From 20 on it is 1, in float64 too.
-        power = torch.baddbmm(none, q, k.mT, beta=0, alpha=2 * self.scale / cap)
-        power.clamp_(-40, 40).expm1_()
+        power, below = scores.clamp_(-40, 40).expm1_(), self.scratch.of("changed", q, *shape)
         height = cap * self.unit
-        return power.div_(torch.rsub(power, 2 / height, alpha=-1 / height))
+        return power.div_(torch.add(q.new_tensor(2 / height), power, alpha=1 / height, out=below))
 
     def uncap(self, grad: Tensor, capped: Tensor) -> Tensor:
         """Turn a gradient of what `cap` returned into one of what it took."""
@@ -209,7 +226,9 @@ class _Scores:
         They are those of the scores and of the captured tensors.
         """
         if self.mods.score_mod is None:
-            return (scores.clone() if self.mods.softcap is not None else scores), lambda x: [x]
+            if self.mods.softcap is None:
+                return scores, lambda x: [x]
+            return self.scratch.of("changed", scores, *scores.shape).copy_(scores), lambda x: [x]
         with torch.enable_grad():
             before = scores.detach().requires_grad_()
             changed = _over_pairs(self.mods.score_mod, 1)(before, *self._indices(*pairs))
@@ -373,7 +392,9 @@ def _backward(
             weight = scores.sub_(piece.queries(part_shift).unsqueeze(2)).exp2_()
             piece.add_keys(part_dv, torch.bmm(weight.mT, some_grad))
             some_delta = piece.queries(part_delta).unsqueeze(2)
-            dscore = torch.baddbmm(some_delta, some_grad, some_v.mT, beta=-1).mul_(weight)
+            dscore = scores_of.scratch.of("grad", weight, *weight.shape)
+            torch.baddbmm(some_delta, some_grad, some_v.mT, beta=-1, out=dscore)
+            dscore.mul_(weight)
             dscore, *shares = back(dscore)
             for x, share in zip(others, shares, strict=True):
                 x.add_(share)
