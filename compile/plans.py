@@ -9,7 +9,9 @@ from torch import Tensor
 from moba_flex.compile.cpu import attend_cpu
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
+from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.exporting import record
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.router import Routing, route
 from moba_flex.masks.tiles import TILE, KeyLayout, own_block_mask, routed_block_mask
@@ -71,6 +73,8 @@ def masked(
 def routed(q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float) -> Result:
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
     if q.device.type == "cpu":
+        if torch.compiler.is_exporting():
+            return attend_portable(q, k, v, routing, scale=scale)
         blocks, block_size = routing.blocks, routing.block_size
         out, lse = attend_cpu(q, k, v, blocks, block_size, routing.causal, scale)
         return out, lse
@@ -125,6 +129,14 @@ def run(
     Returns:
         Output `[B, Hq, Q, D]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None.
     """
+    record(
+        plan=plan,
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        causal=causal,
+    )
     if plan == "dense":
         return dense(q, k, v, causal=causal, scale=scale, lse=lse)
     routing = route(

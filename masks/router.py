@@ -4,7 +4,9 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 from moba_flex.masks.blocks import ceil_div, pool_keys
 
@@ -13,6 +15,8 @@ if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA bui
 
 # Scores held at a time by the gate on CPU: 2**22 of them are 32 MiB of float64.
 _CPU_CHUNK = 1 << 22
+# Queries of a head whose scores an exported gate holds at a time.
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,18 @@ def route(
         The routing, with `K = min(top_k, N)`.
     """
     with torch.no_grad():
-        # A number also under dynamic shapes, where `min` and `int` would leave an expression.
-        num_blocks = ceil_div(k.shape[2], block_size)
-        picks = (top_k if top_k <= num_blocks else len(range(num_blocks))) - 1
+        exporting, num_blocks = torch.compiler.is_exporting(), ceil_div(k.shape[2], block_size)
+        if exporting and not isinstance(num_blocks, int):
+            picks = top_k - 1  # whatever the length: picks that find no block are "none"
+        else:
+            # A number also under dynamic shapes, where `min` and `int` would leave an expression.
+            picks = (top_k if top_k <= num_blocks else len(range(num_blocks))) - 1
         options = block_size, picks, sink_blocks, local_blocks, causal
         if q.is_cuda:
             blocks = gate_triton(q, k, *options)
         else:
-            blocks = gate_cpu(q, pool_keys(k, block_size), k.shape[2] - q.shape[2], *options)
+            gate = gate_portable if exporting else gate_cpu
+            blocks = gate(q, pool_keys(k, block_size), k.shape[2] - q.shape[2], *options)
     return Routing(blocks, block_size, q.shape[2], k.shape[2], causal)
 
 
@@ -183,9 +191,53 @@ def _top_blocks(
         forced = forced | ((block < own[:, None]) & (block >= own[:, None] - local_blocks))
     if sink_blocks or local_blocks:
         key = torch.where(forced, torch.iinfo(torch.int64).max - 0xFFFFFFFF | block, key)
-    candidate = block < own[:, None] if causal else block != own[:, None]
+    candidate = block < own[:, None] if causal else (block != own[:, None]) & (block < none)
     lowest = torch.iinfo(torch.int64).min
     key = torch.where(candidate, key, lowest)
     best = key.topk(width, dim=-1, sorted=False).values
     best = torch.where(best == lowest, none, best & 0xFFFFFFFF)
     return best.int().sort(dim=-1).values
+
+
+def gate_portable(
+    q: Tensor,
+    block_keys: Tensor,
+    q_offset: int,
+    block_size: int,
+    picks: int,
+    sink_blocks: int,
+    local_blocks: int,
+    causal: bool,
+) -> Tensor:
+    """Do what `gate_cpu` does, for as many `picks` as there may be blocks at some length."""
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, num_blocks = block_keys.shape[1:3]
+    # Columns that are no candidates: then every length has `picks` of them.
+    columns = F.pad(block_keys, (0, 0, 0, picks)).double().mT.unsqueeze(2)
+    grouped = q.reshape(batch, num_kv_heads, -1, q_len, head_dim)
+
+    def choose(some: Tensor, first: int | Tensor) -> Tensor:
+        own = (torch.arange(some.shape[3], device=q.device) + first + q_offset) // block_size
+        affinity = (some.double() @ columns).float().flatten(1, 2)
+        return _top_blocks(
+            affinity, own, picks, sink_blocks, local_blocks, causal, num_blocks
+        )
+
+    if isinstance(q_len, int) and q_len <= _CHUNK:
+        return choose(grouped, 0)
+    chunks = ceil_div(q_len, _CHUNK)
+    padded = F.pad(grouped, (0, 0, 0, chunks * _CHUNK - q_len))
+
+    def more(chunk: Tensor, chosen: Tensor) -> Tensor:
+        return chunk < chunks
+
+    def step(chunk: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        first = chunk * _CHUNK
+        rows = torch.arange(_CHUNK, device=q.device) + first
+        best = choose(padded.index_select(3, rows), first)
+        return chunk + 1, chosen.index_copy(2, rows, best)
+
+    start = torch.zeros((), dtype=torch.int64, device=q.device)
+    room = q.new_zeros((batch, num_heads, chunks * _CHUNK, picks), dtype=torch.int32)
+    _, chosen = while_loop(more, step, (start, room))
+    return chosen[:, :, :q_len]

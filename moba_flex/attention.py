@@ -11,6 +11,7 @@ from moba_flex.compile.flex import compiled
 from moba_flex.compile.plans import interpreted, run, uses_flex
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_qk, check_qkv
+from moba_flex.masks.exporting import holds
 
 Plan = Literal["dense", "fused", "routed", "masked"]
 
@@ -113,7 +114,7 @@ def moba_attention(
     elif plan not in _PLANS:
         raise ValueError(f"plan must be one of {('auto', *_PLANS)}, got {plan!r}")
     num_blocks = ceil_div(k.shape[2], block_size)
-    if plan == "dense" and top_k < num_blocks:
+    if plan == "dense" and not holds(top_k >= num_blocks):
         raise ValueError(
             f"top_k must cover all {num_blocks} blocks for plan='dense', got {top_k}: "
             "raise top_k, or let plan be 'auto'"
@@ -123,6 +124,8 @@ def moba_attention(
         _check_flex(q, k, v, lse)
     if plan == "fused":
         _check_fused(q)
+    if torch.compiler.is_exporting():  # PyTorch 2.11 miscompiles the gate of float64 inputs
+        _check_dtype(q)
 
     options: dict[str, Any] = {
         "plan": plan,
@@ -163,7 +166,7 @@ def choose_plan(q: Tensor, k: Tensor, *, block_size: int, top_k: int) -> Plan:
     if not torch.compiler.is_compiling():
         check_qk(q, k)
         check_gate(block_size, top_k, 0, 0)
-    if top_k >= ceil_div(k.shape[2], block_size):
+    if holds(top_k >= ceil_div(k.shape[2], block_size)):
         return "dense"
     return "fused" if q.device.type == "cuda" and q.shape[3] <= _FUSED_HEAD_DIM else "routed"
 
