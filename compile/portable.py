@@ -6,13 +6,14 @@ block beside it. Copies are as large as `q` for each block that a query chooses;
 held.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.regroup import Regrouping, regroup
+from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.router import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -44,13 +45,13 @@ def attend_portable(
     if routing.blocks.shape[3] == 0:
         return own_out, own_lse
 
-    batch, num_kv_heads, _, head_dim = k.shape
-    groups = regroup(routing, num_kv_heads, max(size, _LEAST_TILE))
-    rows = q.reshape(batch, num_kv_heads, -1, head_dim)
-    routed = _chosen(gather_rows(rows, groups), k, v, routing, groups, scale)
-    own = own_out.reshape(rows.shape), own_lse.reshape(rows.shape[:3])
-    out, lse = merge_parts(*own, *routed, groups)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    pair_out, pair_lse = _chosen(q, k, v, routing, scale)
+    largest = torch.maximum(own_lse, pair_lse.amax(-1))
+    own_weight = torch.exp(own_lse - largest).unsqueeze(-1)
+    pair_weight = torch.exp(pair_lse - largest.unsqueeze(-1)).unsqueeze(-1)
+    total = own_weight + pair_weight.sum(-2)
+    mixed = own_out * own_weight + (pair_out * pair_weight).sum(-2)
+    return (mixed / total).to(q.dtype), largest + total.squeeze(-1).log()
 
 
 def _own(
@@ -101,15 +102,34 @@ def _own_few(
 
 
 def _chosen(
-    slots: Tensor, k: Tensor, v: Tensor, routing: Routing, groups: Regrouping, scale: float
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend with the queries in each tile of slots `[B, Hkv, S, D]` to the block they chose."""
+    """Attend with each query to each of its blocks: `[B, Hq, Q, K - 1, D]`, `[B, Hq, Q, K - 1]`.
+
+    Tiles hold queries that chose the same block of the same key/value head. The lists of all heads
+    are one list, so that there are just as many tiles as are filled.
+    """
     batch, num_kv_heads, kv_len, head_dim = k.shape
     size, num_blocks = routing.block_size, routing.num_blocks
-    tiles = groups.tile_block.shape[2]
-    lists = torch.arange(batch * num_kv_heads, device=k.device)
-    block = groups.tile_block.flatten(0, 1).long()
-    place = (block + lists[:, None] * num_blocks).flatten()
+    lists, tile = batch * num_kv_heads, max(size, _LEAST_TILE)
+    pairs = sort_pairs(routing, num_kv_heads)
+    count = pairs.first.diff(dim=2).flatten().long()  # by list and block, as all below
+    first_pair = pairs.first[..., :-1].flatten() + _per_list(lists, pairs.row.shape[2], num_blocks)
+    stop = ceil_div(count, tile).cumsum(0)
+    first_tile = stop - ceil_div(count, tile)
+    # One number that the device finds, not an expression of the length that it would be at worst;
+    # a last tile that is empty, for there may be none but that.
+    tiles = cast(int, (stop[-1] + 1).item())
+    torch._check(tiles >= 1)
+
+    number = torch.arange(tiles, device=k.device)
+    place = torch.searchsorted(stop, number, right=True).clamp(max=lists * num_blocks - 1)
+    within = ((number - first_tile[place]) * tile).unsqueeze(1) + torch.arange(tile)
+    filled = within < count[place].unsqueeze(1)
+    rank = torch.where(filled, within + first_pair[place].unsqueeze(1), 0)
+    per_list = q.shape[1] // num_kv_heads * routing.q_len
+    row = pairs.row.flatten()[rank] + (place // num_blocks * per_list).unsqueeze(1)
+    slots = q.reshape(-1, head_dim)[row.flatten()].view(tiles, 1, tile, head_dim)
 
     def beside(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, num_blocks * size - kv_len))
@@ -117,11 +137,25 @@ def _chosen(
 
     bias = None
     if not routing.causal:  # else a block that is chosen is whole
-        key = block.flatten()[:, None] * size + torch.arange(size, device=k.device)
+        key = (place % num_blocks * size).unsqueeze(1) + torch.arange(size, device=k.device)
         bias = _bias(key < kv_len, k.dtype)[:, None, None]
-    queries = slots.reshape(batch * num_kv_heads * tiles, 1, -1, head_dim)
-    out, lse = _flash(queries, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
-    return out.reshape(slots.shape), lse.reshape(slots.shape[:3])
+    out, lse = _flash(slots, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
+
+    chosen = routing.blocks.reshape(lists, -1).clamp(max=num_blocks - 1).long()
+    chosen = (chosen + torch.arange(lists)[:, None] * num_blocks).flatten()
+    rank = pairs.rank.flatten()
+    slot = rank - pairs.first[..., :-1].flatten()[chosen] + first_tile[chosen] * tile
+    slot = torch.where(rank >= 0, slot, 0)
+    pair_lse = torch.where(rank >= 0, lse.flatten()[slot], -torch.inf)
+    # Chosen, and not weighted by zero: where there is no pair there may be NaN.
+    pair_out = torch.where((rank >= 0).unsqueeze(1), out.view(-1, head_dim)[slot].float(), 0.0)
+    shape = routing.blocks.shape
+    return pair_out.view(*shape, head_dim), pair_lse.view(shape)
+
+
+def _per_list(lists: int, step: int, repeats: int) -> Tensor:
+    """Return multiples of `step`, one for each list, each `repeats` times."""
+    return (torch.arange(lists) * step).unsqueeze(1).expand(lists, repeats).flatten()
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

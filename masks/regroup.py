@@ -140,7 +140,7 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
     batch, device, num_blocks = routing.blocks.shape[0], routing.blocks.device, routing.num_blocks
     sorted_pairs = sort_pairs(routing, num_kv_heads)
     lists, pairs = batch * num_kv_heads, sorted_pairs.row.shape[2]
-    tiles = ceil_div(pairs + torch.sym_min(num_blocks, pairs) * (tile - 1), tile)
+    tiles = ceil_div(pairs + min(num_blocks, pairs) * (tile - 1), tile)
     first_pair = sorted_pairs.first.flatten(0, 1)
     num_pairs = first_pair.diff(dim=1)
     num_tiles = ceil_div(num_pairs, tile)

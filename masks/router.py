@@ -240,4 +240,6 @@ def gate_portable(
     start = torch.zeros((), dtype=torch.int64, device=q.device)
     room = q.new_zeros((batch, num_heads, chunks * _CHUNK, picks), dtype=torch.int32)
     _, chosen = while_loop(more, step, (start, room))
-    return chosen[:, :, :q_len]
+    # Not a slice, whose length would be an expression that slows down the compiler in all that
+    # follows.
+    return chosen.index_select(2, torch.arange(q_len, device=q.device))
