@@ -21,7 +21,7 @@ from torch.fx.experimental import _config as symbolic_config
 from moba_flex.compile.package import Metadata, Package, Spec, load
 from moba_flex.masks.exporting import recorded
 
-__all__ = ["Package", "export", "load", "worst_error"]
+__all__ = ["Package", "check_path", "export", "load", "worst_error"]
 
 _MOST_TOKENS = 2**20
 
@@ -59,7 +59,7 @@ def export(
         TypeError: An argument has the wrong type.
         ValueError: The module cannot be exported; the message says what to do.
     """
-    target = _check_path(path)
+    target = check_path(path)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     _check_module(module, inputs)
     if device is not None:
@@ -70,7 +70,7 @@ def export(
 
     program, attention = _trace(module, inputs, dynamic_length)
     _check_ops(program)
-    metadata = Metadata.of(attention, _specs(program), place)
+    metadata = Metadata.of(attention, _specs(program), place.type)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fresh = os.path.join(folder, "fresh.pt2")
@@ -103,7 +103,9 @@ def worst_error(
         if not torch.equal(want.isfinite(), got.isfinite()):
             raise ValueError("outputs of the package must be finite where the module's are")
         want, got = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (want, got))
-        error = (want - got).abs().max() / want.abs().max().clamp(min=torch.finfo(float).tiny)
+        error = (want - got).abs().max() / want.abs().max().clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
         worst = max(worst, error.item())
     return worst
 
@@ -113,12 +115,17 @@ def _leaves(outputs: Any) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor)]
 
 
-def _check_path(path: str | os.PathLike[str]) -> Path:
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Raise unless a package can have this name.
+
+    Raises:
+        ValueError: It cannot.
+    """
     target = Path(path)
     if target.suffix == ".onnx":
         raise ValueError(
-            "path must end in .pt2, got .onnx: ONNX has no operator for attention over blocks that "
-            "are chosen at run time, and what it has would compute all scores"
+            "path must end in .pt2, got .onnx: ONNX has no operator for attention over blocks "
+            "that are chosen at run time, and what it has would compute all scores"
         )
     if target.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {str(path)!r}")
@@ -146,7 +153,7 @@ def _trace(
         length = Dim.DYNAMIC(min=1, max=_MOST_TOKENS)
         shapes = tuple({length_dim(x): length} if x.dim() > 1 else None for x in inputs)
     # Else PyTorch takes a size of 1 for another kind of size, and lengths for 2 or more.
-    sizes = symbolic_config.patch(backed_size_oblivious=True)
+    sizes = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with torch.no_grad(), sizes, recorded() as calls:
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)

@@ -55,15 +55,13 @@ class Metadata:
     inputs: list[Spec]
 
     @classmethod
-    def of(
-        cls, attention: list[dict[str, Any]], inputs: list[Spec], device: torch.device
-    ) -> "Metadata":
+    def of(cls, attention: list[dict[str, Any]], inputs: list[Spec], device: str) -> "Metadata":
         """Return the metadata of a package that is made here and now."""
         return cls(
             moba_flex=_own_version(),
             torch=torch.__version__,
-            device=device.type,
-            capability=_capability(device.type),
+            device=device,
+            capability=_capability(device),
             attention=attention,
             inputs=inputs,
         )
@@ -142,7 +140,8 @@ def load(path: str | os.PathLike[str]) -> Package:
     has = _capability(metadata.device)
     if not _runs(metadata.capability, has):
         raise ValueError(
-            f"{metadata.device} must have {metadata.capability} for {os.fspath(path)!r}, got {has}: "
+            f"{metadata.device} must have {metadata.capability} for {os.fspath(path)!r}, "
+            f"got {has}: "
             "export the module on a machine like this"
         )
     return Package(torch._inductor.aoti_load_package(os.fspath(path)), metadata)
@@ -168,7 +167,8 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
             ]
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(
-            f"path must be a whole .pt2 package, got {str(path)!r}: {error}: copy or export it again"
+            f"path must be a whole .pt2 package, got {str(path)!r}: {error}: "
+            "copy or export it again"
         ) from error
     if damaged is not None:
         raise ValueError(

@@ -54,11 +54,9 @@ def attend_portable(
     return (mixed / total).to(q.dtype), largest + total.squeeze(-1).log()
 
 
-def _own(
-    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
-) -> tuple[Tensor, Tensor]:
+def _own(q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float) -> tuple[Tensor, Tensor]:
     """Attend with blocks of queries to their own keys, all blocks at once."""
-    batch, _, q_len, head_dim = q.shape
+    batch, _, q_len, _ = q.shape
     size, kv_len = routing.block_size, routing.kv_len
     start = routing.q_offset // size * size  # of the first query's block
     front = routing.q_offset - start
@@ -79,9 +77,7 @@ def _own(
         block = torch.arange(blocks, device=q.device)[:, None] * size + start
         bias = _bias(block + torch.arange(size, device=q.device) < kv_len, q.dtype)
         bias = bias.repeat(batch, 1)[:, None, None]
-    out, lse = _flash(
-        by_block(q, front), *keys, 0.0, routing.causal, attn_mask=bias, scale=scale
-    )
+    out, lse = _flash(by_block(q, front), *keys, 0.0, routing.causal, attn_mask=bias, scale=scale)
     return by_head(out), by_head(lse)
 
 

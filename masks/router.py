@@ -219,9 +219,7 @@ def gate_portable(
     def choose(some: Tensor, first: int | Tensor) -> Tensor:
         own = (torch.arange(some.shape[3], device=q.device) + first + q_offset) // block_size
         affinity = (some.double() @ columns).float().flatten(1, 2)
-        return _top_blocks(
-            affinity, own, picks, sink_blocks, local_blocks, causal, num_blocks
-        )
+        return _top_blocks(affinity, own, picks, sink_blocks, local_blocks, causal, num_blocks)
 
     if isinstance(q_len, int) and q_len <= _CHUNK:
         return choose(grouped, 0)
