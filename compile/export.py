@@ -8,6 +8,7 @@ their place, with the same result.
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ def export(
             # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
             "comprehensive_padding": False,
         }
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=fresh, inductor_configs=configs
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what PyTorch itself does
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=fresh, inductor_configs=configs
+            )
         os.replace(fresh, target)  # a package at `path` is a whole one
     return target
 

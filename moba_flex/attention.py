@@ -124,8 +124,11 @@ def moba_attention(
         _check_flex(q, k, v, lse)
     if plan == "fused":
         _check_fused(q)
-    if torch.compiler.is_exporting():  # PyTorch 2.11 miscompiles the gate of float64 inputs
-        _check_dtype(q)
+    if torch.compiler.is_exporting():
+        _check_dtype(q)  # PyTorch 2.11 miscompiles the gate of float64 inputs
+        # What the graph may take for granted, and a package checks.
+        torch._check(v.shape[2] == k.shape[2])
+        torch._check(q.shape[2] <= k.shape[2])
 
     options: dict[str, Any] = {
         "plan": plan,
