@@ -37,6 +37,8 @@ def recorded() -> Iterator[Counter[Call]]:
 
 def record(**options: str | int | bool) -> None:
     """Note a call down, if that is asked for."""
+    if not torch.compiler.is_exporting():
+        return  # torch.compile cannot look at a ContextVar
     calls = _calls.get()
-    if calls is not None and torch.compiler.is_exporting():
+    if calls is not None:
         calls[tuple(options.items())] += 1

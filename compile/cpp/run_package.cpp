@@ -2,13 +2,15 @@
 //
 //     run_package model.pt2 inputs.pt outputs.pt
 //
-// inputs.pt holds a list of tensors, as torch.save writes it; torch.load reads outputs.pt.
+// inputs.pt holds a list of tensors, as torch.save writes it; torch.load reads
+// outputs.pt, a tuple.
 
 #include <fstream>
 #include <iostream>
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -31,13 +33,13 @@ static int run(const std::string& package, const std::string& from, const std::s
   for (const auto& x : torch::pickle_load(read(from)).toList()) {
     inputs.push_back(static_cast<c10::IValue>(x).toTensor());
   }
-  c10::impl::GenericList outputs(c10::AnyType::get());  // what torch.load takes for plain data
+  std::vector<c10::IValue> outputs;
   for (const auto& x : model.run(inputs)) {
     std::cout << x.dtype() << ' ' << x.sizes() << '\n';
     outputs.push_back(x);
   }
 
-  const auto bytes = torch::pickle_save(outputs);
+  const auto bytes = torch::pickle_save(c10::ivalue::Tuple::create(std::move(outputs)));
   std::ofstream file(to, std::ios::binary);
   if (!file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
     throw std::runtime_error(to + " must be a path that can be written");
