@@ -23,7 +23,7 @@ one, that test fails and the detour can go.
   tiles is read from a tensor.
 - `map` over a number of chunks that varies does not compile (`..._map_over_a_length_...`):
   `while_loop` does.
-- 2.11 miscompiles the exported gate of float64 inputs: a package holds 16-bit or float32 attention.
+- 2.11 miscompiles the exported gate of float64 inputs: packages hold 16-bit or float32 attention.
 """
 
 from moba_flex.compile.export import export, load

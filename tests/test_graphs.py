@@ -177,7 +177,7 @@ def test_hugging_face_model() -> None:
         num_key_value_heads=2,
     )
     model: Any = transformers.LlamaForCausalLM(config)
-    compiled = torch.compile(
+    compiled: Any = torch.compile(
         apply(model, MoBAConfig(block_size=16, top_k=2)), fullgraph=True, backend="aot_eager"
     )
     for length in (90, 150, 201):
