@@ -1,1 +1,31 @@
-"""The execution plans of MoBA attention."""
+"""The execution plans of MoBA attention, and their export into packages.
+
+Limits of PyTorch 2.11 to 2.13 that were met here, and what is done about each.
+`tests/test_graphs.py` pins those marked with its test's name, `test_limit_...`: if PyTorch lifts
+one, that test fails and the detour can go.
+
+- FlexAttention on CPU returns no log-sum-exp (`..._has_no_lse`) and has no backward
+  (`..._has_no_backward`). The plan "routed" runs flash attention there, part by part (`cpu.py`).
+- A mask_mod that captures what `scatter` wrote reads it as it was before, or does not compile
+  (`..._scatter_has_not_yet_written`): what is captured is a result of `topk`.
+- FlexAttention on CPU wants lists of tiles at full width (`..._have_full_width_on_cpu`).
+- FlexAttention captures symbols of lengths but no expressions of them, and pins a length of one
+  tile too late (`masks/tiles.py`, `settled`).
+- Code compiled in one place counts towards one limit of recompilations, whatever its options, and
+  a kept graph overwrites saved tensors (`flex.py`).
+- Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
+- A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
+  PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).
+- Export decides conditions on lengths for the example's: those that matter ask for every length
+  (`masks/exporting.py`), and sizes of 0 and 1 are no special case (`backed_size_oblivious`).
+- Lengths that are slices of padded ones stay expressions, each of which slows down the compiler in
+  all that follows (`..._stay_expressions`): exported code takes rows by index, and the number of
+  tiles is read from a tensor.
+- `map` over a number of chunks that varies does not compile (`..._map_over_a_length_...`):
+  `while_loop` does.
+- 2.11 miscompiles the exported gate of float64 inputs: packages hold 16-bit or float32 attention.
+"""
+
+from moba_flex.compile.export import export, load
+
+__all__ = ["export", "load"]

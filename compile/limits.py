@@ -1,5 +1,7 @@
 """What each plan can serve."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,35 @@ def check_fused(q: Tensor, v: Tensor, mods: Mods | None) -> None:
             raise ValueError(
                 f"{name} must be None for plan='fused', got a function: let plan be 'routed'"
             )
+
+
+def check_export(
+    q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, object], mods: Mods | None
+) -> None:
+    """Raise if a package cannot do what is asked, and tell the graph what it may take for granted.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
+        tensors: What else there may be, None or not, by name.
+        mods: Changes to scores.
+    """
+    _check_dtype(q)  # PyTorch 2.11 miscompiles the gate of float64 inputs
+    torch._check(v.shape[2] == k.shape[2])
+    torch._check(q.shape[2] <= k.shape[2])
+    if q.device.type != "cpu":
+        return
+    given = [name for name, x in {**tensors, "mods": mods}.items() if x is not None]
+    names = {
+        "tables": "cu_seqlens and key_mask",
+        "blocks": "routing",
+        "mods": "softcap, score_mod and mask_mod",
+    }
+    for name in given:
+        raise ValueError(
+            f"{names.get(name, name)} must be None in a package for cpu, got some: export for cuda"
+        )
 
 
 def _check_dtype(q: Tensor) -> None:

@@ -10,7 +10,9 @@ from moba_flex.compile.cpu import attend_cpu
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.compile.modded import attend_modded
+from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.exporting import record
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import regroup
@@ -133,6 +135,8 @@ def routed(
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
     if q.device.type != "cpu":
         return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
+    if torch.compiler.is_exporting():  # of plain rows: see `check_export`
+        return attend_portable(q, k, v, routing, scale=scale)
     if mods is not None:
         return attend_modded(q, k, v, routing, mods, scale)
     queries, extents = routing.tables or (None, None)
@@ -220,6 +224,14 @@ def run(
     Returns:
         Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None.
     """
+    record(
+        plan=plan,
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        causal=causal,
+    )
     if plan == "dense":
         return dense(q, k, v, causal=causal, scale=scale, lse=lse, tables=tables, mods=mods)
     routing = route(

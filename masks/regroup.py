@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.exporting import holds
 from moba_flex.masks.router import Routing
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
@@ -54,13 +55,15 @@ def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
     if _has_kernels(device):
         return Pairs(*sort_pairs_triton(routing.blocks, num_kv_heads, num_blocks))
     key = routing.blocks.reshape(lists, pairs)
-    if num_blocks < 2**15 - 1:  # half the passes of a radix sort; room for one more than "none"
+    if holds(
+        num_blocks < 2**15 - 1
+    ):  # half the passes of a radix sort; room for one more than "none"
         key = key.to(torch.int16)
     block, order = key.sort(dim=1, stable=True)
     # PyTorch 2.11 compiles no search, under dynamic shapes, for values that all lists share: the
     # bounds, which change no result, make them each list's own.
     edges = torch.arange(num_blocks + 1, device=device, dtype=key.dtype)
-    edges = torch.minimum(edges, block[:, -1:] + 1)
+    edges = torch.minimum(edges, block[:, -1, None] + 1)
     first = torch.searchsorted(block, edges, out_int32=True)
     number = torch.arange(pairs, device=device, dtype=torch.int32)
     rank = torch.where(block < num_blocks, number, -1)
@@ -95,7 +98,7 @@ def tile_blocks(first: Tensor, num_pairs: int, tile: int, skip: int = 0) -> tupl
     num_tiles = (ceil_div(first.diff(dim=1), tile) - skip).clamp(min=0)
     last_tile = num_tiles.cumsum(dim=1, dtype=torch.int32)
     index = torch.arange(most, device=first.device, dtype=torch.int32)
-    index = torch.minimum(index, last_tile[:, -1:])
+    index = torch.minimum(index, last_tile[:, -1, None])
     tile_block = torch.searchsorted(last_tile, index, right=True, out_int32=True)
     first_tile = torch.nn.functional.pad(last_tile, (1, 0))
     return tile_block, first_tile
@@ -153,7 +156,7 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
 
     tile_index = torch.arange(tiles, device=device)
     tile_block = torch.searchsorted(
-        last_tile, torch.minimum(tile_index, last_tile[:, -1:]), right=True
+        last_tile, torch.minimum(tile_index, last_tile[:, -1, None]), right=True
     )
     tile_used = tile_block < num_blocks
     tile_block = torch.where(tile_used, tile_block, 0)

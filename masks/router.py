@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 from moba_flex.masks.blocks import ceil_div, pool_extents, pool_keys
 from moba_flex.masks.layout import Tables, plain_tables
@@ -18,6 +20,8 @@ if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA bui
 _CPU_CHUNK = 1 << 22
 # Queries that are worth a step of the gate, however short their documents are.
 _LEAST_CHUNK = 256
+# Queries of a head whose scores an exported gate holds at a time.
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,18 @@ def route(
         The routing, with `K = min(top_k, ceil(KV / block_size))`.
     """
     with torch.no_grad():
-        # A number also under dynamic shapes, where `min` and `int` would leave an expression.
-        most = ceil_div(k.shape[2], block_size)
-        picks = (top_k if top_k <= most else len(range(most))) - 1
+        most, exporting = ceil_div(k.shape[2], block_size), torch.compiler.is_exporting()
+        if exporting and not isinstance(most, int):
+            picks = top_k - 1  # whatever the length: picks that find no block are "none"
+        else:
+            # A number also under dynamic shapes, where `min` and `int` would leave an expression.
+            picks = (top_k if top_k <= most else len(range(most))) - 1
         options = block_size, picks, sink_blocks, local_blocks, causal
         located = () if tables is None else tables
         if q.is_cuda:
             blocks = gate_triton(q, k, *options, head_top_k, *located)
+        elif exporting:  # of plain rows: see `check_export`
+            blocks = gate_portable(q, k, *options)
         else:
             blocks = gate_cpu(q, k, *options, head_top_k, *located)
     return Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
@@ -237,14 +246,64 @@ def _top_blocks(affinity: Tensor, queries: Tensor, low: int, gate: _Gate) -> Ten
     candidate = block <= newest
     if not gate.causal:
         candidate = candidate & (block != own)
-    if (oldest > low).any():
+    if torch.compiler.is_exporting() or (oldest > low).any():
         candidate = candidate & (block >= oldest)
     lowest = torch.iinfo(torch.int64).min
     key = torch.where(candidate, key, lowest)
-    width = min(gate.picks, affinity.shape[-1])
+    # Under export there are as many columns at least.
+    width = gate.picks if torch.compiler.is_exporting() else min(gate.picks, affinity.shape[-1])
     best = key.topk(width, dim=-1, sorted=gate.head_top_k is not None).values
     none = best == lowest
     if gate.head_top_k is not None:
         none = none | (torch.arange(width) >= gate.head_top_k[:, None, None] - 1)
     best = torch.where(none, gate.none, best & 0xFFFFFFFF)
     return best.int().sort(dim=-1).values
+
+
+def gate_portable(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    picks: int,
+    sink_blocks: int,
+    local_blocks: int,
+    causal: bool,
+) -> Tensor:
+    """Do what `gate_cpu` does, for as many `picks` as there may be blocks at some length."""
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, q_offset = k.shape[1], k.shape[2] - q_len
+    block_keys = pool_keys(k, block_size)
+    num_blocks = block_keys.shape[2]
+    # Columns that are no candidates: then every length has `picks` of them.
+    columns = F.pad(block_keys, (0, 0, 0, picks)).double().mT.unsqueeze(2)
+    grouped = q.reshape(batch, num_kv_heads, -1, q_len, head_dim)
+    gate = _Gate(picks, sink_blocks, local_blocks, causal, None, num_blocks)
+
+    def choose(some: Tensor, first: int | Tensor) -> Tensor:
+        position = torch.arange(some.shape[3], device=q.device) + first + q_offset
+        own = position // block_size
+        newest = own - 1 if causal else torch.full_like(own, 0) + num_blocks - 1
+        queries = torch.stack((position, own, torch.zeros_like(own), newest)).unsqueeze(1)
+        affinity = (some.double() @ columns).float().flatten(1, 2)
+        return _top_blocks(affinity, queries, 0, gate)
+
+    if isinstance(q_len, int) and q_len <= _CHUNK:
+        return choose(grouped, 0)
+    chunks = ceil_div(q_len, _CHUNK)
+    padded = F.pad(grouped, (0, 0, 0, chunks * _CHUNK - q_len))
+
+    def more(chunk: Tensor, chosen: Tensor) -> Tensor:
+        return chunk < chunks
+
+    def step(chunk: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        first = chunk * _CHUNK
+        rows = torch.arange(_CHUNK, device=q.device) + first
+        best = choose(padded.index_select(3, rows), first)
+        return chunk + 1, chosen.index_copy(2, rows, best)
+
+    start = torch.zeros((), dtype=torch.int64, device=q.device)
+    room = q.new_zeros((batch, num_heads, chunks * _CHUNK, picks), dtype=torch.int32)
+    _, chosen = while_loop(more, step, (start, room))
+    # Not a slice, whose length would be an expression that slows down the compiler in all that
+    # follows.
+    return chosen.index_select(2, torch.arange(q_len, device=q.device))

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.compile.flex import compiled
-from moba_flex.compile.limits import FUSED_HEAD_DIM, check_flex, check_fused
+from moba_flex.compile.limits import FUSED_HEAD_DIM, check_export, check_flex, check_fused
 from moba_flex.compile.plans import ONE_BLOCK, run, run_given, uses_flex
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import (
@@ -25,6 +25,7 @@ from moba_flex.masks.checks import (
     check_scale,
     longest_sequence,
 )
+from moba_flex.masks.exporting import holds
 from moba_flex.masks.inputs import cast_by_autocast
 from moba_flex.masks.layout import Layout, make_tables
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
@@ -312,7 +313,7 @@ def _choose(
     head_top_k: Tensor | None,
     mods: Mods | None,
 ) -> Plan:
-    if head_top_k is None and top_k >= ceil_div(k.shape[2], block_size):
+    if head_top_k is None and holds(top_k >= ceil_div(k.shape[2], block_size)):
         return "dense"
     return _choose_sparse(q, v, mods)
 
@@ -342,7 +343,7 @@ def _check_dense(block_size: int, top_k: int, head_top_k: Tensor | None, longest
             "head_top_k must be None for plan='dense', got a Tensor: let plan be 'auto'"
         )
     num_blocks = ceil_div(longest, block_size)
-    if top_k < num_blocks:
+    if not holds(top_k >= num_blocks):
         raise ValueError(
             f"top_k must cover all {num_blocks} blocks for plan='dense', got {top_k}: "
             "raise top_k, or let plan be 'auto'"
@@ -372,6 +373,8 @@ def _execute(
         check_flex(q, k, v, lse)
     if plan == "fused":
         check_fused(q, v, mods)
+    if torch.compiler.is_exporting():
+        check_export(q, k, v, tensors, mods)
 
     options = options | {
         "plan": plan,

@@ -2,13 +2,16 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import NoReturn
+
+from moba_flex import cli_export
+from moba_flex.cli_export import at_least as _int
+from moba_flex.cli_export import need as _need
 
 _EVAL = """\
 Run a language model over a text with dense attention, then with Mixture of Block Attention at
@@ -100,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--out", type=Path, metavar="DIR", default=Path(), help="folder for the two files"
     )
+    cli_export.add_commands(commands)
     return parser
 
 
@@ -146,21 +150,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     report.save_plot(found, arguments.out / "moba_eval.png")
     print(f"\nwrote {arguments.out / 'moba_eval.json'} and {arguments.out / 'moba_eval.png'}")
     return 0
-
-
-def _int(least: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not value.lstrip("-").isdecimal() or int(value) < least:
-            raise argparse.ArgumentTypeError(f"must be an int of at least {least}, got {value!r}")
-        return int(value)
-
-    return parse
-
-
-def _need(extra: str, *packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f'{package} is missing: pip install "moba-flex[{extra}]"')
 
 
 def _version() -> str:

@@ -59,17 +59,25 @@ def load(**options: Any) -> tuple[Any, Any]:
         ImportError: transformers, gguf or accelerate is missing.
         OSError: The download failed, or the cache cannot be written.
     """
+    tokenizer = load_tokenizer()
+    from transformers import AutoModelForCausalLM
+
+    path = fetch()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+    return model, tokenizer
+
+
+def load_tokenizer() -> Any:
+    """Return the tokenizer alone; raises as `load` does."""
     for package in ("transformers", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f'the default model needs {package}: pip install "moba-flex[hf]", or give --model'
             )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = fetch()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-    return model, tokenizer
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _download(folder: Path) -> Path:

@@ -211,3 +211,70 @@ def test_eval_of_the_default_model(tmp_path: Path) -> None:
     assert dense < sink < plain
     assert sink < 1.5 * dense
     assert plain > 1.5 * dense
+
+
+@pytest.mark.slow
+def test_export_then_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = home / "tiny.pt2"
+    gate = ("--block-size", 16, "--top-k", 3, "--seq-len", 60, "--device", "cpu")
+    assert run("export", "--model", home / "model", "--out", package, *gate) == 0
+    wrote, *checks = capsys.readouterr().out.splitlines()
+    assert wrote.startswith(f"wrote {package}: ")
+    assert [line.split(":")[0] for line in checks] == ["1 tokens", "31 tokens", "121 tokens"]
+
+    text = " ".join((home / "text.txt").read_text().split()[:70])
+    assert run("run", package, "--model", home / "model", "--text", text, "--tokens", 5) == 0
+    printed = capsys.readouterr().out.strip()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moba_flex import MoBAConfig
+    from moba_flex.integrations.transformers import apply
+
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(home / "model")
+    apply(model, MoBAConfig(16, 3, sink_blocks=1))
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(5):
+            best = model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat((ids, best), 1)
+    assert printed == tokenizer.decode(ids[0])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["export", "--out", "m.onnx"], "path must end in .pt2, got .onnx: ONNX has"),
+        (["export", "--out", "m.pt2", "--top-k", "1"], "top_k must be at least 1 + sink_blocks"),
+        (["export"], "the following arguments are required: --out"),
+        (["run", "nowhere.pt2", "--text", "x"], "path must be a file, got 'nowhere.pt2'"),
+        (["run", "m.pt2", "--text", "x", "--tokens", "0"], "argument --tokens: must be an int"),
+    ],
+)
+def test_export_and_run_refuse_in_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*argv) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"moba-flex {argv[0]}: error: {message}" in line
+
+
+def test_export_fails_where_the_package_differs(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import moba_flex.compile.export  # noqa: F401
+
+    module = sys.modules["moba_flex.compile.export"]
+
+    def fake(model: object, example: object, *, path: Path, **options: object) -> Path:
+        path.write_bytes(b"package")
+        return path
+
+    monkeypatch.setattr(module, "export", fake)
+    monkeypatch.setattr(module, "load", lambda path: None)
+    monkeypatch.setattr(module, "worst_error", lambda *_: 0.5)
+    command = ("export", "--model", home / "model", "--device", "cpu", "--out", home / "bad.pt2")
+    assert run(*command) == 2
+    assert "error: the package must be within 3.5e-04 of the model" in capsys.readouterr().err
+    assert run(*command, "--no-check") == 0

@@ -138,9 +138,7 @@ class Bias(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(4, 12))
         self.slope = torch.nn.Parameter(torch.randn(4))
 
-    def forward(  # noqa: D102
-        self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor
-    ) -> Tensor:
+    def forward(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return score * self.slope[h] + self.table[h, (q - kv) % 12]
 
 

@@ -1,0 +1,211 @@
+"""Packages: a module with MoBA as one `.pt2` file, which PyTorch runs without moba_flex or Python.
+
+`torch.export` traces the module, AOTInductor compiles it. On CUDA the package holds the Triton
+kernels of the plan "fused". The custom ops of the plan "routed" on CPU are Python, so that a
+package holds what `moba_flex.masks.router.gate_portable` and `moba_flex.compile.portable` do in
+their place, with the same result.
+"""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._library.triton import triton_ops_to_kernels
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_config
+
+from moba_flex.compile.package import Metadata, Package, Spec, load
+from moba_flex.masks.exporting import recorded
+
+__all__ = ["Package", "check_path", "export", "load", "worst_error"]
+
+_MOST_TOKENS = 2**20
+
+
+def export(
+    module: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    *,
+    path: str | os.PathLike[str],
+    dynamic_length: bool = True,
+    device: str | torch.device | None = None,
+) -> Path:
+    """Compile a module that calls `moba_attention` into a package.
+
+    The package takes what `example` is like, runs forward alone, and needs neither Python nor
+    moba_flex: `moba_flex.compile.load(path)` or `torch._inductor.aoti_load_package(path)` load it
+    in Python, `torch::inductor::AOTIModelPackageLoader` in C++ (`compile/cpp/`).
+
+    A dynamic length is dimension 2 of inputs of 4 dimensions, `[B, H, length, D]`, and dimension 1
+    of others, `[B, length, ...]`; a package then serves every length from 1 to 2**20. Inputs whose
+    lengths the module does not need to be equal keep lengths of their own, so that fewer queries
+    than keys are served too.
+
+    Args:
+        module: The module, in eval mode.
+        example: Its inputs, or the only one.
+        path: Where to write the package; ends in `.pt2`.
+        dynamic_length: Whether the package takes other lengths than those of `example`.
+        device: "cpu" or "cuda", which module and inputs are moved to; if None, they stay.
+
+    Returns:
+        `path`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The module cannot be exported; the message says what to do.
+    """
+    target = check_path(path)
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    _check_module(module, inputs)
+    if device is not None:
+        module, inputs = module.to(device), tuple(x.to(device) for x in inputs)
+    place = inputs[0].device
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {place.type}")
+
+    program, attention = _trace(module, inputs, dynamic_length)
+    _check_ops(program)
+    metadata = Metadata.of(attention, _specs(program), place.type)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fresh = os.path.join(folder, "fresh.pt2")
+        configs = {
+            "aot_inductor.metadata": metadata.to_strings(),
+            # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
+            "comprehensive_padding": False,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what PyTorch itself does
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=fresh, inductor_configs=configs
+            )
+        os.replace(fresh, target)  # a package at `path` is a whole one
+    return target
+
+
+def worst_error(
+    module: Callable[..., Any], package: Callable[..., Any], inputs: Sequence[Tensor]
+) -> float:
+    """Run both and return the largest difference of an output, relative to its largest value.
+
+    Raises:
+        ValueError: Outputs differ in number or shape, or are not finite in the same places.
+    """
+    with torch.no_grad():
+        pairs = [_leaves(run(*inputs)) for run in (module, package)]
+    if [x.shape for x in pairs[0]] != [x.shape for x in pairs[1]]:
+        raise ValueError("outputs of the package must have the shapes of the module's, got others")
+    worst = 0.0
+    for want, got in zip(*pairs, strict=True):
+        if not torch.equal(want.isfinite(), got.isfinite()):
+            raise ValueError("outputs of the package must be finite where the module's are")
+        want, got = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (want, got))
+        error = (want - got).abs().max() / want.abs().max().clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
+        worst = max(worst, error.item())
+    return worst
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return [x for x in leaves if isinstance(x, Tensor)]
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Raise unless a package can have this name.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    target = Path(path)
+    if target.suffix == ".onnx":
+        raise ValueError(
+            "path must end in .pt2, got .onnx: ONNX has no operator for attention over blocks "
+            "that are chosen at run time, and what it has would compute all scores"
+        )
+    if target.suffix != ".pt2":
+        raise ValueError(f"path must end in .pt2, got {str(path)!r}")
+    return target
+
+
+def _check_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if module.training:
+        raise ValueError("module must be in eval mode, got training mode: call module.eval()")
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"example must hold tensors, got {type(x).__name__}")
+    if not inputs:
+        raise ValueError("example must hold a tensor, got none")
+
+
+def _trace(
+    module: nn.Module, inputs: tuple[Tensor, ...], dynamic_length: bool
+) -> tuple[ExportedProgram, list[dict[str, Any]]]:
+    """Return the graph, and the options of the calls of `moba_attention` in it."""
+    shapes = None
+    if dynamic_length:
+        length = Dim.DYNAMIC(min=1, max=_MOST_TOKENS)
+        shapes = tuple({length_dim(x): length} if x.dim() > 1 else None for x in inputs)
+    # Else PyTorch takes a size of 1 for another kind of size, and lengths for 2 or more.
+    sizes = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with torch.no_grad(), sizes, recorded() as calls:
+        try:
+            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"module must take any length, got: {reason}: pass dynamic_length=False"
+            ) from error
+    if not calls:
+        raise ValueError(
+            "module must call moba_attention, got a module that does not: "
+            "torch.export and AOTInductor take it as it is"
+        )
+    return program, [dict(call) | {"calls": number} for call, number in calls.items()]
+
+
+def length_dim(x: Tensor) -> int:
+    """Return which dimension of an input is its length."""
+    return 2 if x.dim() == 4 else 1
+
+
+def _check_ops(program: ExportedProgram) -> None:
+    """Raise if running the graph would take Python."""
+    for node in program.graph.nodes:
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload):
+            name = op._schema.name
+            if name in torch._library.custom_ops.OPDEFS and name not in triton_ops_to_kernels:
+                raise ValueError(
+                    f"module must use ops that run without Python, got {name}, a custom_op: "
+                    "write it in PyTorch's ops where torch.compiler.is_exporting()"
+                )
+
+
+def _specs(program: ExportedProgram) -> list[Spec]:
+    """Read what the graph takes: for sizes that vary, the symbol, and its least and most."""
+    ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+    names = set(program.graph_signature.user_inputs)
+    specs = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in names:
+            continue
+        x = node.meta["val"]
+        sizes: list[int | tuple[str, int, int]] = []
+        for size in x.shape:
+            if isinstance(size, int):
+                sizes.append(size)
+            else:
+                bounds = ranges[str(size)]
+                sizes.append((str(size), int(bounds.lower), int(bounds.upper)))
+        specs.append(Spec(node.name, tuple(sizes), str(x.dtype).removeprefix("torch.")))
+    return specs

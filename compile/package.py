@@ -1,0 +1,233 @@
+"""What is written into a package, and the loading of one."""
+
+import importlib.metadata
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEY = "moba_flex"
+_FORMAT = 1
+_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it do
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An input of a package.
+
+    Attributes:
+        name: Its name in the module.
+        shape: Its sizes; of one that varies, the symbol, the least and the most. Sizes of the same
+            symbol are equal.
+        dtype: Its dtype, as "float32".
+    """
+
+    name: str
+    shape: tuple[int | tuple[str, int, int], ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a package says about itself.
+
+    Attributes:
+        moba_flex: The version that wrote it.
+        torch: The version of PyTorch that compiled it.
+        device: "cpu" or "cuda".
+        capability: The instructions that it uses: as `torch.backends.cpu.get_cpu_capability()`, or
+            compute capability of a CUDA device.
+        attention: For each kind of call its plan, its options and the number of such calls.
+        inputs: The inputs.
+    """
+
+    moba_flex: str
+    torch: str
+    device: str
+    capability: str
+    attention: list[dict[str, Any]]
+    inputs: list[Spec]
+
+    @classmethod
+    def of(cls, attention: list[dict[str, Any]], inputs: list[Spec], device: str) -> "Metadata":
+        """Return the metadata of a package that is made here and now."""
+        return cls(
+            moba_flex=_own_version(),
+            torch=torch.__version__,
+            device=device,
+            capability=_capability(device),
+            attention=attention,
+            inputs=inputs,
+        )
+
+    def to_strings(self) -> dict[str, str]:
+        """Return it as AOTInductor stores it."""
+        return {_KEY: json.dumps({"format": _FORMAT, **asdict(self)})}
+
+    @classmethod
+    def from_strings(cls, strings: Mapping[str, str]) -> "Metadata":
+        """Read what `to_strings` made.
+
+        Raises:
+            ValueError: It is of another format.
+        """
+        fields = json.loads(strings[_KEY])
+        if fields.pop("format") != _FORMAT:
+            raise ValueError("another version of moba_flex wrote it")
+        specs = [
+            Spec(x["name"], tuple(_size(size) for size in x["shape"]), x["dtype"])
+            for x in fields.pop("inputs")
+        ]
+        return cls(inputs=specs, **fields)
+
+
+class Package:
+    """A loaded package: call it with the inputs of the module.
+
+    Attributes:
+        metadata: What the package says about itself.
+    """
+
+    def __init__(self, run: Any, metadata: Metadata) -> None:
+        self.metadata = metadata
+        self._run = run
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the package.
+
+        Raises:
+            TypeError: An input has another dtype, or there are too many or too few.
+            ValueError: An input has a shape that the package was not made for, or is elsewhere.
+        """
+        specs = self.metadata.inputs
+        if len(inputs) != len(specs):
+            raise TypeError(f"inputs must be {len(specs)}, got {len(inputs)}")
+        sizes: dict[str, int] = {}
+        for x, spec in zip(inputs, specs, strict=True):
+            _check_input(x, spec, self.metadata.device, sizes)
+        with torch.no_grad():
+            return self._run(*inputs)
+
+
+def load(path: str | os.PathLike[str]) -> Package:
+    """Load a package that `export` made.
+
+    It is machine code, which runs with the rights of the caller: load only what you trust.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or no package of moba_flex, or this machine or this PyTorch
+            cannot run it.
+    """
+    metadata = read_metadata(path)
+    release, needed = (".".join(x.split(".")[:2]) for x in (torch.__version__, metadata.torch))
+    if release != needed:
+        raise ValueError(
+            f"PyTorch must be {needed} for {os.fspath(path)!r}, got {torch.__version__}: "
+            "export the module again, or change PyTorch"
+        )
+    if metadata.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"machine must have a CUDA device for {os.fspath(path)!r}, got none: "
+            "export the module for cpu"
+        )
+    has = _capability(metadata.device)
+    if not _runs(metadata.capability, has):
+        raise ValueError(
+            f"{metadata.device} must have {metadata.capability} for {os.fspath(path)!r}, "
+            f"got {has}: "
+            "export the module on a machine like this"
+        )
+    return Package(torch._inductor.aoti_load_package(os.fspath(path)), metadata)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """Read what a package says about itself; nothing in it runs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or no package of moba_flex.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a file, got {str(path)!r}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            texts = [
+                archive.read(name)
+                for name in archive.namelist()
+                if "/data/aotinductor/" in name and name.endswith("_metadata.json")
+            ]
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(
+            f"path must be a whole .pt2 package, got {str(path)!r}: {error}: "
+            "copy or export it again"
+        ) from error
+    if damaged is not None:
+        raise ValueError(
+            f"path must be a whole .pt2 package, got {str(path)!r} with a damaged {damaged!r}: "
+            "copy or export it again"
+        )
+    for text in texts:
+        strings = json.loads(text)
+        if _KEY in strings:
+            return Metadata.from_strings(strings)
+    raise ValueError(
+        f"path must be a package that moba_flex.compile.export made, got {str(path)!r}, "
+        "which carries no moba_flex metadata: load others by torch._inductor.aoti_load_package"
+    )
+
+
+def _check_input(x: Tensor, spec: Spec, device: str, sizes: dict[str, int]) -> None:
+    """Raise unless an input is as `spec` says; `sizes` are those that symbols have so far."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{spec.name} must be a Tensor, got {type(x).__name__}")
+    if str(x.dtype) != f"torch.{spec.dtype}":
+        raise TypeError(f"{spec.name} must be torch.{spec.dtype}, got {x.dtype}")
+    if x.device.type != device:
+        raise ValueError(f"{spec.name} must be on {device}, got {x.device}")
+    if x.dim() != len(spec.shape):
+        raise ValueError(
+            f"{spec.name} must have {len(spec.shape)} dimensions, got shape {tuple(x.shape)}"
+        )
+    for dim, (size, want) in enumerate(zip(x.shape, spec.shape, strict=True)):
+        least, most = (want, want) if isinstance(want, int) else want[1:]
+        if not least <= size <= most:
+            need = least if least == most else f"{least} to {most}"
+            raise ValueError(f"{spec.name} must have size {need} in dimension {dim}, got {size}")
+        if not isinstance(want, int) and sizes.setdefault(want[0], size) != size:
+            raise ValueError(
+                f"{spec.name} must have size {sizes[want[0]]} in dimension {dim}, like the inputs "
+                f"before it, got {size}"
+            )
+
+
+def _size(size: Any) -> int | tuple[str, int, int]:
+    return size if isinstance(size, int) else (size[0], size[1], size[2])
+
+
+def _capability(device: str) -> str:
+    if device == "cuda":
+        return ".".join(map(str, torch.cuda.get_device_capability()))
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _runs(needed: str, has: str) -> bool:
+    """Whether a device of capability `has` runs code for `needed`."""
+    if needed in _CAPABILITIES and has in _CAPABILITIES:
+        return _CAPABILITIES.index(has) >= _CAPABILITIES.index(needed)
+    return needed == has
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("moba-flex")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

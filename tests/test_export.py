@@ -1,0 +1,387 @@
+"""Packages: what is in them is MoBA, at any length, with neither moba_flex nor Python."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from moba_flex import moba_attention, route
+from moba_flex.compile import export, load
+from moba_flex.compile import package as packages
+from moba_flex.compile.export import worst_error
+from moba_flex.compile.portable import attend_portable
+from moba_flex.masks import router
+from tests.helpers import Case, assert_matches_oracle, cases, run_script
+
+ROOT = Path(__file__).parents[1]
+UNSEEN = (1, 40, 333, 1024, 2500)
+
+
+class Attention(nn.Module):
+    """Self-attention; `[B, length, 64]` to the same."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = {"block_size": 32, "top_k": 4, **options}
+        self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(2, (8, 16)).transpose(1, 2)
+        q, k, v = heads.split((4, 2, 2), dim=1)
+        return self.out(moba_attention(q, k, v, **self.options).transpose(1, 2).flatten(2))
+
+
+class Layers(nn.Module):
+    """Two layers and their residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [Attention(top_k=3), Attention(block_size=16, top_k=5, sink_blocks=1)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(nn.functional.rms_norm(x, (64,)))
+        return x
+
+
+class Parts(nn.Module):
+    """Attention by itself, of queries that may be fewer than the keys."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=32, top_k=4, local_blocks=1)
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def tokens(length: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, length, 64, generator=torch.Generator().manual_seed(length))
+
+
+def heads(q_len: int, kv_len: int) -> tuple[Tensor, ...]:
+    return Case(1, 2, 2, q_len, kv_len, seed=q_len).inputs()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packages")
+
+
+@pytest.fixture(scope="module")
+def attention_package(folder: Path) -> Path:
+    return export(made(Attention), tokens(300), path=folder / "attention.pt2")
+
+
+@pytest.fixture(scope="module")
+def static_package(folder: Path) -> Path:
+    path = folder / "static.pt2"
+    return export(made(Attention), tokens(300), path=path, dynamic_length=False)
+
+
+# What takes the place of the Python ops.
+
+
+@given(case=cases())
+def test_portable_gate_is_the_gate(case: Case) -> None:
+    q, k, _ = case.inputs()
+    want = route(q, k, **case.gate)
+    options = case.block_size, case.top_k - 1, case.sink_blocks, case.local_blocks, case.causal
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "_CHUNK", case.q_len)
+        got = router.gate_portable(q, k, *options)
+    picks = want.blocks.shape[3]
+    assert torch.equal(got[..., :picks], want.blocks)
+    assert (got[..., picks:] == want.num_blocks).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_portable_gate_goes_chunk_by_chunk(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(2, 2, 2, 130, 200, block_size=8, top_k=5, ties=True, causal=causal)
+    q, k, _ = case.inputs()
+    monkeypatch.setattr(router, "_CHUNK", 32)
+    got = router.gate_portable(q, k, 8, 4, 0, 0, causal)
+    assert torch.equal(got, route(q, k, **case.gate).blocks)
+
+
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=settings().max_examples // 2)
+@given(case=cases())
+def test_portable_attention_is_the_oracle(case: Case) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        return attend_portable(q, k, v, route(q, k, **case.gate), scale=scale)
+
+    assert_matches_oracle("portable", case, attend, backward=False)
+
+
+# Packages.
+
+
+def run_alone(
+    package: Path, inputs: Sequence[tuple[Tensor, ...]], module: nn.Module
+) -> list[float]:
+    """Return how far off a package is in a process that cannot import moba_flex."""
+    file = package.with_suffix(".cases")
+    with torch.no_grad():
+        torch.save([(x, module(*x)) for x in inputs], file)
+    command = [sys.executable, "tests/run_package.py", str(package), str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    worst: list[float] = json.loads(done.stdout)
+    return worst
+
+
+@pytest.mark.slow
+def test_attention_of_any_length(attention_package: Path) -> None:
+    inputs = [(tokens(length),) for length in UNSEEN]
+    assert max(run_alone(attention_package, inputs, made(Attention))) < 1e-5
+
+
+@pytest.mark.slow
+def test_attention_of_one_length(static_package: Path) -> None:
+    assert max(run_alone(static_package, [(tokens(300),)], made(Attention))) < 1e-5
+
+
+@pytest.mark.slow
+def test_layers_of_any_length(folder: Path) -> None:
+    package = export(made(Layers), tokens(300), path=folder / "layers.pt2")
+    inputs = [(tokens(length),) for length in UNSEEN]
+    assert max(run_alone(package, inputs, made(Layers))) < 1e-4
+    calls = load(package).metadata.attention
+    assert [(x["block_size"], x["top_k"], x["sink_blocks"]) for x in calls] == [
+        (32, 3, 0),
+        (16, 5, 1),
+    ]
+
+
+@pytest.mark.slow
+def test_fewer_queries_than_keys(folder: Path) -> None:
+    path = folder / "parts.pt2"
+    package = load(export(made(Parts), heads(100, 300), path=path))
+    for q_len, kv_len in ((1, 1), (1, 700), (77, 500), (640, 700), (1000, 1000)):
+        assert worst_error(made(Parts), package, heads(q_len, kv_len)) < 1e-5
+    q, k, v = heads(10, 300)
+    with pytest.raises(ValueError, match="v must have size 300 in dimension 2, like the inputs"):
+        package(q, k, v[:, :, :299])
+
+
+@pytest.mark.slow
+def test_package_says_what_it_is(attention_package: Path, static_package: Path) -> None:
+    package = load(attention_package)
+    metadata = package.metadata
+    assert metadata.torch == torch.__version__
+    assert metadata.device == "cpu"
+    (call,) = metadata.attention
+    assert call["plan"] == "routed"
+    assert (call["block_size"], call["top_k"], call["calls"]) == (32, 4, 1)
+    (spec,) = metadata.inputs
+    assert (spec.name, spec.dtype, spec.shape[0], spec.shape[2]) == ("x", "float32", 2, 64)
+    assert isinstance(spec.shape[1], tuple)
+    assert spec.shape[1][1:] == (1, 2**20)
+    assert load(static_package).metadata.inputs[0].shape == (2, 300, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (tokens(50, batch=3), ValueError, "x must have size 2 in dimension 0, got 3"),
+        (tokens(50).double(), TypeError, "x must be torch.float32, got torch.float64"),
+        (tokens(50)[0], ValueError, "x must have 3 dimensions, got shape"),
+        (tokens(50).to("meta"), ValueError, "x must be on cpu, got meta"),
+        (tokens(50)[:, :0], ValueError, "x must have size 1 to 1048576 in dimension 1, got 0"),
+        ("x", TypeError, "x must be a Tensor, got str"),
+    ],
+)
+def test_package_refuses_inputs(
+    wrong: Any, error: type[Exception], message: str, attention_package: Path
+) -> None:
+    package = load(attention_package)
+    with pytest.raises(error, match=message):
+        package(wrong)
+    with pytest.raises(TypeError, match="inputs must be 1, got 2"):
+        package(tokens(50), tokens(50))
+
+
+@pytest.mark.slow
+def test_load_refuses_what_is_damaged(attention_package: Path, tmp_path: Path) -> None:
+    content = attention_package.read_bytes()
+    path = tmp_path / "damaged.pt2"
+    for damaged in (content[: len(content) // 2], content[:-10], b"", b"no archive at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"path must be a whole .pt2 package, got .*copy or"):
+            load(path)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match=r"path must be a whole .pt2 package, got .*copy or"):
+        load(path)
+
+
+@pytest.mark.slow
+def test_load_refuses_other_machines(
+    attention_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99.0")
+        with pytest.raises(ValueError, match=r"PyTorch must be .* for .*, got 2.99.0: export"):
+            load(attention_package)
+    if packages._capability("cpu") != "DEFAULT":
+        monkeypatch.setattr(packages, "_capability", lambda _: "DEFAULT")
+        with pytest.raises(ValueError, match=r"cpu must have .* for .*, got DEFAULT: export"):
+            load(attention_package)
+    made = packages.read_metadata(attention_package)
+    monkeypatch.setattr(packages, "read_metadata", lambda _: replace(made, device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"machine must have a CUDA device for .*, got none"):
+        load(attention_package)
+
+
+def test_load_refuses_what_is_foreign(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="path must be a file, got"):
+        load(tmp_path / "nowhere.pt2")
+    path = tmp_path / "foreign.pt2"
+    torch.save({"a": 1}, path)
+    with pytest.raises(ValueError, match=r"path must be a package that moba_flex.compile.export"):
+        load(path)
+
+
+def test_metadata_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="another version of moba_flex wrote it"):
+        packages.Metadata.from_strings({"moba_flex": '{"format": 99}'})
+
+
+# What cannot be exported.
+
+
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+class Fixed(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(2, 300, 64))
+
+
+@torch.library.custom_op("moba_flex_test::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@double.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class WithPython(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(double(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "message"),
+    [
+        (Attention, {"path": "m.onnx"}, ValueError, "path must end in .pt2, got .onnx: ONNX has"),
+        (Attention, {"path": "m.zip"}, ValueError, "path must end in .pt2, got 'm.zip'"),
+        (Attention, {"example": ()}, ValueError, "example must hold a tensor, got none"),
+        (Attention, {"example": (3,)}, TypeError, "example must hold tensors, got int"),
+        (Attention, {"device": "meta"}, ValueError, "device must be cpu or cuda, got meta"),
+        (Plain, {}, ValueError, "module must call moba_attention, got a module that does not"),
+        (Fixed, {}, ValueError, r"module must take any length, got: .* pass dynamic_length=False"),
+        (WithPython, {}, ValueError, "module must use ops that run without Python, got moba_flex"),
+    ],
+)
+def test_export_refuses(
+    module: type[nn.Module],
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    arguments = {"example": tokens(300), "path": tmp_path / "m.pt2", **options}
+    with pytest.raises(error, match=message):
+        export(made(module), arguments.pop("example"), **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_modules(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"module must be an nn.Module, got function"):
+        export(lambda x: x, tokens(300), path=tmp_path / "m.pt2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="module must be in eval mode, got training mode"):
+        export(Attention(), tokens(300), path=tmp_path / "m.pt2")
+    with pytest.raises(TypeError, match=r"q must be .* got torch.float64: convert"):
+        export(made(Attention).double(), tokens(300).double(), path=tmp_path / "m.pt2")
+
+
+def test_dense_is_never_silent() -> None:
+    """A plan that serves some lengths alone is refused."""
+    module = Attention(plan="dense", top_k=20).eval()
+    with pytest.raises(ValueError, match=r"top_k must cover all .* for plan='dense'"):
+        export(module, tokens(300), path="m.pt2")
+
+
+def test_parity_check_can_fail() -> None:
+    x = torch.randn(3)
+    assert worst_error(torch.sin, torch.sin, [x]) == 0
+    assert worst_error(torch.sin, torch.cos, [x]) > 0.01
+    with pytest.raises(ValueError, match="must have the shapes"):
+        worst_error(torch.sin, torch.sum, [x])
+    with pytest.raises(ValueError, match="must be finite where"):
+        worst_error(torch.sin, lambda x: x / 0, [x])
+
+
+def test_cuda_graph_holds_kernels_for_any_length() -> None:
+    """Traced without a GPU."""
+    found = run_script("trace_export.py")
+    assert found["ops"] == ["moba_flex.gate_triton", "moba_flex.attend_fused"]
+    assert found["lengths"] == [[1, 2**20], [1, 2**20]]
+    assert found["plan"] == "fused"
+
+
+# C++.
+
+
+@pytest.mark.slow
+def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> None:
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    build = tmp_path / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (
+        ["cmake", "-S", str(ROOT / "compile/cpp"), "-B", str(build), prefix],
+        ["cmake", "--build", str(build)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    x = tokens(777)
+    files = [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
+    torch.save([x], files[0])
+    program = str(build / "run_package")
+    done = subprocess.run(
+        [program, str(attention_package), *files], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert json.loads(first)["attention"][0]["top_k"] == 4
+    assert second == "float [2, 777, 64]"
+    (out,) = torch.load(files[1])
+    with torch.no_grad():
+        torch.testing.assert_close(out, made(Attention)(x))
+    bad = subprocess.run([program, *files, "x"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("run_package: error: ")
