@@ -161,10 +161,11 @@ def gate_cpu(
     # float64 leaves one rounding, to float32, so that equal block keys tie whatever kernel BLAS
     # picks for a column.
     columns = block_keys.double().mT.unsqueeze(2)
-    gate = _Gate(picks, sink_blocks, local_blocks, causal, head_top_k, num_blocks)
+    gate = _Gate(sink_blocks, local_blocks, causal, head_top_k, num_blocks, extents is None)
     for start, stop, low, high in _chunks(queries, batch * num_heads, block_size):
         affinity = (grouped[:, :, :, start:stop].double() @ columns[..., low:high]).float()
-        best = _top_blocks(affinity.flatten(1, 2), queries[:, :, start:stop], low, gate)
+        width = min(picks, high - low)
+        best = _top_blocks(affinity.flatten(1, 2), queries[:, :, start:stop], low, width, gate)
         chosen[:, :, start:stop, : best.shape[3]] = best
     return chosen
 
@@ -207,18 +208,21 @@ def _chunks(queries: Tensor, lists: int, block_size: int) -> Iterator[tuple[int,
 
 
 class _Gate(NamedTuple):
-    """Options of `gate_cpu`, and `none`, the number that stands for no block."""
+    """Options of `gate_cpu`; `none`, the number that stands for no block; whether rows are whole.
 
-    picks: int
+    In whole rows, which are one sequence each, the first block is the oldest candidate of all.
+    """
+
     sink_blocks: int
     local_blocks: int
     causal: bool
     head_top_k: Tensor | None
     none: int
+    whole_rows: bool
 
 
-def _top_blocks(affinity: Tensor, queries: Tensor, low: int, gate: _Gate) -> Tensor:
-    """Return the best blocks of each row of `affinity`, ascending, `none` last.
+def _top_blocks(affinity: Tensor, queries: Tensor, low: int, width: int, gate: _Gate) -> Tensor:
+    """Return the `width` best blocks of each row of `affinity`, ascending, `none` last.
 
     Affinity and block number make one integer key, in which no two blocks are equal and the more
     recent of two equal affinities is the larger.
@@ -227,6 +231,7 @@ def _top_blocks(affinity: Tensor, queries: Tensor, low: int, gate: _Gate) -> Ten
         affinity: Of queries and blocks from `low` on, `[B, Hq, Q, n]`.
         queries: Of `Tables`, `[4, R, Q]`.
         low: Number of the first block.
+        width: Blocks to return, at most `n`.
         gate: What to choose.
     """
     largest = torch.finfo(torch.float32).max
@@ -246,12 +251,10 @@ def _top_blocks(affinity: Tensor, queries: Tensor, low: int, gate: _Gate) -> Ten
     candidate = block <= newest
     if not gate.causal:
         candidate = candidate & (block != own)
-    if torch.compiler.is_exporting() or (oldest > low).any():
+    if not gate.whole_rows and (oldest > low).any():
         candidate = candidate & (block >= oldest)
     lowest = torch.iinfo(torch.int64).min
     key = torch.where(candidate, key, lowest)
-    # Under export there are as many columns at least.
-    width = gate.picks if torch.compiler.is_exporting() else min(gate.picks, affinity.shape[-1])
     best = key.topk(width, dim=-1, sorted=gate.head_top_k is not None).values
     none = best == lowest
     if gate.head_top_k is not None:
@@ -277,7 +280,7 @@ def gate_portable(
     # Columns that are no candidates: then every length has `picks` of them.
     columns = F.pad(block_keys, (0, 0, 0, picks)).double().mT.unsqueeze(2)
     grouped = q.reshape(batch, num_kv_heads, -1, q_len, head_dim)
-    gate = _Gate(picks, sink_blocks, local_blocks, causal, None, num_blocks)
+    gate = _Gate(sink_blocks, local_blocks, causal, None, num_blocks, whole_rows=True)
 
     def choose(some: Tensor, first: int | Tensor) -> Tensor:
         position = torch.arange(some.shape[3], device=q.device) + first + q_offset
@@ -285,7 +288,7 @@ def gate_portable(
         newest = own - 1 if causal else torch.full_like(own, 0) + num_blocks - 1
         queries = torch.stack((position, own, torch.zeros_like(own), newest)).unsqueeze(1)
         affinity = (some.double() @ columns).float().flatten(1, 2)
-        return _top_blocks(affinity, queries, 0, gate)
+        return _top_blocks(affinity, queries, 0, picks, gate)
 
     if isinstance(q_len, int) and q_len <= _CHUNK:
         return choose(grouped, 0)
