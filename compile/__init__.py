@@ -15,7 +15,7 @@ one, that test fails and the detour can go.
   a kept graph overwrites saved tensors (`flex.py`).
 - A dimension of one head that is made by a view has stride 0 in a graph. FlexAttention on CUDA
   multiplies the number of the sequence by it: all sequences of a batch take the lists of the first
-  (`test_lists_of_one_head_...` in `tests/test_compile.py`). Lists are made with their heads (`tiles.py`).
+  (`test_lists_of_one_head_...`, `tests/test_compile.py`). Lists are made with heads (`tiles.py`).
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
   PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).
