@@ -75,6 +75,7 @@ def compiled(
     function: Callable[..., Any],
     kind: tuple[Hashable, ...],
     softcap: float | None = None,
+    static: bool = False,
     **options: Any,
 ) -> Callable[..., Any]:
     """Return `function`, with these options bound, compiled to one graph.
@@ -85,6 +86,7 @@ def compiled(
         function: A function of q, k and v, of tensors by name, and of options.
         kind: What beside the options sets apart calls that share no graph: dtype, heads.
         softcap: Of the function's `mods`.
+        static: Whether to compile anew for all sizes.
         options: Keyword arguments of the function.
 
     Returns:
@@ -115,7 +117,12 @@ def compiled(
     own = types.FunctionType(code, globals(), closure=bound.__closure__)
     # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
     graph = repeatable(
-        torch.compile(own, fullgraph=True, options={"comprehensive_padding": False})
+        torch.compile(
+            own,
+            fullgraph=True,
+            dynamic=False if static else None,
+            options={"comprehensive_padding": False},
+        )
     )
 
     def call(

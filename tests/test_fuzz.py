@@ -144,3 +144,15 @@ def test_runs_spread_over_processes(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_cases_that_were_wrong(line: str) -> None:
     assert fuzz.run(Case.parse(line)) is None
+
+
+@pytest.mark.slow
+def test_masked_plan_on_cpu_at_a_second_size() -> None:
+    """With ten symbols of sizes and more, PyTorch's C++ template does not compile."""
+    kind = "num_kv_heads=2 group=8 head_dim=256 block_size=128 top_k=2 ties=True score=relative "
+    kind += "grads= lse=False plan=masked "
+    for sizes in (
+        "q_len=20 kv_len=20 seed=1 pads=((0,11),)",
+        "batch=3 q_len=79 kv_len=79 seed=2 pads=((6,35),(4,0),(3,0))",
+    ):
+        assert fuzz.run(Case.parse(kind + sizes)) is None
