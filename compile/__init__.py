@@ -13,6 +13,8 @@ one, that test fails and the detour can go.
   tile too late (`masks/tiles.py`, `settled`).
 - Code compiled in one place counts towards one limit of recompilations, whatever its options, and
   a kept graph overwrites saved tensors (`flex.py`).
+- Inductor leaves out a rounding to 16 bits that is followed by a widening, which the gate's block
+  keys need: packages are compiled with `emulate_precision_casts`.
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
   PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).
