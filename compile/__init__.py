@@ -16,6 +16,11 @@ one, that test fails and the detour can go.
 - A dimension of one head that is made by a view has stride 0 in a graph. FlexAttention on CUDA
   multiplies the number of the sequence by it: all sequences of a batch take the lists of the first
   (`test_lists_of_one_head_...`, `tests/test_compile.py`). Lists are made with heads (`tiles.py`).
+- Inductor leaves out a rounding to 16 bits that is followed by a widening, which the gate's block
+  keys need: packages are compiled with `emulate_precision_casts`.
+- The C++ template of FlexAttention takes the tenth symbol of a graph for the first and a digit:
+  calls with documents, padding or mods are compiled for their sizes on CPU
+  (`test_masked_plan_on_cpu_at_a_second_size`, `tests/test_fuzz.py`).
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
   PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).

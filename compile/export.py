@@ -79,6 +79,9 @@ def export(
             "aot_inductor.metadata": metadata.to_strings(),
             # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
             "comprehensive_padding": False,
+            # Else what is rounded to 16 bits and then widened is not rounded at all: block keys
+            # and queries of the gate are, and other blocks would be chosen.
+            "emulate_precision_casts": True,
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what PyTorch itself does

@@ -178,6 +178,22 @@ def test_fewer_queries_than_keys(folder: Path) -> None:
         package(q, k, v[:, :, :299])
 
 
+class Scaled(nn.Module):
+    """Attention whose queries and keys the compiler makes itself."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q * 0.9, k * 1.1, v, block_size=32, top_k=4)
+
+
+@pytest.mark.slow
+def test_blocks_chosen_in_bfloat16_are_the_same(folder: Path) -> None:
+    """A compiler that leaves out a rounding chooses others in one row of 300."""
+    inputs = [x.bfloat16() for x in heads(600, 600)]
+    path = folder / "bfloat16.pt2"
+    package = load(export(made(Scaled), inputs, path=path, dynamic_length=False))
+    assert worst_error(made(Scaled), package, inputs) < 0.01
+
+
 @pytest.mark.slow
 def test_package_says_what_it_is(attention_package: Path, static_package: Path) -> None:
     package = load(attention_package)
