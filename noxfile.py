@@ -57,7 +57,9 @@ def wheel(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests and each benchmark once; arguments after -- go to pytest instead."""
     install(session, "-e", ".[hf,plot]", groups=("test", "perf"))
-    session.run("pytest", *(session.posargs or ["tests", "perf", "--benchmark-disable"]))
+    everything = ["tests", "perf", "--benchmark-disable", "-n", "auto", "--dist", "loadfile"]
+    # A process for each core, and a thread for each process.
+    session.run("pytest", *(session.posargs or everything), env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(default=False)

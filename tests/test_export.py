@@ -401,3 +401,18 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
     bad = subprocess.run([program, *files, "x"], capture_output=True, text=True, check=False)
     assert bad.returncode == 1
     assert bad.stderr.startswith("run_package: error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 100, 300])}, "cu_seqlens and key_mask"),
+        ({"key_mask": torch.arange(300)[None] > 9}, "cu_seqlens and key_mask"),
+        ({"softcap": 30.0}, "softcap, score_mod and mask_mod"),
+        ({"head_top_k": torch.tensor([4, 3, 2, 1])}, "head_top_k"),
+    ],
+)
+def test_a_package_for_cpu_holds_plain_rows(options: dict[str, Any], name: str) -> None:
+    module = Attention(**options).eval()
+    with pytest.raises(ValueError, match=f"{name} must be None in a package for cpu, got some"):
+        export(module, tokens(300), path="m.pt2", dynamic_length=False)
