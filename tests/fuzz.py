@@ -141,7 +141,8 @@ def _draw_sizes(rng: Random, case: Case) -> Case:
             case = replace(case, pads=tuple(_draw_pad(rng, kv_len) for _ in range(case.batch)))
     of_q, of_k, of_v = rng.choices(MEMORY, (12, 4, 2, 1, 1), k=3)
     case = replace(case, memory=(of_q, of_k, of_v))
-    if rng.random() < 0.06:
+    # FlexAttention on CUDA spreads what is not finite over a tile, as the README says.
+    if rng.random() < 0.06 and (case.device == "cpu" or case.plan == "fused"):
         names = rng.sample(("q", "k", "v", "q*", "k*", "v*"), rng.randint(1, 2))
         plants = tuple(f"{name}={rng.choice(('nan', 'inf', '-inf'))}" for name in names)
         case = replace(case, plants=plants)
