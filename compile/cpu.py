@@ -14,7 +14,6 @@ from torch import Tensor
 
 from moba_flex.compile.parts import cut
 from moba_flex.masks.inputs import dense_vectors
-from moba_flex.masks.layout import Tables
 from moba_flex.masks.router import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -70,7 +69,7 @@ def attend_cpu(
     Returns:
         Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
     """
-    routing = _routing(q, k, blocks, block_size, causal, queries, extents)
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     v_dim, width = v.shape[3], max(q.shape[3], v.shape[3])
     q, k, v = q.contiguous(), *dense_vectors(k, v)
@@ -88,36 +87,16 @@ def attend_cpu(
     return out[..., :v_dim].to(q.dtype).contiguous(), lse
 
 
-def _routing(
-    q: Tensor,
-    k: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool,
-    queries: Tensor | None,
-    extents: Tensor | None,
-) -> Routing:
-    tables = None if queries is None or extents is None else Tables(queries, extents)
-    return Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
-
-
 def _widen(x: Tensor, width: int) -> Tensor:
     """Append zeros to vectors: flash attention takes queries, keys and values of one head_dim."""
     return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
 
 
 @attend_cpu.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
+def shapes_of_attention(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, not computed, of an op that attends."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
 
@@ -141,7 +120,7 @@ def attend_cpu_backward(
     """Return the gradients of `attend_cpu` with respect to `q`, `k` and `v`."""
     dims = q.shape[3], k.shape[3], v.shape[3]
     width = max(dims)
-    routing = _routing(q, k, blocks, block_size, causal, queries, extents)
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     extra = 0 if grad_lse is None else _EXTRA
     grad, q, k, v, out = (_widen(x, width + extra) for x in (grad, q, k, v, out))
     if grad_lse is not None:
@@ -170,21 +149,10 @@ def attend_cpu_backward(
 
 
 @attend_cpu_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
+def shapes_of_gradients(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `q`, `k` and `v`, not computed, of such an op's backward."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

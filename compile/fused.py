@@ -31,7 +31,6 @@ from moba_flex.compile.fused_kernels import (
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.kernel_op import kernel_op, launch
-from moba_flex.masks.layout import Tables
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.router import Routing
 
@@ -88,29 +87,29 @@ def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _
 
 
 @lru_cache(maxsize=1024)
-def _options(kernel: str, problem: "_Kind") -> dict[str, Any]:
-    tiles = _tiles(kernel, problem.dtype, problem.width, problem.block_size)
+def _options(kernel: str, kind: "_Kind") -> dict[str, Any]:
+    tiles = _tiles(kernel, kind.dtype, kind.width, kind.block_size)
     options: dict[str, Any] = {
-        "HEAD_DIM": problem.head_dim,
-        "D": _padded(problem.head_dim),
-        "VALUE_DIM": problem.value_dim,
-        "DV": _padded(problem.value_dim),
-        "TABLES": problem.tables,
-        "SOFTCAP": problem.softcap,
+        "HEAD_DIM": kind.head_dim,
+        "D": _padded(kind.head_dim),
+        "VALUE_DIM": kind.value_dim,
+        "DV": _padded(kind.value_dim),
+        "TABLES": kind.tables,
+        "SOFTCAP": kind.softcap,
         "TILE_M": tiles.m,
         "TILE_N": tiles.n,
-        "PRECISION": "ieee" if problem.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if kind.dtype == torch.float32 else "tf32",
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
     if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
-        short = not problem.causal or problem.tables
-        options["TAIL"] = short or problem.block_size % tiles.n != 0
+        short = not kind.causal or kind.tables
+        options["TAIL"] = short or kind.block_size % tiles.n != 0
     else:
-        options["CAUSAL"] = problem.causal
+        options["CAUSAL"] = kind.causal
     if not kernel.startswith("own"):
-        options["GROUPED"] = problem.grouped
+        options["GROUPED"] = kind.grouped
     return options
 
 
@@ -176,8 +175,8 @@ class _Problem(NamedTuple):
         block_size: int,
         causal: bool,
         scale: float,
-        softcap: float = 0.0,
-        extents: Tensor | None = None,
+        softcap: float,
+        extents: Tensor | None,
     ) -> "_Problem":
         """Read the sizes off queries, keys, values and tables."""
         batch, num_heads, q_len, head_dim = q.shape
@@ -209,6 +208,11 @@ class _Problem(NamedTuple):
         )
 
     @property
+    def scale_log2(self) -> float:
+        """Factor on scores in units of log2."""
+        return self.scale / math.log(2)
+
+    @property
     def num_pairs(self) -> int:
         """Pairs of a list, those of no block included."""
         return self.group * self.q_len * self.picks
@@ -233,7 +237,7 @@ class _Problem(NamedTuple):
                     self.block_size,
                     self.num_pairs,
                     self.picks,
-                    self.scale / math.log(2),
+                    self.scale_log2,
                     self.softcap / math.log(2),
                     self.table_rows,
                 ),
@@ -274,12 +278,13 @@ def attend_fused_backward(
     grad, q, k, v = dense_vectors(grad, q, k, v)
     problem = _Problem.of(q, k, v, rank.shape[3], block_size, causal, scale, softcap, extents)
     stats = _stats(problem, out, grad, lse, grad_lse, rank)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if queries is None or extents is None:
         queries = extents = owners = rank  # they are not read
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
     else:
         owners = _owners(queries[1], extents.shape[2])
-        dk.zero_(), dv.zero_()  # padding belongs to no block
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)  # padding belongs to no block
+    dq = torch.empty_like(q)
 
     num_blocks, head_dim, value_dim = problem.num_blocks, *problem.kind[1:3]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
@@ -317,7 +322,7 @@ def attend_fused_backward(
                 *(spill_block, first_spill, extents, spill, dk, dv),
                 *_strides(dk, dv),
                 *(sizes[0], problem.num_kv_heads, problem.kv_len, num_blocks, block_size),
-                *(problem.scale / math.log(2), problem.table_rows, num_spills, tiles_per_block),
+                *(problem.scale_log2, problem.table_rows, num_spills, tiles_per_block),
                 TABLES=problem.kind.tables,
                 HEAD_DIM=head_dim,
                 D=_padded(head_dim),
@@ -439,10 +444,10 @@ def attend_fused(
     """
     q, k, v = dense_vectors(q, k, v)
     problem = _Problem.of(q, k, v, blocks.shape[3], block_size, causal, scale, softcap, extents)
-    tables = None if queries is None or extents is None else Tables(queries, extents)
-    routing = Routing(blocks, block_size, problem.q_len, problem.kv_len, causal, tables)
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     pairs = sort_pairs(routing, problem.num_kv_heads)
-    queries, extents = tables or (pairs.first, pairs.first)  # without tables they are not read
+    # Without tables they are not read.
+    queries, extents = routing.tables or (pairs.first, pairs.first)
     if problem.picks:
         tile_block, first_tile = tile_blocks(
             pairs.first, problem.num_pairs, problem.tiles("pair_forward").m

@@ -280,45 +280,40 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _own_keys(  # type: ignore[no-untyped-def]
-    query, q_len, kv_len, block_size,
-    TILE_N: tl.constexpr, CAUSAL: tl.constexpr, TILE_M: tl.constexpr,
+    query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size, table_rows,
+    TILE_N: tl.constexpr, TABLES: tl.constexpr, CAUSAL: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Return the keys of each query's own block that it sees, and those of the tile.
 
     They are `low..high` of each row; of the tile, `start..whole` are seen by all rows and
     `whole..stop` by some. Rows past the last query count as that one.
     """
-    position = tl.minimum(query, q_len - 1) + kv_len - q_len
-    low = position // block_size * block_size
-    high = position + 1 if CAUSAL else tl.minimum(low + block_size, kv_len)
-    first = tl.min(position)
-    last = tl.minimum(first + TILE_M, kv_len) - 1
-    start = first // block_size * block_size
-    last_start = last // block_size * block_size
-    stop = last + 1 if CAUSAL else tl.minimum(last_start + block_size, kv_len)
-    seen = first + 1 if CAUSAL else stop
-    whole = tl.where(start == last_start, start + (seen - start) // TILE_N * TILE_N, start)
-    return low, high, start, whole, stop
-
-
-@triton.jit
-def _own_keys_by_table(  # type: ignore[no-untyped-def]
-    query, queries_ptr, extents_ptr, q_len, kv_len, num_blocks, table_rows,
-    TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Return what `_own_keys` does of queries and blocks that tables describe."""
-    queries_ptr += tl.minimum(query, q_len - 1)
-    own = tl.load(queries_ptr + table_rows * q_len)
-    known = own < num_blocks
-    low = tl.load(extents_ptr + own, mask=known, other=0)
-    if CAUSAL:
-        high = tl.load(queries_ptr) + 1
+    last_query = tl.minimum(query, q_len - 1)
+    if TABLES:
+        queries_ptr += batch % table_rows * q_len + last_query
+        extents_ptr += batch % table_rows * num_blocks
+        own = tl.load(queries_ptr + table_rows * q_len)
+        known = own < num_blocks
+        low = tl.load(extents_ptr + own, mask=known, other=0)
+        if CAUSAL:
+            high = tl.load(queries_ptr) + 1
+        else:
+            high = tl.load(extents_ptr + table_rows * num_blocks + own, mask=known, other=0)
+        start, stop = tl.min(tl.where(high > low, low, kv_len)), tl.max(high)
+        whole = start
+        if tl.min(own) == tl.max(own):
+            whole += tl.maximum(tl.min(high) - start, 0) // TILE_N * TILE_N
     else:
-        high = tl.load(extents_ptr + table_rows * num_blocks + own, mask=known, other=0)
-    start, stop = tl.min(tl.where(high > low, low, kv_len)), tl.max(high)
-    whole = start
-    if tl.min(own) == tl.max(own):
-        whole += tl.maximum(tl.min(high) - start, 0) // TILE_N * TILE_N
+        position = last_query + kv_len - q_len
+        low = position // block_size * block_size
+        high = position + 1 if CAUSAL else tl.minimum(low + block_size, kv_len)
+        first = tl.min(position)
+        last = tl.minimum(first + TILE_M, kv_len) - 1
+        start = first // block_size * block_size
+        last_start = last // block_size * block_size
+        stop = last + 1 if CAUSAL else tl.minimum(last_start + block_size, kv_len)
+        seen = first + 1 if CAUSAL else stop
+        whole = tl.where(start == last_start, start + (seen - start) // TILE_N * TILE_N, start)
     return low, high, start, whole, stop
 
 
@@ -352,16 +347,10 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros([TILE_M, DV], tl.float32)
     top = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
-    if TABLES:
-        table_row = batch % table_rows
-        low, high, start, whole, stop = _own_keys_by_table(
-            query, queries_ptr + table_row * q_len, extents_ptr + table_row * num_blocks, q_len,
-            kv_len, num_blocks, table_rows, TILE_N, CAUSAL,
-        )  # fmt: skip
-    else:
-        low, high, start, whole, stop = _own_keys(
-            query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
-        )
+    low, high, start, whole, stop = _own_keys(
+        query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size,
+        table_rows, TILE_N, TABLES, CAUSAL, TILE_M,
+    )  # fmt: skip
     acc, top, total = _attend(
         q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
         cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
@@ -568,16 +557,10 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     v_ptr += batch * stride_vb + head * stride_vh
 
     dq = tl.zeros([TILE_M, D], tl.float32)
-    if TABLES:
-        table_row = batch % table_rows
-        low, high, start, whole, stop = _own_keys_by_table(
-            query, queries_ptr + table_row * q_len, extents_ptr + table_row * num_blocks, q_len,
-            kv_len, num_blocks, table_rows, TILE_N, CAUSAL,
-        )  # fmt: skip
-    else:
-        low, high, start, whole, stop = _own_keys(
-            query, q_len, kv_len, block_size, TILE_N, CAUSAL, TILE_M
-        )
+    low, high, start, whole, stop = _own_keys(
+        query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size,
+        table_rows, TILE_N, TABLES, CAUSAL, TILE_M,
+    )  # fmt: skip
     dq = _attend_backward(
         q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high,
         scale, cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,

@@ -77,16 +77,17 @@ def check_export(
     torch._check(q.shape[2] <= k.shape[2])
     if q.device.type != "cpu":
         return
-    given = [name for name, x in {**tensors, "mods": mods}.items() if x is not None]
     names = {
         "tables": "cu_seqlens and key_mask",
         "blocks": "routing",
         "mods": "softcap, score_mod and mask_mod",
     }
-    for name in given:
-        raise ValueError(
-            f"{names.get(name, name)} must be None in a package for cpu, got some: export for cuda"
-        )
+    for name, given in {**tensors, "mods": mods}.items():
+        if given is not None:
+            name = names.get(name, name)
+            raise ValueError(
+                f"{name} must be None in a package for cpu, got some: export for cuda"
+            )
 
 
 def _check_dtype(q: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from moba_flex.compile.cpu import _routing
+from moba_flex.compile.cpu import shapes_of_attention, shapes_of_gradients
 from moba_flex.compile.parts import Part, cut
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.mods import Mods
@@ -45,7 +45,7 @@ def attend_modded(
         Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
         A query that sees nothing has output 0 and log-sum-exp -inf.
     """
-    if mods.score_mod is None and mods.mask_mod is None and mods.softcap is not None:
+    if not mods.ask and mods.softcap is not None:
         options = routing.block_size, routing.causal, scale, mods.softcap
         tables = routing.tables or (None, None)
         out, lse = attend_softcap(q, k, v, routing.blocks, *options, *tables)
@@ -166,11 +166,6 @@ class _Scores:
         return 1.0 if self.mods.score_mod is not None else _LOG2E
 
     @property
-    def asks(self) -> bool:
-        """Whether a mod is a function, which asks for indices."""
-        return self.mods.score_mod is not None or self.mods.mask_mod is not None
-
-    @property
     def small(self) -> bool:
         """Whether no score is so large that float32 would not hold its exponential."""
         cap = self.mods.softcap
@@ -200,11 +195,11 @@ class _Scores:
 
     def numbers(self) -> list[Tensor]:
         """Return the number of each query, `[B, Hq, Q]`, if a mod asks."""
-        return [torch.arange(math.prod(self.shape)).view(self.shape)] if self.asks else []
+        return [torch.arange(math.prod(self.shape)).view(self.shape)] if self.mods.ask else []
 
     def places(self, k: Tensor) -> list[Tensor]:
         """Return the place of each key, `[B, Hkv, KV]`, if a mod asks."""
-        return [torch.arange(k.shape[2]).expand(k.shape[:3])] if self.asks else []
+        return [torch.arange(k.shape[2]).expand(k.shape[:3])] if self.mods.ask else []
 
     def change(self, scores: Tensor, *pairs: Tensor) -> Tensor:
         """Return the scores, in units of log 2, after `score_mod`.
@@ -454,25 +449,8 @@ def attend_softcap(
     extents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what `moba_flex.compile.cpu.attend_cpu` does, with scores under a soft cap."""
-    routing = _routing(q, k, blocks, block_size, causal, queries, extents)
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     return _forward(q, k, v, routing, Mods(softcap=softcap), scale)
-
-
-@attend_softcap.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
 
 
 @torch.library.custom_op("moba_flex::attend_softcap_backward", mutates_args=(), device_types="cpu")
@@ -493,30 +471,10 @@ def attend_softcap_backward(
     extents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `attend_softcap` with respect to `q`, `k` and `v`."""
-    routing = _routing(q, k, blocks, block_size, causal, queries, extents)
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     mods = Mods(softcap=softcap)
     dq, dk, dv = _backward(grad, grad_lse, q, k, v, out, lse, routing, mods, scale)
     return dq, dk, dv
-
-
-@attend_softcap_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -534,4 +492,6 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[
     return *grads, *(None,) * 7
 
 
+attend_softcap.register_fake(shapes_of_attention)
+attend_softcap_backward.register_fake(shapes_of_gradients)
 attend_softcap.register_autograd(_gradients, setup_context=_save)

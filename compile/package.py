@@ -58,7 +58,7 @@ class Metadata:
     def of(cls, attention: list[dict[str, Any]], inputs: list[Spec], device: str) -> "Metadata":
         """Return the metadata of a package that is made here and now."""
         return cls(
-            moba_flex=_own_version(),
+            moba_flex=own_version(),
             torch=torch.__version__,
             device=device,
             capability=_capability(device),
@@ -226,7 +226,8 @@ def _runs(needed: str, has: str) -> bool:
     return needed == has
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """Return the version of moba_flex."""
     try:
         return importlib.metadata.version("moba-flex")
     except importlib.metadata.PackageNotFoundError:

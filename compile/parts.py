@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.layout import Tables, plain_tables
+from moba_flex.masks.layout import Tables
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.router import Routing
 
@@ -87,9 +87,7 @@ def cut(routing: Routing, num_kv_heads: int, hidden: Tensor | None = None) -> It
             `[B, KV]`; None for none.
     """
     blocks, batch = routing.blocks, routing.blocks.shape[0]
-    tables = routing.tables or plain_tables(
-        routing.q_len, routing.kv_len, routing.block_size, routing.causal, blocks.device
-    )
+    tables = routing.places
     covered = _covered(routing, tables)
     rows = tables.queries.shape[1]
     for row in range(rows):

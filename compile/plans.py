@@ -167,7 +167,7 @@ def _routed_flex(
     groups = regroup(routing, num_kv_heads, TILE)
     if (places := layout.places_of(k)) is not None:
         k, v = (gather_rows(x, *places) for x in (k, v))
-    if mods.score_mod is not None or mods.mask_mod is not None:
+    if mods.ask:
         group = q.shape[1] // num_kv_heads
         mods = mods.moved(regrouped_origin(groups, layout, q.shape[2], group))
     routed_out, routed_lse = attend(

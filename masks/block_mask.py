@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.checks import check_gate, check_head_top_k, check_layout, check_qk
-from moba_flex.masks.layout import Tables, make_tables, plain_tables
+from moba_flex.masks.layout import Tables, make_tables
 from moba_flex.masks.mods import MaskMod
 from moba_flex.masks.router import Routing, route
 from moba_flex.masks.tiles import TILE, capturable, row_of, settled
@@ -183,9 +183,7 @@ def _with_own(routing: Routing, tables: Tables) -> Tensor:
 def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
     """Return the tiles to mask and the full ones, bool `[B, Hq, Q tiles, KV tiles]` each."""
     q_len, kv_len, device = routing.q_len, routing.kv_len, routing.blocks.device
-    tables = routing.tables or plain_tables(
-        q_len, kv_len, routing.block_size, routing.causal, device
-    )
+    tables = routing.places
     batch, num_heads = routing.blocks.shape[:2]
     q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, kv_tile)
     blocks = _with_own(routing, tables)

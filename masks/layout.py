@@ -73,13 +73,24 @@ def plain_tables(
     """Return the tables `R = 1` of one sequence a row, of which queries are the last positions."""
     start = torch.arange(ceil_div(kv_len, block_size), device=device) * block_size
     position = torch.arange(kv_len - q_len, kv_len, device=device)
+    queries = plain_queries(position, start, causal)
+    extents = torch.stack((start, (start + block_size).clamp(max=kv_len)))
+    return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
+
+
+def plain_queries(position: Tensor, start: Tensor, causal: bool) -> Tensor:
+    """Return what `Tables` say of queries at positions `[n]` of one sequence, int `[4, n]`.
+
+    Args:
+        position: The positions.
+        start: Where the blocks start, `[N]`.
+        causal: Whether only blocks before the own one can be chosen.
+    """
     # By search, since PyTorch 2.13 compiles a division of all of a range, on CPU, to a loop over
     # whole multiples that leaves the rest unwritten.
     own = torch.bucketize(position, start, right=True) - 1
     newest = own - 1 if causal else torch.full_like(own, start.shape[0] - 1)
-    queries = torch.stack((position, own, torch.zeros_like(own), newest))
-    extents = torch.stack((start, (start + block_size).clamp(max=kv_len)))
-    return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
+    return torch.stack((position, own, torch.zeros_like(own), newest))
 
 
 def document_tables(

@@ -31,6 +31,11 @@ class Mods:
     mask_mod: MaskMod | None = None
     softcap: float | None = None
 
+    @property
+    def ask(self) -> bool:
+        """Whether a function is among them, which asks for indices."""
+        return self.score_mod is not None or self.mask_mod is not None
+
     def on_scores(self) -> ScoreMod | None:
         """Return the soft cap and `score_mod` as one function; None if there is neither."""
         softcap, score_mod = self.softcap, self.score_mod

@@ -55,9 +55,8 @@ def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
     if _has_kernels(device):
         return Pairs(*sort_pairs_triton(routing.blocks, num_kv_heads, num_blocks))
     key = routing.blocks.reshape(lists, pairs)
-    if holds(
-        num_blocks < 2**15 - 1
-    ):  # half the passes of a radix sort; room for one more than "none"
+    if holds(num_blocks < 2**15 - 1):  # room for one more than "none"
+        # Half the passes of a radix sort.
         key = key.to(torch.int16)
     block, order = key.sort(dim=1, stable=True)
     # PyTorch 2.11 compiles no search, under dynamic shapes, for values that all lists share: the

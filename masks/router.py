@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._higher_order_ops import while_loop
 
 from moba_flex.masks.blocks import ceil_div, pool_extents, pool_keys
-from moba_flex.masks.layout import Tables, plain_tables
+from moba_flex.masks.layout import Tables, plain_queries, plain_tables
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.router_kernel import gate_triton
@@ -56,6 +56,28 @@ class Routing:
         if self.tables is not None:
             return self.tables.num_blocks
         return ceil_div(self.kv_len, self.block_size)
+
+    @property
+    def places(self) -> Tables:
+        """Where blocks lie, and which a query may see, also if rows are one sequence each."""
+        return self.tables or plain_tables(
+            self.q_len, self.kv_len, self.block_size, self.causal, self.blocks.device
+        )
+
+    @classmethod
+    def of_parts(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        blocks: Tensor,
+        block_size: int,
+        causal: bool,
+        queries: Tensor | None,
+        extents: Tensor | None,
+    ) -> "Routing":
+        """Put together what an op, which takes tensors and numbers alone, got one by one."""
+        tables = None if queries is None or extents is None else Tables(queries, extents)
+        return cls(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
 
     @property
     def q_offset(self) -> int:
@@ -281,14 +303,11 @@ def gate_portable(
     columns = F.pad(block_keys, (0, 0, 0, picks)).double().mT.unsqueeze(2)
     grouped = q.reshape(batch, num_kv_heads, -1, q_len, head_dim)
     gate = _Gate(sink_blocks, local_blocks, causal, None, num_blocks, whole_rows=True)
-
     starts = torch.arange(num_blocks, device=q.device) * block_size
 
     def choose(some: Tensor, first: int | Tensor) -> Tensor:
         position = torch.arange(some.shape[3], device=q.device) + first + q_offset
-        own = torch.bucketize(position, starts, right=True) - 1  # by search: see `plain_tables`
-        newest = own - 1 if causal else torch.full_like(own, 0) + num_blocks - 1
-        queries = torch.stack((position, own, torch.zeros_like(own), newest)).unsqueeze(1)
+        queries = plain_queries(position, starts, causal).unsqueeze(1)
         affinity = (some.double() @ columns).float().flatten(1, 2)
         return _top_blocks(affinity, queries, 0, picks, gate)
 

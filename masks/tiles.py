@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.layout import plain_tables
 from moba_flex.masks.mods import Indices, MaskMod
 from moba_flex.masks.regroup import Regrouping
 from moba_flex.masks.router import Routing
@@ -108,10 +107,7 @@ def lay_out_keys(routing: Routing) -> tuple[KeyLayout, Routing]:
     if routing.tables is None and stride == block_size and (causal or kv_len % block_size == 0):
         return KeyLayout(stride, kv_len), routing
     device = routing.blocks.device
-    tables = routing.tables or plain_tables(
-        routing.q_len, routing.kv_len, block_size, causal, device
-    )
-    start, stop = tables.extents
+    start, stop = routing.places.extents
     whole = stop - start == block_size
     offered = whole
     if not causal:  # a short block too, if there is another before it
@@ -239,9 +235,7 @@ def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
     int64 `[R, Q]`; both ascend. Equal for queries that see nothing.
     """
     device, kv_len = routing.blocks.device, routing.kv_len
-    tables = routing.tables or plain_tables(
-        routing.q_len, kv_len, routing.block_size, routing.causal, device
-    )
+    tables = routing.places
     position, own = tables.queries[0].long(), tables.queries[1].long()
     start, stop = (F.pad(x, (0, 1)).long().gather(1, own) for x in tables.extents)
     if routing.causal:

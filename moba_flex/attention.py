@@ -319,7 +319,7 @@ def _choose(
 
 
 def _choose_sparse(q: Tensor, v: Tensor, mods: Mods | None) -> Plan:
-    functions = mods is not None and not (mods.score_mod is None and mods.mask_mod is None)
+    functions = mods is not None and mods.ask
     small = max(q.shape[3], v.shape[3]) <= FUSED_HEAD_DIM
     return "fused" if q.device.type == "cuda" and small and not functions else "routed"
 

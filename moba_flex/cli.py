@@ -1,7 +1,6 @@
 """The command `moba-flex`."""
 
 import argparse
-import importlib.metadata
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from moba_flex import cli_export
-from moba_flex.cli_export import at_least as _int
-from moba_flex.cli_export import need as _need
+from moba_flex.cli_export import at_least, need
+from moba_flex.compile.package import own_version
 
 _EVAL = """\
 Run a language model over a text with dense attention, then with Mixture of Block Attention at
@@ -47,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="moba-flex", description="Mixture of Block Attention for PyTorch FlexAttention."
     )
-    parser.add_argument("--version", action="version", version=f"moba-flex {_version()}")
+    parser.add_argument("--version", action="version", version=f"moba-flex {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     job = commands.add_parser(
@@ -73,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text file, UTF-8 (default: the help topics of Python)",
     )
     source.add_argument(
-        "--seq-len", type=_int(2), metavar="N", default=4096, help="tokens of the text to use"
+        "--seq-len", type=at_least(2), metavar="N", default=4096, help="tokens of the text to use"
     )
     gate = job.add_argument_group("gate, one or more values each")
     for option, least, default, meaning in (
@@ -88,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--local-blocks", 0, [0], "blocks right before the own one, as --sink-blocks"),
     ):
         gate.add_argument(
-            option, type=_int(least), nargs="+", metavar="N", default=default, help=meaning
+            option, type=at_least(least), nargs="+", metavar="N", default=default, help=meaning
         )
     place = job.add_argument_group("machine and output")
     place.add_argument(
@@ -108,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    _need("hf", "transformers", "tqdm")
-    _need("plot", "matplotlib")
+    need("hf", "transformers", "tqdm")
+    need("plot", "matplotlib")
     options = {"model": None, "text": None, "device": None, "dtype": None, **vars(arguments)}
     text: Path | None = options["text"]
     # What can be wrong is found before the model loads.
@@ -150,13 +149,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     report.save_plot(found, arguments.out / "moba_eval.png")
     print(f"\nwrote {arguments.out / 'moba_eval.json'} and {arguments.out / 'moba_eval.png'}")
     return 0
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("moba-flex")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":
