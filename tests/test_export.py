@@ -360,6 +360,67 @@ def test_parity_check_can_fail() -> None:
         worst_error(torch.sin, lambda x: x / 0, [x])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("kind", [Attention, Layers])
+def test_cuda_packages(
+    kind: type[nn.Module], dynamic: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    module = made(kind).to("cuda", dtype)
+    example = tokens(300).to("cuda", dtype)
+    package = export(module, example, path=tmp_path / "m.pt2", dynamic_length=dynamic)
+    inputs = [(tokens(length).to(example),) for length in (UNSEEN if dynamic else (300,))]
+    assert max(run_alone(package, inputs, module)) < (1e-4 if dtype == torch.float32 else 0.03)
+    assert {call["plan"] for call in load(package).metadata.attention} == {"fused"}
+
+
+class Batch(nn.Module):
+    """Attention of what people have: documents, padding, a cap, a number of blocks by head."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=32, top_k=4, softcap=20.0, **options)
+
+
+class Packed(Batch):
+    """Documents."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return super().forward(q, k, v, cu_seqlens=cu_seqlens)
+
+
+class Padded(Batch):
+    """Padding, and heads that choose fewer blocks."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, head_top_k: Tensor
+    ) -> Tensor:
+        return super().forward(q, k, v, key_mask=key_mask, head_top_k=head_top_k)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_cuda_packages_of_documents_and_padding(dynamic: bool, tmp_path: Path) -> None:
+    def example(kind: type[nn.Module], length: int) -> tuple[Tensor, ...]:
+        q, k, v = Case(1, 2, 2, length, length, seed=length, device="cuda").inputs()
+        if kind is Packed:
+            return q, k, v, torch.tensor([0, length // 3, length // 3, length]).int().cuda()
+        return (
+            q,
+            k,
+            v,
+            torch.arange(length, device="cuda")[None] >= length // 4,
+            torch.tensor([4, 1, 2, 3]).int().cuda(),
+        )
+
+    for kind in (Packed, Padded):
+        module = made(kind)
+        path = tmp_path / f"{kind.__name__}.pt2"
+        package = load(export(module, example(kind, 300), path=path, dynamic_length=dynamic))
+        for length in UNSEEN if dynamic else (300,):
+            assert worst_error(module, package, example(kind, length)) < 1e-5
+
+
 def test_cuda_graph_holds_kernels_for_any_length() -> None:
     """Traced without a GPU."""
     found = run_script("trace_export.py")
