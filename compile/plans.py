@@ -12,7 +12,7 @@ from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.compile.modded import attend_modded
 from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
-from moba_flex.masks.exporting import record
+from moba_flex.masks.exporting import is_exporting, record
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import regroup
@@ -135,7 +135,7 @@ def routed(
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
     if q.device.type != "cpu":
         return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
-    if torch.compiler.is_exporting():  # of plain rows: see `check_export`
+    if is_exporting():  # of plain rows: see `check_export`
         return attend_portable(q, k, v, routing, scale=scale)
     if mods is not None:
         return attend_modded(q, k, v, routing, mods, scale)

@@ -14,12 +14,20 @@ Call = tuple[tuple[str, str | int | bool], ...]
 _calls: ContextVar[Counter[Call] | None] = ContextVar("calls", default=None)
 
 
+def is_exporting() -> bool:
+    """Say whether `torch.export` is looking on.
+
+    In a graph of torch.compile PyTorch's own answer is always yes, before 2.13.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def holds(condition: bool) -> bool:
     """Say whether a condition on lengths holds; under export, whether it does at every length.
 
     Else export would decide for the lengths of the example, and the package refuse others.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return statically_known_true(condition)
     return condition
 
@@ -37,7 +45,7 @@ def recorded() -> Iterator[Counter[Call]]:
 
 def record(**options: str | int | bool) -> None:
     """Note a call down, if that is asked for."""
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return  # torch.compile cannot look at a ContextVar
     calls = _calls.get()
     if calls is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._higher_order_ops import while_loop
 
 from moba_flex.masks.blocks import ceil_div, pool_extents, pool_keys
+from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.layout import Tables, plain_queries, plain_tables
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
@@ -121,7 +122,7 @@ def route(
         The routing, with `K = min(top_k, ceil(KV / block_size))`.
     """
     with torch.no_grad():
-        most, exporting = ceil_div(k.shape[2], block_size), torch.compiler.is_exporting()
+        most, exporting = ceil_div(k.shape[2], block_size), is_exporting()
         if exporting and not isinstance(most, int):
             picks = top_k - 1  # whatever the length: picks that find no block are "none"
         else:

@@ -25,7 +25,7 @@ from moba_flex.masks.checks import (
     check_scale,
     longest_sequence,
 )
-from moba_flex.masks.exporting import holds
+from moba_flex.masks.exporting import holds, is_exporting
 from moba_flex.masks.inputs import cast_by_autocast
 from moba_flex.masks.layout import Layout, make_tables
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
@@ -373,7 +373,7 @@ def _execute(
         check_flex(q, k, v, lse)
     if plan == "fused":
         check_fused(q, v, mods)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         check_export(q, k, v, tensors, mods)
 
     options = options | {

@@ -375,27 +375,20 @@ def test_cuda_packages(
     assert {call["plan"] for call in load(package).metadata.attention} == {"fused"}
 
 
-class Batch(nn.Module):
-    """Attention of what people have: documents, padding, a cap, a number of blocks by head."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> Tensor:
-        return moba_attention(q, k, v, block_size=32, top_k=4, softcap=20.0, **options)
-
-
-class Packed(Batch):
-    """Documents."""
+class Packed(nn.Module):
+    """Documents, and a cap."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return super().forward(q, k, v, cu_seqlens=cu_seqlens)
+        options: dict[str, Any] = {"block_size": 32, "top_k": 4, "softcap": 20.0}
+        return moba_attention(q, k, v, cu_seqlens=cu_seqlens, **options)
 
 
-class Padded(Batch):
+class Padded(nn.Module):
     """Padding, and heads that choose fewer blocks."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, head_top_k: Tensor
-    ) -> Tensor:
-        return super().forward(q, k, v, key_mask=key_mask, head_top_k=head_top_k)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, top_k: Tensor) -> Tensor:
+        options: dict[str, Any] = {"block_size": 32, "top_k": 4, "head_top_k": top_k}
+        return moba_attention(q, k, v, key_mask=key_mask, **options)
 
 
 @pytest.mark.cuda
