@@ -60,21 +60,15 @@ def check_fused(q: Tensor, v: Tensor, mods: Mods | None) -> None:
             )
 
 
-def check_export(
-    q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, object], mods: Mods | None
-) -> None:
-    """Raise if a package cannot do what is asked, and tell the graph what it may take for granted.
+def check_export(q: Tensor, tensors: Mapping[str, object], mods: Mods | None) -> None:
+    """Raise if a package cannot do what is asked.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
-        k: Keys, `[B, Hkv, KV, D]`.
-        v: Values, `[B, Hkv, KV, Dv]`.
         tensors: What else there may be, None or not, by name.
         mods: Changes to scores.
     """
     _check_dtype(q)  # PyTorch 2.11 miscompiles the gate of float64 inputs
-    torch._check(v.shape[2] == k.shape[2])
-    torch._check(q.shape[2] <= k.shape[2])
     if q.device.type != "cpu":
         return
     names = {

@@ -66,11 +66,10 @@ def create_moba_block_mask(
         ValueError: A size or an option is out of range.
         TypeError: An argument has the wrong type.
     """
-    if not torch.compiler.is_compiling():
-        check_qk(q, k)
-        check_gate(block_size, top_k, sink_blocks, local_blocks)
-        check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
-        check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
+    check_qk(q, k)
+    check_gate(block_size, top_k, sink_blocks, local_blocks)
+    check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
+    check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
     layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
     routing = route(
         q,

@@ -1,4 +1,9 @@
-"""Checks of what callers pass, made once at the public doors."""
+"""Checks of what callers pass, made once at the public doors.
+
+Compiled and exported graphs are checked too, while they are made: there lengths are symbols, and
+what is asked of them the graph takes for granted. What tensors hold is looked at in eager code
+alone.
+"""
 
 import inspect
 import itertools
@@ -12,6 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.router import Routing
 
+# Under torch.export a number made of lengths is a symbol.
+_INTS = int, torch.SymInt
+_NUMBERS = *_INTS, float, torch.SymFloat
+
 
 def check_int(name: str, value: object, least: int) -> None:
     """Raise unless `value` is an int, `least` or more.
@@ -20,7 +29,7 @@ def check_int(name: str, value: object, least: int) -> None:
         TypeError: It is no int.
         ValueError: It is less.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, _INTS):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -103,6 +112,8 @@ def check_no_vmap(*tensors: Tensor) -> None:
     Raises:
         ValueError: A tensor is a batch of tensors.
     """
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace the questions
+        return
     for x in tensors:
         while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
             if torch._C._functorch.is_batchedtensor(x):
@@ -251,6 +262,8 @@ def _check_key_mask(q: Tensor, k: Tensor, key_mask: Tensor) -> None:
         raise ValueError(
             f"key_mask must have shape [B, KV] = {tuple(shape)}, got {tuple(key_mask.shape)}"
         )
+    if not _readable(key_mask):
+        return
     rises = key_mask[:, :1].int().sum(1) + (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1)
     for row, runs in enumerate(_values(rises)):
         if runs > 1:
@@ -269,9 +282,9 @@ def check_scale(scale: object) -> None:
     """
     if scale is None:
         return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, _NUMBERS):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # `math.isfinite` would break a graph
         raise ValueError(f"scale must be finite, got {scale}")
 
 
@@ -283,7 +296,7 @@ def check_mods(mods: Mods) -> None:
         ValueError: `softcap` is not positive.
     """
     if mods.softcap is not None:
-        if isinstance(mods.softcap, bool) or not isinstance(mods.softcap, (int, float)):
+        if isinstance(mods.softcap, bool) or not isinstance(mods.softcap, _NUMBERS):
             raise TypeError(f"softcap must be a number, got {type(mods.softcap).__name__}")
         if not 0 < mods.softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, got {mods.softcap}: use None")
@@ -296,6 +309,8 @@ def _check_function(name: str, function: Any, parameters: tuple[str, ...]) -> No
         return
     if not callable(function):
         raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace `inspect.signature`
+        return
     try:
         signature = inspect.signature(function)
     except ValueError:  # of something built in
@@ -323,13 +338,16 @@ def _check_integers(name: str, x: Any, q: Tensor) -> None:
 
 
 def _values(x: Tensor) -> list[int]:
-    """Return what `x` `[n]` holds; nothing where that cannot be known, or a graph is captured."""
-    if isinstance(x, FakeTensor) or x.is_meta:
-        return []
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return []
-    values: list[int] = x.tolist()
+    """Return what `x` `[n]` holds; nothing if that cannot be read."""
+    values: list[int] = x.tolist() if _readable(x) else []
     return values
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether one may look at what `x` holds: it is known, and no graph is made or captured."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_match(name: str, other: str, x: Tensor, y: Tensor) -> None:

@@ -158,10 +158,9 @@ def _route(
     numbers: Sequence[int] = (),
 ) -> Routing:
     """Choose blocks at distances from the own one, and blocks by their numbers in a sequence."""
-    if not torch.compiler.is_compiling():
-        check_qk(q, k)
-        check_int("block_size", block_size, 1)
-        check_layout(q, k, **layout)
+    check_qk(q, k)
+    check_int("block_size", block_size, 1)
+    check_layout(q, k, **layout)
     sizes, device = (q.shape[2], k.shape[2]), q.device
     tables = make_tables(*sizes, block_size, causal, **layout)
     places = tables or plain_tables(*sizes, block_size, causal, device)

@@ -156,13 +156,12 @@ def moba_attention(
     """
     q, k, v = cast_by_autocast(q, k, v)
     mods = _mods(softcap, score_mod, mask_mod)
-    if not torch.compiler.is_compiling():
-        check_no_vmap(q, k, v)
-        check_qkv(q, k, v)
-        check_gate(block_size, top_k, sink_blocks, local_blocks)
-        check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
-        check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
-        check_scale(scale)
+    check_no_vmap(q, k, v)
+    check_qkv(q, k, v)
+    check_gate(block_size, top_k, sink_blocks, local_blocks)
+    check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
+    check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
+    check_scale(scale)
     chosen = _choose(q, k, v, block_size, top_k, head_top_k, mods) if plan == "auto" else plan
     if chosen not in _PLANS:
         raise ValueError(f"plan must be one of {('auto', *_PLANS)}, got {plan!r}")
@@ -250,11 +249,10 @@ def routed_attention(
     """
     q, k, v = cast_by_autocast(q, k, v)
     mods = _mods(softcap, score_mod, mask_mod)
-    if not torch.compiler.is_compiling():
-        check_no_vmap(q, k, v)
-        check_qkv(q, k, v)
-        check_routing(routing, q, k)
-        check_scale(scale)
+    check_no_vmap(q, k, v)
+    check_qkv(q, k, v)
+    check_routing(routing, q, k)
+    check_scale(scale)
     chosen = _choose_sparse(q, v, mods) if plan == "auto" else plan
     if chosen not in _PLANS[1:]:
         raise ValueError(f"plan must be one of {('auto', *_PLANS[1:])}, got {plan!r}")
@@ -297,9 +295,8 @@ def choose_plan(
         TypeError: An argument has the wrong type.
     """
     v = k if v is None else v
-    if not torch.compiler.is_compiling():
-        check_qkv(q, k, v)
-        check_gate(block_size, top_k, 0, 0)
+    check_qkv(q, k, v)
+    check_gate(block_size, top_k, 0, 0)
     mods = _mods(None, score_mod, mask_mod)
     return _choose(q, k, v, block_size, top_k, head_top_k, mods)
 
@@ -331,8 +328,7 @@ def _mods(
     mods = Mods(score_mod, mask_mod, softcap)
     if mods == Mods():
         return None
-    if not torch.compiler.is_compiling():
-        check_mods(mods)
+    check_mods(mods)
     return mods
 
 
@@ -374,7 +370,7 @@ def _execute(
     if plan == "fused":
         check_fused(q, v, mods)
     if is_exporting():
-        check_export(q, k, v, tensors, mods)
+        check_export(q, tensors, mods)
 
     options = options | {
         "plan": plan,

@@ -1,6 +1,7 @@
 """Every message of the public doors, word for word."""
 
 import ast
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -172,6 +173,11 @@ LAYOUT_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"key_mask": MASK[:, :7]},
         ValueError,
         "key_mask must have shape [B, KV] = (1, 8), got (1, 7)",
+    ),
+    (
+        {"key_mask": torch.ones(1, 9, dtype=torch.bool)},
+        ValueError,
+        "key_mask must have shape [B, KV] = (1, 8), got (1, 9)",
     ),
     (
         {"key_mask": MASK.to("meta")},
@@ -698,6 +704,61 @@ def test_mods(options: dict[str, Any], error: type[Exception], message: str) -> 
 def test_calls(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call()
+
+
+# What only a look at what a tensor holds can tell, which no graph takes.
+OF_VALUES = (
+    "must start at|must not decrease|must end at|must give document|must have one run|must be from"
+)
+COMPILED_ERRORS: list[Any] = [
+    *((x(), x(), options, *rest) for options, *rest in GATE_ERRORS + LAYOUT_ERRORS),
+    *((x(), x(), {"head_top_k": numbers}, *rest) for numbers, *rest in HEAD_ERRORS),
+    *((q, k, {}, *rest) for q, k, *rest in QK_ERRORS),
+    (
+        x(1, 2, 3, 16),
+        x(),
+        {"cu_seqlens": STARTS},
+        ValueError,
+        "cu_seqlens_q must say where documents start among 3 queries of 8 keys, got None",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "error", "message"),
+    [row for row in COMPILED_ERRORS if not re.search(OF_VALUES, row[-1])],
+    ids=identify,
+)
+def test_compiled_calls(
+    q: Any, k: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    gate = GATE | options
+    for call in (
+        lambda: moba_attention(q, k, k, **gate),
+        lambda: create_moba_block_mask(q, k, **gate).kv_indices,
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            torch.compile(call, backend="eager")()
+
+
+def test_compiled_calls_of_a_routing() -> None:
+    q, short = x(), x(1, 2, 7, 16)
+    routing, windowed = route(q, q, **GATE), patterns.sliding_window
+    key_mask = torch.ones(1, 7, dtype=torch.bool)
+    for call, message in (
+        (lambda: routed_attention(q, q, short, routing), "v must have the shape of k"),
+        (lambda: routed_attention(short, q, q, routing), "routing must be of [B, Hq, Q, KV]"),
+        (lambda: routed_attention(q, q, q, routing, scale=math.inf), "scale must be finite"),
+        (lambda: choose_plan(q, short, **GATE) == "dense", "q must have at most as many"),
+        (
+            lambda: windowed(q, q, block_size=4, local_blocks=1, key_mask=key_mask).blocks,
+            "key_mask must have shape",
+        ),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            torch.compile(call, backend="eager")()
 
 
 CUDA_ERRORS: list[tuple[list[Any], torch.dtype, int, type[Exception], str]] = [

@@ -20,17 +20,30 @@ class Parts(nn.Module):
         return moba_attention(q, k, v, block_size=64, top_k=4)
 
 
+class Padded(nn.Module):
+    """Attention of rows with padding."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=64, top_k=4, key_mask=key_mask)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDriver())
     with FakeTensorMode():
         q, k, v = (torch.empty(1, h, 600, 64, device="cuda").half() for h in (4, 2, 2))
+        key_mask = torch.empty(1, 600, device="cuda", dtype=torch.bool)
         program, calls = _trace(Parts().eval(), (q, k, v), True)
+        padded, _ = _trace(Padded().eval(), (q, k, v, key_mask), True)
     _check_ops(program)
+    _check_ops(padded)
     targets = [node.target for node in program.graph.nodes]
     lengths = {spec.shape[2] for spec in _specs(program)}
     found = {
         "ops": [str(x).rsplit(".", 1)[0] for x in targets if "moba_flex." in str(x)],
         "lengths": [x[1:] for x in lengths if not isinstance(x, int)],
+        "padded": [
+            size[0] for x in _specs(padded) for size in x.shape if not isinstance(size, int)
+        ],
         "plan": calls[0]["plan"],
     }
     json.dump(found, sys.stdout)
