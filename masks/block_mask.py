@@ -150,14 +150,15 @@ def _attends(routing: Routing) -> MaskMod:
 def _attends_by_table(routing: Routing, tables: Tables) -> MaskMod:
     """Return which keys are in the own block or in a chosen one, of documents or padded rows."""
     causal = routing.causal
-    start, stop = tables.extents
+    # PyTorch 2.11 compiles a search of what was computed, not of a view of it.
+    start, stop = (x.long() for x in tables.extents)
     blocks = _with_own(routing, tables)
     picks = blocks.shape[3]
     blocks = blocks.topk(picks, largest=False).values
     position = capturable(tables.queries[0])
     # The last block that starts at a key or before it; -1 where it ends before. PyTorch 2.11
     # compiles no search for values that all lists share: the minimum changes nothing.
-    key = torch.arange(routing.kv_len, device=start.device, dtype=start.dtype)
+    key = torch.arange(routing.kv_len, device=start.device)
     block = torch.searchsorted(start, torch.minimum(key, start[:, -1:]), right=True) - 1
     inside = (block >= 0) & (key < stop.gather(1, block.clamp(min=0)))
     block_of_key = capturable(torch.where(inside, block, -1))

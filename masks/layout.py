@@ -74,7 +74,9 @@ def plain_tables(
     start = torch.arange(ceil_div(kv_len, block_size), device=device) * block_size
     position = torch.arange(kv_len - q_len, kv_len, device=device)
     queries = plain_queries(position, start, causal)
-    extents = torch.stack((start, (start + block_size).clamp(max=kv_len)))
+    # No `clamp`: PyTorch 2.11 does not compile a least number that becomes part of an index.
+    stop = start + block_size
+    extents = torch.stack((start, stop.where(stop < kv_len, kv_len)))
     return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
 
 
@@ -128,7 +130,7 @@ def document_tables(
     extents = torch.stack((start, stop)).where(exists, kv_len)
 
     query = torch.arange(q_len, device=device, dtype=torch.int32)
-    document = torch.searchsorted(cu_q[1:], query, right=True).clamp(max=last_document)
+    document = (torch.searchsorted(cu_q, query, right=True) - 1).clamp(max=last_document)
     position = query - cu_q[document + 1] + cu_k[document + 1]
     own = before[document] + (position - cu_k[document]) // block_size
     newest = (own if causal else after[document]) - 1
