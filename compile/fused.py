@@ -182,14 +182,14 @@ class _Problem(NamedTuple):
         batch, num_heads, q_len, head_dim = q.shape
         num_kv_heads, kv_len = k.shape[1:3]
         group = num_heads // num_kv_heads
-        kind = _Kind(
+        kind = _Kind(  # of plain numbers also where sizes are symbols
             q.dtype,
-            head_dim,
-            v.shape[3],
+            int(head_dim),
+            int(v.shape[3]),
             int(block_size),
             causal,
-            grouped=group > 1,
-            softcap=softcap > 0,
+            grouped=bool(group > 1),
+            softcap=bool(softcap > 0),
             tables=extents is not None,
         )
         return cls(

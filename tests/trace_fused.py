@@ -59,12 +59,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
     return moba_attention(q, k, v, block_size=block_size, top_k=3, plan="fused")
 
 
-def count_graphs(block_size: int) -> int:
-    """Trace calls of many lengths and return how many graphs they make."""
+def count_graphs(block_size: int, dynamic: bool | None) -> int:
+    """Trace calls of many lengths and return how many graphs they make.
+
+    Of a dynamic one all sizes are symbols, what kernels are compiled for too.
+    """
     torch._dynamo.reset()
     counters.clear()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    compiled = torch.compile(attend, fullgraph=True, backend=backend, dynamic=dynamic)
     for length in (1024, 700, 1999, 2048, 1100, 5000):
         q, k, v = (torch.zeros(1, heads, length, 64, requires_grad=True) for heads in (4, 1, 1))
         compiled(q, k, v, block_size)
@@ -78,6 +81,10 @@ if __name__ == "__main__":
         patch("moba_flex.compile.limits.interpreted", lambda: True),
         patch("moba_flex.masks.regroup._has_kernels", lambda device: True),
     ):
-        graphs = [count_graphs(block_size) for block_size in (128, 256)]  # one tile and several
+        graphs = [  # one tile and several
+            count_graphs(block_size, dynamic)
+            for block_size in (128, 256)
+            for dynamic in (None, True)
+        ]
     found = {name: sorted(written) for name, written in WRITTEN.items()}
     print(json.dumps({"graphs": graphs, "written": found}))
