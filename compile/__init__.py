@@ -21,6 +21,10 @@ one, that test fails and the detour can go.
 - The C++ template of FlexAttention takes the tenth symbol of a graph for the first and a digit:
   calls with documents, padding or mods are compiled for their sizes on CPU
   (`test_masked_plan_on_cpu_at_a_second_size`, `tests/test_fuzz.py`).
+- In 2.11 `torch.compiler.is_exporting` says yes in every compiled graph
+  (`test_compiled_graphs_are_not_taken_for_exported_ones`): `masks/exporting.py` asks further.
+- 2.11 for CUDA compiles no `clamp` of a range that becomes an index, no search of a view, and no
+  search for values that all lists share (`masks/layout.py`, `block_mask.py`, `tiles.py`).
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
   PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).

@@ -17,7 +17,7 @@ _calls: ContextVar[Counter[Call] | None] = ContextVar("calls", default=None)
 def is_exporting() -> bool:
     """Say whether `torch.export` is looking on.
 
-    In a graph of torch.compile PyTorch's own answer is always yes, before 2.13.
+    In a graph of torch.compile the answer of PyTorch 2.11 is always yes.
     """
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 

@@ -284,7 +284,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
 
 
 def test_compiled_graphs_are_not_taken_for_exported_ones() -> None:
-    """As `torch.compiler.is_exporting` does before PyTorch 2.13."""
+    """As `torch.compiler.is_exporting` does in PyTorch 2.11."""
     compiled = torch.compile(lambda x: x + is_exporting(), fullgraph=True, backend="eager")
     assert compiled(torch.zeros(())) == 0
 
