@@ -46,13 +46,7 @@ def attend(
     # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
     # / (H * D) keys.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    # For fewer than 128 queries PyTorch would take its decoding kernel, which for some dtypes and
-    # head dims has no tile that fits the mask blocks.
-    options: Any = {"BACKEND": "TRITON"} if q.is_cuda else None
-    if q.is_cuda and score_mod is not None:
-        # With three stages, and what gradients of captured tensors need, PyTorch's choice for head
-        # dims from 64 to 128 fills the shared memory of a Hopper GPU to the last byte.
-        options["bwd_num_stages"] = 2
+    options = _kernel_options(q, v, score_mod is not None) if q.is_cuda else None
     result = flex_attention(
         q,
         k,
@@ -68,6 +62,31 @@ def attend(
         return cast(Tensor, result), q.new_empty(0)
     out, aux = cast(tuple[Tensor, AuxOutput], result)
     return out, cast(Tensor, aux.lse)
+
+
+def _kernel_options(q: Tensor, v: Tensor, changed: bool) -> Any:
+    """Return options for FlexAttention's kernels on CUDA, whose own choice does not always fit.
+
+    Of the 227 KiB of shared memory that a program on a Hopper GPU may have.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
+        changed: Whether there is a score_mod.
+    """
+    # For fewer than 128 queries PyTorch would take its decoding kernel, which for some dtypes and
+    # head dims has no tile that fits the mask blocks.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    head_dim, value_dim = q.shape[3], v.shape[3]
+    if head_dim != 256 and max(head_dim, value_dim) > 128:
+        # It looks at D alone, and has tiles for 64, 128 and 256: these are those for 256.
+        rows = 32 if q.dtype == torch.float32 else 64
+        options |= {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": 32, "fwd_num_stages": 3}
+    if changed or value_dim > 128:
+        # With three stages, and what gradients of captured tensors need, its choice for D from 64
+        # to 128 fills the memory to the last byte.
+        options["bwd_num_stages"] = 2
+    return options
 
 
 @functools.cache

@@ -490,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(found not in (None, "refused"))
 
     start, tally = time.monotonic(), Tally()
-    step = max(1, min(50, options.cases // options.jobs))
+    step = max(1, min(50, options.cases // (4 * options.jobs)))
     chunks = [range(i, min(i + step, options.cases)) for i in range(0, options.cases, step)]
     what = options.seed, options.device, options.plan, options.shrink
     for part in _spread(fuzz, chunks, options.jobs, *what):

@@ -249,6 +249,18 @@ def test_one_head_of_keys_and_a_batch() -> None:
     assert_matches_oracle("cuda dense, one head", padded, attention(padded, "dense"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "v_dim"),
+    [(torch.float32, 192, 192), (BF16, 64, 256), (BF16, 96, 256), (FP16, 242, 64)],
+)
+def test_heads_for_which_flex_attention_has_no_tiles(
+    dtype: torch.dtype, head_dim: int, v_dim: int
+) -> None:
+    case = Case(1, 1, 2, 700, 700, head_dim=head_dim, block_size=128, top_k=3, v_dim=v_dim)
+    case = replace(case, dtype=dtype, device="cuda")
+    assert_matches_oracle("cuda routed, wide heads", case, attention(case, "routed"))
+
+
 def test_mask_made_inside_and_outside_of_a_graph() -> None:
     """Inside, the mask_mod captures what the routing kernel writes in the same graph."""
 
