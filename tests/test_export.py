@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 from moba_flex import moba_attention, route
 from moba_flex.compile import export, load
@@ -220,6 +221,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="2.11 leaves out roundings in sums")
 def test_blocks_chosen_in_bfloat16_are_the_same(folder: Path) -> None:
     """A compiler that leaves out a rounding chooses others in one row of 300."""
     inputs = [x.bfloat16() for x in heads(600, 600)]
@@ -469,6 +471,8 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
+    if torch.version.cuda and not Path(str(CUDA_HOME), "include", "cuda.h").is_file():
+        pytest.skip("needs the CUDA toolkit, as all that is built with PyTorch for CUDA")
     build = tmp_path / "build"
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for command in (
