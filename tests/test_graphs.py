@@ -165,19 +165,12 @@ def test_reduce_overhead() -> None:
 
 
 def test_hugging_face_model() -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from moba_flex import MoBAConfig
     from moba_flex.integrations.transformers import apply
+    from tests.test_transformers import build
 
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model: Any = transformers.LlamaForCausalLM(config)
+    model = build("Llama", num_hidden_layers=2, max_position_embeddings=2048).train()
     compiled: Any = torch.compile(
         apply(model, MoBAConfig(block_size=16, top_k=2)), fullgraph=True, backend="aot_eager"
     )
