@@ -13,9 +13,10 @@ one, that test fails and the detour can go.
   tile too late (`masks/tiles.py`, `settled`).
 - Code compiled in one place counts towards one limit of recompilations, whatever its options, and
   a kept graph overwrites saved tensors (`flex.py`).
-- A dimension of one head that is made by a view has stride 0 in a graph. FlexAttention on CUDA
-  multiplies the number of the sequence by it: all sequences of a batch take the lists of the first
-  (`test_lists_of_one_head_...`, `tests/test_compile.py`). Lists are made with heads (`tiles.py`).
+- FlexAttention on CUDA takes the lists of a BlockMask to lie one after the other, but a compiler
+  may lay out what it computes in any order, and a view of one head has stride 0: sequences of a
+  batch would take other sequences' lists, silently (`test_lists_follow_each_other`,
+  `tests/test_compile.py`). All lists go through `_contiguous` (`masks/tiles.py`).
 - Inductor leaves out a rounding to 16 bits that is followed by a widening, which the gate's block
   keys need: packages are compiled with `emulate_precision_casts`. In sums 2.11 leaves it out all
   the same: there the gate of a 16-bit package for CPU averages keys before they are rounded, and

@@ -11,7 +11,7 @@ from moba_flex.masks.checks import check_gate, check_head_top_k, check_layout, c
 from moba_flex.masks.layout import Tables, make_tables
 from moba_flex.masks.mods import MaskMod
 from moba_flex.masks.router import Routing, route
-from moba_flex.masks.tiles import TILE, capturable, row_of, settled
+from moba_flex.masks.tiles import TILE, capturable, list_tiles, row_of, settled
 
 
 def create_moba_block_mask(
@@ -113,17 +113,8 @@ def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> 
         allowed = attends(b, h, q_idx, kv_idx)
         return allowed if mask_mod is None else allowed & mask_mod(b, h, q_idx, kv_idx)
 
-    kv_partial, kv_full = _compress(partial), _compress(full)
-    q_partial, q_full = _compress(partial.mT), _compress(full.mT)
-    return BlockMask(
-        (q_len, kv_len),
-        *kv_partial,
-        *kv_full,
-        *q_partial,
-        *q_full,
-        BLOCK_SIZE=(TILE, kv_tile),
-        mask_mod=sees,
-    )
+    partial_lists, full_lists = (_compress(x) + _compress(x.mT) for x in (partial, full))
+    return list_tiles((q_len, kv_len), partial_lists, full_lists, (TILE, kv_tile), sees)
 
 
 def _attends(routing: Routing) -> MaskMod:
@@ -219,4 +210,4 @@ def _compress(table: Tensor) -> tuple[Tensor, Tensor]:
     number = torch.arange(columns, device=table.device, dtype=torch.int32)
     # Sorted, and not placed by a running count: PyTorch 2.11 fails to compile some scans for CUDA.
     index = torch.where(table, number, columns).sort(dim=-1).values.clamp(max=columns - 1)
-    return table.sum(-1, dtype=torch.int32), index.contiguous()
+    return table.sum(-1), index

@@ -3,15 +3,18 @@
 A graph, a mode or a tensor subclass must see an op. In eager code between plain tensors nothing
 does, and the op's own machinery would take longer than short sequences do on a GPU. For the same
 reason a plain call remembers, for tensors laid out as before, the kernels that Triton compiled,
-which it would look up by each argument of each launch.
+which it would look up by each argument of each launch. The kernels of a call that are not compiled
+yet are compiled side by side.
 """
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._library.triton import set_wrap_triton_enabled
@@ -27,19 +30,55 @@ _MOST_LAYOUTS = 16384
 _known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and layout of its arguments
 
 
-class _Call(threading.local):
-    """What the function that is running launches.
+class _Call:
+    """A plain call of a function: what it launches.
 
     Attributes:
-        replay: The launches of an earlier call that are still to come.
-        record: Where to note down the launches of this one.
+        replay: The launches of an earlier call that are still to come; None for a first call.
+        record: The launches of a first call.
+        compiling: Whether a kernel is yet to be compiled. Nothing more is launched then; the call
+            goes on to find what else is to be compiled.
     """
 
-    replay: Iterator[_Launch] | None = None
-    record: list[_Launch] | None = None
+    def __init__(self, replay: Iterator[_Launch] | None = None) -> None:
+        self.replay = replay
+        self.record: list[_Launch] = []
+        self.compiling = False
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call the function."""
+        outer, _running.call = _running.call, self
+        try:
+            with set_wrap_triton_enabled(False):
+                return function(*args)
+        finally:
+            _running.call = outer
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Launch a kernel as before, or find it and note it down."""
+        if self.replay is not None:
+            run, constants = next(self.replay)
+            run(*args, *constants)
+            return
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        if compiled is None:  # interpreted kernels are not
+            kernel[grid](*args, **options)
+            return
+        self.compiling |= isinstance(compiled, triton.FutureKernel)
+        if not self.compiling:
+            run = compiled[(*grid, 1, 1)[:3]]
+            constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+            run(*args, *constants)
+            self.record.append((run, constants))
 
 
-_call = _Call()
+class _Running(threading.local):
+    call: _Call | None = None
+
+
+_running = _Running()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -51,14 +90,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         args: The kernel's arguments.
         options: Its compile-time arguments and launch options.
     """
-    if _call.replay is not None:
-        run, constants = next(_call.replay)
-        run(*args, *constants)
-        return
-    compiled = kernel[grid](*args, **options)
-    if _call.record is not None and compiled is not None:  # interpreted kernels are not
-        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-        _call.record.append((compiled[(*grid, 1, 1)[:3]], constants))
+    if _running.call is None:
+        kernel[grid](*args, **options)
+    else:
+        _running.call.launch(kernel, grid, args, options)
 
 
 def kernel_op(
@@ -108,24 +143,26 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run a function outside of an op, from the second time on with its kernels at hand."""
 
     def run(*args: Any) -> Any:
+        if _running.call is not None:  # within another such function
+            return function(*args)
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return run(*args)
         layout = (function, device, *map(_layout, args))
         launches = _known.get(layout)
-        record: list[_Launch] = []
-        outer = _call.replay, _call.record
-        _call.replay, _call.record = (None, record) if launches is None else (iter(launches), None)
-        try:
-            with set_wrap_triton_enabled(False):
-                result = function(*args)
-        finally:
-            _call.replay, _call.record = outer
-        if record:
+        if launches is not None:
+            return _Call(iter(launches)).run(function, args)
+        call = _Call()
+        with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+            result = call.run(function, args)
+        if call.compiling:  # now they are compiled, and what could not be raises its error
+            call = _Call()
+            result = call.run(function, args)
+        if call.record:
             if len(_known) >= _MOST_LAYOUTS:
                 _known.clear()
-            _known[layout] = record
+            _known[layout] = call.record
         return result
 
     return run

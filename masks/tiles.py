@@ -6,6 +6,7 @@ FlexAttention reads, are ranges too.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -170,9 +171,7 @@ def routed_block_mask(
         mask_mod: What else hides keys, of slots and places.
     """
     num_slots, num_tiles = groups.row.shape[2], groups.tile_block.shape[2]
-    used = groups.tile_used
-    # Made anew, not viewed: see `_Ranges.lists`.
-    count, index = used.int(), torch.where(used.unsqueeze(-1), groups.tile_block.unsqueeze(-1), 0)
+    count, index = groups.tile_used, groups.tile_block.unsqueeze(-1)
     # A row chooses a block at most once, which bounds the tiles of a block.
     width = ceil_div(groups.slot.shape[2], TILE)
     tile = torch.arange(width, device=index.device, dtype=torch.int32)
@@ -187,7 +186,7 @@ def routed_block_mask(
     nothing = (torch.zeros_like(count), index, torch.zeros_like(q_count), q_index)
     whole = layout.key is None and mask_mod is None
     partial, full = (nothing, lists) if whole else (lists, nothing)
-    return _block_mask((num_slots, layout.length), partial, full, (TILE, layout.stride), sees)
+    return list_tiles((num_slots, layout.length), partial, full, (TILE, layout.stride), sees)
 
 
 def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMask:
@@ -226,7 +225,7 @@ def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMa
     by_query = ranges.lists(min(ceil_div(span, TILE) + 1, kv_tiles), kv_tiles)
     by_key = ranges.transposed(kv_tiles).lists(min(ceil_div(span, TILE) + 1, q_tiles), q_tiles)
     partial, full = (by_query[i] + by_key[i] for i in (0, 1))
-    return _block_mask((q_len, kv_len), partial, full, (TILE, TILE), sees)
+    return list_tiles((q_len, kv_len), partial, full, (TILE, TILE), sees)
 
 
 def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
@@ -297,9 +296,6 @@ class _Ranges:
     def lists(self, width: int, tiles: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return counts `[R, 1, n]` and indices `[R, 1, n, width]`: partly met, and fully."""
         slot = torch.arange(width, device=self.start.device)
-        # One head from here on: what becomes a view of one head in the end has, in a graph, stride
-        # 0 there. FlexAttention on CUDA multiplies the number of the sequence by it, and so would
-        # take the lists of the first sequence for those of all.
         start, stop, full_start, full_stop = (
             x.unsqueeze(1) for x in (self.start, self.stop, self.full_start, self.full_stop)
         )
@@ -307,22 +303,28 @@ class _Ranges:
         num_partial = (stop - start).clamp(min=0) - num_full
         skip = torch.where(slot >= (full_start - start).unsqueeze(3), num_full.unsqueeze(3), 0)
         partial, full = start.unsqueeze(3) + slot + skip, full_start.unsqueeze(3) + slot
-
-        def as_listed(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            # Unused indices must be in range too.
-            return count.int(), index.clamp(0, tiles - 1).int()
-
-        return as_listed(num_partial, partial), as_listed(num_full, full)
+        # Unused indices must be in range too.
+        partial, full = (x.clamp(0, tiles - 1) for x in (partial, full))
+        return (num_partial, partial), (num_full, full)
 
 
-def _block_mask(
+def list_tiles(
     seq_lengths: tuple[int, int],
     partial: tuple[Tensor, ...],
     full: tuple[Tensor, ...],
     mask_block_size: tuple[int, int],
     mask_mod: MaskMod,
 ) -> BlockMask:
-    """Make a BlockMask of lists: counts and indices by row, counts and indices by column."""
+    """Make a BlockMask of lists.
+
+    Args:
+        seq_lengths: Numbers of queries and keys.
+        partial: Of tiles to mask: counts and indices by row, counts and indices by column.
+        full: Of tiles that are seen as a whole, likewise.
+        mask_block_size: Queries and keys of a tile.
+        mask_mod: Which keys of a tile to mask are seen.
+    """
+    partial, full = (tuple(map(_contiguous, lists)) for lists in (partial, full))
     return BlockMask(
         seq_lengths,
         partial[0],
@@ -336,3 +338,16 @@ def _block_mask(
         BLOCK_SIZE=mask_block_size,
         mask_mod=mask_mod,
     )
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Return `x` as int32, contiguous in compiled graphs too.
+
+    There what is computed lies in memory in an order of the compiler's choice, whatever strides it
+    seems to have, and a view of one head has stride 0. But FlexAttention on CUDA takes the lists
+    of a sequence to follow those of the one before, and the indices of a row to follow each other:
+    it would read other lists, silently. One dimension leaves no choice, and strides that are asked
+    for are kept.
+    """
+    strides = [prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+    return x.long().flatten().int().as_strided(x.shape, strides)

@@ -64,6 +64,7 @@ class Case:
         grads: Which of q, k, v and the captured tensors, "c", require gradients.
         pattern: A fixed routing in place of the gate: "sliding_window", "sink_window",
             "global_local:n" or "strided:n", with `sink_blocks` and `local_blocks`.
+        graph: Whether the call is in a graph that the caller compiles.
         plants: Values planted where they hurt: "q=nan" somewhere in one vector, "k*=inf" all over
             one.
     """
@@ -98,6 +99,7 @@ class Case:
     plants: tuple[str, ...] = ()
     plan: str = "auto"
     pattern: str = ""
+    graph: bool = False
 
     def __post_init__(self) -> None:
         """Let sizes follow from documents, and padding fit the sizes."""

@@ -60,6 +60,14 @@ def draw(rng: Random, device: str = "cpu", plans: Sequence[str] = PLANS) -> Case
     return _draw_sizes(rng, case)
 
 
+def in_graph(case: Case) -> Case:
+    """Return the request in a graph, which knows no lengths of rows, nor functions on CPU."""
+    case = replace(case, graph=True)
+    if (case.docs is not None or case.pads is not None) and case.plan == "dense":
+        case = replace(case, top_k=case.top_k + case.kv_len // case.block_size, head_top_k=None)
+    return replace(case, score="", mask="") if case.device == "cpu" else case
+
+
 def _draw_kind(rng: Random, device: str, plan: str) -> Case:
     """Return a request without sizes: heads, gate, mods, and which layout it will have."""
 
@@ -211,7 +219,7 @@ def run(case: Case) -> str | None:
 def _said(case: Case) -> str:
     """Return the message with which the library refuses a case."""
     try:
-        attention(case)(*case.inputs(), *case.captured().values())
+        attention(replace(case, graph=False))(*case.inputs(), *case.captured().values())
     except (TypeError, ValueError) as error:
         return str(error)
     return "a result"
@@ -328,7 +336,7 @@ def tags(case: Case) -> Iterator[tuple[str, str]]:
             full = left + right == case.kv_len
             sides = ("left" if left else "") + ("right" if right else "")
             yield "padding (rows)", "all" if full else sides.replace("tr", "t+r") or "none"
-    yield "plan", case.plan
+    yield "plan", f"{case.plan}, in a graph" if case.graph else case.plan
     yield "layout", layout
     if case.docs is None:
         q, kv = case.q_len, case.kv_len
@@ -403,13 +411,19 @@ class Tally:
 
 
 def fuzz(
-    numbers: range, seed: int, device: str, plans: Sequence[str], shrink_for: float = 60.0
+    numbers: range,
+    seed: int,
+    device: str,
+    plans: Sequence[str],
+    shrink_for: float = 60.0,
+    graph: bool = False,
 ) -> Tally:
     """Run the cases of these numbers."""
     tally = Tally(cases=len(numbers))
     WORST.clear()
     for number in numbers:
         case = draw(Random(f"{seed} {number}"), device, plans)
+        case = in_graph(case) if graph else case
         start = time.monotonic()
         found = run(case)
         tally.slowest = max(tally.slowest, (time.monotonic() - start, str(case)))
@@ -480,6 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds for each failure")
+    parser.add_argument("--graph", action="store_true", help="compile each call on its own")
     parser.add_argument("--case", help="run this one alone")
     options = parser.parse_args(arguments)
     if options.case is not None:
@@ -492,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start, tally = time.monotonic(), Tally()
     step = max(1, min(50, options.cases // (4 * options.jobs)))
     chunks = [range(i, min(i + step, options.cases)) for i in range(0, options.cases, step)]
-    what = options.seed, options.device, options.plan, options.shrink
+    what = options.seed, options.device, options.plan, options.shrink, options.graph
     for part in _spread(fuzz, chunks, options.jobs, *what):
         for found, drawn, small in part.failures:
             print(

@@ -234,6 +234,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Attention:
     """Return `moba_attention` of a case, as a function of q, k, v and the captured tensors."""
+    request: dict[str, Any] = case.gate | case.layout
+    names = list(case.captured())
     options: dict[str, Any] = {
         "scale": case.scale,
         "softcap": case.softcap,
@@ -243,16 +245,18 @@ def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Atten
     }
 
     def run(q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor | None]:
-        score_mod = case.score_mod(dict(zip(case.captured(), captured, strict=True)))
+        score_mod = case.score_mod(dict(zip(names, captured, strict=True)))
         if case.pattern:
             routing = route_case(case, q, k)
             out, aux = routed_attention(q, k, v, routing, **options, score_mod=score_mod)
         else:
-            request = case.gate | case.layout | options
-            out, aux = moba_attention(q, k, v, **request, score_mod=score_mod)
+            out, aux = moba_attention(q, k, v, **request, **options, score_mod=score_mod)
         return out, aux.lse
 
-    return run
+    if not case.graph:
+        return run
+    torch._dynamo.reset()  # graphs of other cases count towards a limit
+    return torch.compile(run, fullgraph=True)
 
 
 def oracle(

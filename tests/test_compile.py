@@ -1,5 +1,6 @@
 """One graph, for any length; and the ops that make it so."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
-from torch._inductor.ir import ExternKernel
+from torch._inductor.ir import as_storage_and_layout
 from torch._inductor.kernel.flex import flex_attention as flex_lowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
@@ -21,6 +22,7 @@ from moba_flex.masks import router
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.layout import padded_tables
 from moba_flex.masks.regroup import regroup
+from moba_flex.masks.router import Routing
 from moba_flex.masks.tiles import TILE, lay_out_keys, own_block_mask, routed_block_mask
 from tests.helpers import Case, run_script
 
@@ -260,14 +262,12 @@ class Seen(Exception):
     """Ends a compilation that has gone far enough."""
 
 
-def own_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    tables = padded_tables(key_mask, q.shape[2], 64, True)
-    routing = route(q, k, block_size=64, top_k=3, tables=tables)
+def own_lists(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor:
     return attend(q, k, v, own_block_mask(routing), 1.0, lse=False)[0]
 
 
-def routed_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    layout, routing = lay_out_keys(route(q, k, block_size=64, top_k=3))
+def routed_lists(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor:
+    layout, routing = lay_out_keys(routing)
     groups = regroup(routing, k.shape[1], TILE)
     if (places := layout.places_of(k)) is not None:
         k, v = (gather_rows(x, *places) for x in (k, v))
@@ -276,27 +276,34 @@ def routed_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     return attend(slots, k, v, routed_block_mask(groups, layout), 1.0, lse=False)[0]
 
 
-def natural_lists(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    mask = routing_to_block_mask(route(q, k, block_size=64, top_k=3))
-    return attend(q, k, v, mask, 1.0, lse=False)[0]
+def natural_lists(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor:
+    return attend(q, k, v, routing_to_block_mask(routing), 1.0, lse=False)[0]
 
 
 @pytest.mark.parametrize("length", [300, 384])
-@pytest.mark.parametrize(
-    ("function", "heads"), [(own_lists, 2), (routed_lists, 2), (natural_lists, 1)]
-)
-def test_lists_of_one_head_keep_sequences_apart(
-    monkeypatch: pytest.MonkeyPatch, function: Callable[..., Tensor], heads: int, length: int
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("function", [own_lists, routed_lists, natural_lists])
+def test_lists_follow_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+    function: Callable[..., Tensor],
+    heads: int,
+    padded: bool,
+    length: int,
 ) -> None:
-    """FlexAttention on CUDA finds the lists of a sequence by the stride of their heads."""
+    """FlexAttention on CUDA finds a sequence's lists, and a row's indices, by where they lie."""
     found = []
+
+    def attend_to(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+        tables = padded_tables(key_mask, q.shape[2], 64, True) if padded else None
+        return function(q, k, v, route(q, k, block_size=64, top_k=3, tables=tables))
 
     def look(*args: Any, **kwargs: Any) -> None:
         lists = next(x for x in args if isinstance(x, tuple | list) and len(x) > 10)
         for x in lists[2:10]:
-            realized = ExternKernel.realize_input(x)
-            sizes, strides = realized.get_size(), realized.get_stride()
-            found.append((int(sizes[1] * strides[1]), int(strides[0])))
+            x.realize()
+            layout = as_storage_and_layout(x, freeze=True)[1]  # as it will be in memory
+            found.append(([int(n) for n in layout.size], [int(n) for n in layout.stride]))
         raise Seen
 
     monkeypatch.setattr(flex_lowering, "lower_cpu", look)
@@ -304,6 +311,7 @@ def test_lists_of_one_head_keep_sequences_apart(
     key_mask = torch.arange(length) >= torch.tensor([[0], [90]])
     torch._dynamo.reset()
     with pytest.raises(InductorError, match="Seen"):
-        torch.compile(function, fullgraph=True)(q, k, v, key_mask)
+        torch.compile(attend_to, fullgraph=True)(q, k, v, key_mask)
     assert len(found) == 8
-    assert all(by_head == by_sequence for by_head, by_sequence in found), found
+    for size, stride in found:
+        assert stride == [math.prod(size[i + 1 :]) for i in range(len(size))]

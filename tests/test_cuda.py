@@ -103,6 +103,15 @@ def test_whole_requests_are_the_oracle(plan: str) -> None:
     assert not tally.failures, f"seed {seed}: {tally.failures}"
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("plan", ["fused", "routed", "masked", "dense"])
+def test_whole_requests_in_a_graph_are_the_oracle(plan: str) -> None:
+    """There a compiler chooses how what is computed lies in memory."""
+    count, seed = max(2, settings().max_examples // 6), int(torch.randint(2**31, ()))
+    tally = fuzz.fuzz(range(count), seed, "cuda", (plan,), 0.0, graph=True)
+    assert not tally.failures, f"seed {seed}: {tally.failures}"
+
+
 def documents(count: int, length: int) -> tuple[Tensor, list[slice]]:
     """Cut a length into documents, the first of one token and the second empty."""
     inner = torch.randint(2, length + 1, (count - 2,)).sort().values

@@ -35,6 +35,13 @@ def test_new_cases_are_right() -> None:
     assert re.search(r"cpu routed +.*dq 0\.\d\d of \d+", found)
 
 
+@pytest.mark.slow
+def test_new_cases_in_a_graph_are_right() -> None:
+    seed = Random().randrange(2**32)
+    tally = fuzz.fuzz(range(settings().max_examples // 5), seed, "cpu", PLANS, 0.0, graph=True)
+    assert not tally.failures, f"seed {seed}: {tally.failures}"
+
+
 def attend(*inputs: Any, **options: Any) -> Any:
     return moba_flex.moba_attention(*inputs, **options)
 

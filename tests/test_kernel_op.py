@@ -1,6 +1,7 @@
 """Functions that launch kernels: what sees an op, and what is remembered of a launch."""
 
 from collections.abc import Callable
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime._async_compile import active_mode
 
 from moba_flex.masks import kernel_op as module
 from moba_flex.masks.kernel_op import kernel_op, launch
@@ -17,18 +19,32 @@ LAUNCHED: list[tuple[Any, ...]] = []
 
 
 class Kernel:
-    """Stands for a Triton kernel: notes down what is looked up, and what is launched."""
+    """Stands for a Triton kernel: notes down what is looked up, and what is launched.
+
+    Attributes:
+        compiled: Tiles that it is compiled for.
+        compile: Called with the tile to compile for.
+    """
 
     arg_names = ("x", "out", "number", "TILE")
+    compiled: set[int]
+    compile: Callable[[int], Any]
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def look_up(*args: Any, **options: Any) -> Any:
-            LOOKED_UP.append((grid, options))
-            compiled = Compiled()
-            compiled[grid](*args, options["TILE"])
-            return compiled
+    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> Any:
+        LOOKED_UP.append((grid, options))
+        tile = options["TILE"]
+        mode = active_mode.get()
+        if tile not in self.compiled and mode is not None:
+            return mode.submit(tile, lambda: self.compile(tile), lambda _: self.compiled.add(tile))
+        if tile not in self.compiled:
+            self.compile(tile)
+        return Compiled()
 
-        return look_up
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            Compiled()[grid](*args, options["TILE"])
+
+        return run
 
 
 class Compiled:
@@ -51,6 +67,11 @@ def add_twice(x: Tensor, number: int) -> Tensor:
     launch(KERNEL, (1, 1, 1), x, out, number, TILE=number + 1, num_warps=4)
     launch(KERNEL, (2, 1, 1), out, out, number, TILE=number + 2, num_warps=4)
     return out
+
+
+@kernel_op("moba_flex_test::add_four_times")
+def add_four_times(x: Tensor, number: int) -> Tensor:
+    return add_twice(add_twice(x, number), number + 2)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,6 +104,7 @@ def fresh() -> None:
     LOOKED_UP.clear()
     LAUNCHED.clear()
     module._known.clear()
+    KERNEL.compiled = set(range(10))
 
 
 def test_the_second_call_looks_nothing_up() -> None:
@@ -120,6 +142,44 @@ def test_what_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="no memory"):
             add_twice(torch.randn(5), 3)
     x = torch.randn(5)
+    torch.testing.assert_close(add_twice(x, 3), x + 6)
+
+
+@pytest.mark.parametrize("compiled", [set(), {4}, {5}])
+def test_kernels_are_compiled_side_by_side(compiled: set[int]) -> None:
+    together = Barrier(2 - len(compiled))
+    KERNEL.compiled = compiled
+    KERNEL.compile = lambda _: together.wait(timeout=30)
+    x = torch.randn(5)
+    torch.testing.assert_close(add_twice(x, 3), x + 6)
+    assert KERNEL.compiled == {4, 5}
+    assert LAUNCHED[-2:] == [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5)]
+    LOOKED_UP.clear()
+    torch.testing.assert_close(add_twice(x, 3), x + 6)
+    assert not LOOKED_UP
+
+
+def test_functions_within_a_function_are_part_of_it() -> None:
+    together = Barrier(4)
+    KERNEL.compiled = set()
+    KERNEL.compile = lambda _: together.wait(timeout=30)
+    x = torch.randn(5)
+    for _ in range(2):
+        torch.testing.assert_close(add_four_times(x, 3), x + 16)
+    assert LAUNCHED == 2 * [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5), (1, 1, 1, 5, 6), (2, 1, 1, 5, 7)]
+    assert len(module._known) == 1
+
+
+def test_what_cannot_be_compiled_raises_its_error() -> None:
+    def fail(tile: int) -> None:
+        raise RuntimeError(f"no tile of {tile}")
+
+    KERNEL.compiled, KERNEL.compile = {4}, fail
+    x = torch.randn(5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no tile of 5"):
+            add_twice(x, 3)
+    KERNEL.compile = lambda _: None
     torch.testing.assert_close(add_twice(x, 3), x + 6)
 
 
