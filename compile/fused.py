@@ -329,6 +329,7 @@ def attend_fused_backward(
                 VALUE_DIM=value_dim,
                 DV=_padded(value_dim),
                 TILE_N=key_tile,
+                num_warps=16,  # of fewer, each thread's values take seconds to compile
             )
         if gather_dq:
             # Made now, when the device has enough to do.
