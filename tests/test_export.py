@@ -398,8 +398,13 @@ def test_cuda_packages(
     module = made(kind).to("cuda", dtype)
     example = tokens(300).to("cuda", dtype)
     package = export(module, example, path=tmp_path / "m.pt2", dynamic_length=dynamic)
-    inputs = [(tokens(length).to(example),) for length in (UNSEEN if dynamic else (300,))]
-    assert max(run_alone(package, inputs, module)) < (1e-4 if dtype == torch.float32 else 0.03)
+    inputs = [tokens(length).to(example) for length in (UNSEEN if dynamic else (300,))]
+    most = 1e-4
+    if dtype != torch.float32:  # roundings move choices between blocks that are nearly as good
+        exact = made(kind).to("cuda", dtype).float()
+        with torch.no_grad():
+            most = 2 * max((module(x) - exact(x.float())).abs().max().item() for x in inputs)
+    assert max(run_alone(package, [(x,) for x in inputs], module)) < most
     assert {call["plan"] for call in load(package).metadata.attention} == {"fused"}
 
 
