@@ -9,9 +9,11 @@ their place, with the same result.
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +85,39 @@ def export(
             # and queries of the gate are, and other blocks would be chosen.
             "emulate_precision_casts": True,
         }
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), writers_told_apart():
             warnings.simplefilter("ignore", FutureWarning)  # of what PyTorch itself does
             torch._inductor.aoti_compile_and_package(
                 program, package_path=fresh, inductor_configs=configs
             )
         os.replace(fresh, target)  # a package at `path` is a whole one
     return target
+
+
+@contextmanager
+def writers_told_apart() -> Iterator[None]:
+    """Let AOTInductor know for good the buffers that it writes C++ to.
+
+    Before 2.13 it knows them by the id of a bound method that lives for one call. Of a model of
+    many layers some get the id of another one, and what they declare is missing elsewhere.
+    """
+    if torch.__version__ >= "2.13":
+        yield
+        return
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    declare = CppWrapperCpu.codegen_int_array_var
+    writers: dict[tuple[int, str], Callable[..., None]] = {}
+
+    def declare_once(
+        self: CppWrapperCpu, text: str, write: Callable[..., None], *args: Any, **options: Any
+    ) -> str:
+        owner = getattr(write, "__self__", write)
+        write = writers.setdefault((id(owner), write.__name__), write)
+        return declare(self, text, write, *args, **options)
+
+    with patch.object(CppWrapperCpu, "codegen_int_array_var", declare_once):
+        yield
 
 
 def worst_error(

@@ -23,10 +23,10 @@ _SIZES = ["num_pairs", "num_blocks", "picks", "chunks", "chunk_size", "tile", "s
 def count_kernel(  # type: ignore[no-untyped-def]
     block_ptr, count_ptr, num_pairs, num_blocks, chunks, chunk_size, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Count the pairs of a chunk that chose each block, or none, in the place after its own."""
+    """Count the pairs of a chunk that chose each block, or none."""
     chunk, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block_ptr += list_id * num_pairs
-    count_ptr += list_id * (num_blocks + 1) * chunks + chunk + 1
+    count_ptr += list_id * (num_blocks + 1) * chunks + chunk
     stop = tl.minimum((chunk + 1) * chunk_size, num_pairs)
     for at in range(chunk * chunk_size, stop, WIDTH):
         pair = at + tl.arange(0, WIDTH)
@@ -36,22 +36,32 @@ def count_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
+def sum_kernel(  # type: ignore[no-untyped-def]
+    count_ptr, total_ptr, num_blocks, chunks, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Make of a block's counts what is counted before each chunk; the total goes to the next."""
+    block, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    total_ptr += list_id * (num_blocks + 1) + block
+    count_ptr += (list_id * (num_blocks + 1) + block) * chunks
+    total = 0
+    for at in range(0, chunks, WIDTH):
+        chunk = at + tl.arange(0, WIDTH)
+        count = tl.load(count_ptr + chunk, mask=chunk < chunks, other=0)
+        tl.store(count_ptr + chunk, total + tl.cumsum(count) - count, mask=chunk < chunks)
+        total += tl.sum(count)
+    tl.store(total_ptr + 1, total, mask=block < num_blocks)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def place_kernel(  # type: ignore[no-untyped-def]
-    block_ptr, next_ptr, row_ptr, rank_ptr, first_ptr, num_pairs, num_blocks, picks, chunks,
-    chunk_size, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    block_ptr, next_ptr, first_ptr, row_ptr, rank_ptr, num_pairs, num_blocks, picks, chunks,
+    chunk_size, TILE: tl.constexpr,
 ):  # fmt: skip
     """Give each pair of a chunk the next rank of its block."""
-    chunk, list_id = tl.program_id(0), tl.program_id(1)
-    list_start = list_id * num_pairs  # modulo 2**32, like the running sum of all lists
-    first_pair = list_id.to(tl.int64) * num_pairs
-    entry = list_id.to(tl.int64) * (num_blocks + 1)
+    chunk, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first_pair, entry = list_id * num_pairs, list_id * (num_blocks + 1)
+    first_ptr += entry
     next_ptr += entry * chunks + chunk
-    if chunk == 0:
-        for at in range(0, num_blocks + 1, WIDTH):
-            block = (at + tl.arange(0, WIDTH)).to(tl.int64)
-            exists = block <= num_blocks
-            first = tl.load(next_ptr + block * chunks, mask=exists, other=0) - list_start
-            tl.store(first_ptr + entry + block, first, mask=exists)
     index = tl.arange(0, TILE)
     stop = tl.minimum((chunk + 1) * chunk_size, num_pairs)
     for at in range(chunk * chunk_size, stop, TILE):
@@ -70,7 +80,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
         number = tl.load(next_ptrs, mask=exists, other=0) + earlier
         tl.debug_barrier()
         tl.store(next_ptrs, number + 1, mask=exists & is_last)
-        rank = number - list_start
+        rank = tl.load(first_ptr + block, mask=exists, other=0) + number
         tl.store(row_ptr + first_pair + rank, pair // picks, mask=exists)
         rank = tl.where(block < num_blocks, rank, -1)
         tl.store(rank_ptr + first_pair + pair, rank, mask=exists)
@@ -87,9 +97,8 @@ def sort_pairs_triton(
     lists, pairs = batch * num_kv_heads, rows * picks
     chunk_size = ceil_div(num_blocks + 1, _BLOCKS_PER_TILE) * _TILE
     chunks = ceil_div(pairs, chunk_size)
-    # The running sum of what is counted before each block and chunk, of all lists one after the
-    # other: over the lists side by side PyTorch's is slow.
-    count = blocks.new_zeros(lists * (num_blocks + 1) * chunks + 1)
+    # First of each block and chunk what it holds, then what is before it in the block.
+    count = blocks.new_zeros(lists, num_blocks + 1, chunks)
     launch(
         wrap_triton(count_kernel),
         (chunks, lists),
@@ -101,24 +110,33 @@ def sort_pairs_triton(
         chunk_size,
         WIDTH=_WIDTH,
     )
+    total = blocks.new_zeros(batch, num_kv_heads, num_blocks + 1)
+    launch(
+        wrap_triton(sum_kernel),
+        (num_blocks + 1, lists),
+        count,
+        total,
+        num_blocks,
+        chunks,
+        WIDTH=1024,
+    )
+    first = total.cumsum(2, dtype=torch.int32)
     row = blocks.new_empty(batch, num_kv_heads, pairs)
     rank = blocks.new_empty(batch, num_kv_heads, rows, picks)
-    first = blocks.new_empty(batch, num_kv_heads, num_blocks + 1)
     launch(
         wrap_triton(place_kernel),
         (chunks, lists),
         blocks,
-        count.cumsum(0, dtype=torch.int32),
+        count,
+        first,
         row,
         rank,
-        first,
         pairs,
         num_blocks,
         picks,
         chunks,
         chunk_size,
         TILE=_TILE,
-        WIDTH=_WIDTH,
         num_warps=1,
     )
     return row, rank, first

@@ -81,7 +81,7 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
 def sorting() -> list[dict[str, Any]]:
     """Compile the kernels that sort pairs by block."""
     constants = {"TILE": regroup_kernel._TILE, "WIDTH": regroup_kernel._WIDTH, "ROOM": 16}
-    kernels = [("count", 4), ("place", 1), ("tile", 4)]
+    kernels = [("count", 4), ("sum", 4), ("place", 1), ("tile", 4)]
     return [
         compile_kernel(getattr(regroup_kernel, f"{name}_kernel"), torch.int32, constants, warps, 1)
         for name, warps in kernels

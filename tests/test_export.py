@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.utils import IndentedBuffer
+from torch.utils._ordered_set import OrderedSet
 from torch.utils.cpp_extension import CUDA_HOME
 
 from moba_flex import moba_attention, route
 from moba_flex.compile import export, load
 from moba_flex.compile import package as packages
-from moba_flex.compile.export import worst_error
+from moba_flex.compile.export import worst_error, writers_told_apart
 from moba_flex.compile.portable import attend_portable
 from moba_flex.masks import router
 from tests.helpers import Case, assert_matches_oracle, cases, run_script
@@ -307,6 +311,19 @@ def test_metadata_of_another_format_is_refused() -> None:
         packages.Metadata.from_strings({"moba_flex": '{"format": 99}'})
 
 
+def test_declarations_of_other_buffers_are_made_anew() -> None:
+    """A bound method that is gone may have had the id of the next one."""
+    wrapper = CppWrapperCpu.__new__(CppWrapperCpu)
+    wrapper.codegen_int_array_var_cache = {}
+    wrapper.declared_int_array_vars = OrderedSet()
+    wrapper.int_array_id = count()
+    buffers = [IndentedBuffer() for _ in range(20)]
+    with writers_told_apart():
+        for buffer in buffers * 2:
+            wrapper.codegen_int_array_var("{2, 3}", buffer.writeline, known_statically=True)
+    assert all(buffer.getvalue().count("{2, 3}") == 1 for buffer in buffers)
+
+
 # What cannot be exported.
 
 
@@ -457,6 +474,9 @@ def test_cuda_graph_holds_kernels_for_any_length() -> None:
     assert queries not in others
     assert len(set(others)) == 1  # keys, values and key_mask have one length
     assert found["plan"] == "fused"
+    # PyTorch 2.11 compiles no scan of so many values that it takes 64 bits to number them.
+    assert found["scans"]
+    assert max(found["scans"]) < 2**31
 
 
 # C++.

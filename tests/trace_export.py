@@ -2,11 +2,15 @@
 
 import json
 import sys
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from moba_flex import moba_attention
 from moba_flex.compile.export import _check_ops, _specs, _trace
@@ -27,12 +31,27 @@ class Padded(nn.Module):
         return moba_attention(q, k, v, block_size=64, top_k=4, key_mask=key_mask)
 
 
+def most(size: int | torch.SymInt, program: ExportedProgram) -> int:
+    """Return what the compiler takes for the largest value of a size."""
+    if isinstance(size, int):
+        return size
+    return int(bound_sympy(size.node.expr, dict(program.range_constraints)).upper)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDriver())
     with FakeTensorMode():
         q, k, v = (torch.empty(1, h, 600, 64, device="cuda").half() for h in (4, 2, 2))
         key_mask = torch.empty(1, 600, device="cuda", dtype=torch.bool)
-        program, calls = _trace(Parts().eval(), (q, k, v), True)
+        scans: list[int | torch.SymInt] = []  # how many values are summed up
+        cumsum = Tensor.cumsum
+
+        def noted(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            scans.append(x.numel())
+            return cumsum(x, *args, **options)
+
+        with patch.object(Tensor, "cumsum", noted):
+            program, calls = _trace(Parts().eval(), (q, k, v), True)
         padded, _ = _trace(Padded().eval(), (q, k, v, key_mask), True)
     _check_ops(program)
     _check_ops(padded)
@@ -44,6 +63,7 @@ if __name__ == "__main__":
         "padded": [
             size[0] for x in _specs(padded) for size in x.shape if not isinstance(size, int)
         ],
+        "scans": [most(size, program) for size in scans],
         "plan": calls[0]["plan"],
     }
     json.dump(found, sys.stdout)
