@@ -42,6 +42,8 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     """Make of a block's counts what is counted before each chunk; the total goes to the next."""
     block, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total_ptr += list_id * (num_blocks + 1) + block
+    if block == 0:
+        tl.store(total_ptr, 0)
     count_ptr += (list_id * (num_blocks + 1) + block) * chunks
     total = 0
     for at in range(0, chunks, WIDTH):
@@ -110,7 +112,7 @@ def sort_pairs_triton(
         chunk_size,
         WIDTH=_WIDTH,
     )
-    total = blocks.new_zeros(batch, num_kv_heads, num_blocks + 1)
+    total = blocks.new_empty(batch, num_kv_heads, num_blocks + 1)
     launch(
         wrap_triton(sum_kernel),
         (num_blocks + 1, lists),
