@@ -13,7 +13,7 @@ from moba_flex.masks import regroup_kernel, router_kernel
 
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
-    *("owners", "block_ptr", "count", "next", "head_top_k"),
+    *("owners", "block_ptr", "count", "total", "next", "head_top_k"),
 )
 FLOATS = ("lse", "spill_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

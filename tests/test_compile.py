@@ -246,7 +246,8 @@ def test_fused_plan_is_one_graph_for_any_length() -> None:
     assert done["graphs"] == [2, 1, 2, 1]
     assert done["written"] == {
         "count_kernel": ["count_ptr"],
-        "place_kernel": ["first_ptr", "next_ptr", "rank_ptr", "row_ptr"],
+        "sum_kernel": ["count_ptr", "total_ptr"],
+        "place_kernel": ["next_ptr", "rank_ptr", "row_ptr"],
         "tile_kernel": ["first_tile_ptr", "tile_block_ptr"],
         "pair_forward_kernel": ["part_lse_ptr", "part_ptr"],
         "own_forward_kernel": ["lse_ptr", "out_ptr"],
