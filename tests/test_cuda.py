@@ -300,6 +300,32 @@ def test_two_runs_are_bitwise_equal(plan: Any) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("plan", ["routed", "fused"])
+def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
+    inputs, weight = qkv(700), torch.randn_like(qkv(700)[0])
+
+    def step() -> list[Tensor]:
+        out = moba_attention(*inputs, block_size=128, top_k=3, plan=plan)
+        return [out, *torch.autograd.grad(out, inputs, weight)]
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(2):
+        with torch.no_grad():
+            for x in inputs:
+                x.normal_()
+        graph.replay()
+        for x, y in zip(found, step(), strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("plan", ["masked", "routed", "fused"])
 def test_backward_twice(plan: Any) -> None:
     inputs = qkv(700)

@@ -29,6 +29,7 @@ from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.layout import document_tables
 from tests.helpers import Case, needs_interpreter
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 LENGTHS = [100, 5000, 130, 256, 400, 555, 777, 1024, 1500, 2048, 3000, 4096]
 
 
@@ -102,16 +103,17 @@ def test_twelve_lengths_compile_twice_on_cuda(plan: Any) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
-def test_layer_forward_and_backward(dynamic: bool, backend: str) -> None:
+def test_layer_forward_and_backward(dynamic: bool, backend: str, device: str) -> None:
     torch.manual_seed(0)
-    block = Block()
+    block = Block().to(device)
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=backend)
     for length in (150, 333):
-        x = torch.randn(2, length, 64)
+        x = torch.randn(2, length, 64).to(device)
         want = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
         got = torch.autograd.grad(compiled(x).square().sum(), list(block.parameters()))
         for a, b in zip(got, want, strict=True):
@@ -119,17 +121,18 @@ def test_layer_forward_and_backward(dynamic: bool, backend: str) -> None:
     assert counters["stats"]["unique_graphs"] == (1 if dynamic else 2)
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device: str) -> None:
     torch.manual_seed(0)
-    block = Block()
+    block = Block().to(device)
 
     def run(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             out: Tensor = block(x)
         return out
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    x = torch.randn(1, 200, 64, requires_grad=True)
+    x = torch.randn(1, 200, 64).to(device).requires_grad_()
     out = compiled(x)
     torch.testing.assert_close(out, run(x), rtol=2e-2, atol=2e-2)
     out.sum().backward()
@@ -137,16 +140,17 @@ def test_autocast() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_activation_checkpointing() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_activation_checkpointing(device: str) -> None:
     torch.manual_seed(0)
-    block = Block()
+    block = Block().to(device)
 
     def run(x: Tensor) -> Tensor:
         out: Tensor = checkpoint(block, x, use_reentrant=False)
         return out
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    x = torch.randn(1, 200, 64)
+    x = torch.randn(1, 200, 64).to(device)
     want = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
     for function in (run, compiled):
         got = torch.autograd.grad(function(x).square().sum(), list(block.parameters()))
@@ -164,18 +168,41 @@ def test_reduce_overhead() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_hugging_face_model() -> None:
+@pytest.mark.cuda
+@pytest.mark.parametrize("plan", ["fused", "routed"])
+def test_reduce_overhead_on_cuda(plan: Any) -> None:
+    """Forward and backward are replayed as CUDA graphs."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=32, top_k=3, plan=plan)
+
+    compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):  # a first call, two that are recorded, and replays
+        torch.compiler.cudagraph_mark_step_begin()
+        inputs, results = qkv(300, "cuda", grad=True), []
+        for attends in (compiled, attend):
+            out = attends(*inputs)
+            grads = torch.autograd.grad(out.square().sum(), inputs)
+            results.append([x.clone() for x in (out, *grads)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_hugging_face_model(device: str) -> None:
     pytest.importorskip("transformers")
     from moba_flex import MoBAConfig
     from moba_flex.integrations.transformers import apply
     from tests.test_transformers import build
 
-    model = build("Llama", num_hidden_layers=2, max_position_embeddings=2048).train()
+    model = build("Llama", num_hidden_layers=2, max_position_embeddings=2048).to(device).train()
     compiled: Any = torch.compile(
         apply(model, MoBAConfig(block_size=16, top_k=2)), fullgraph=True, backend="aot_eager"
     )
     for length in (90, 150, 201):
-        ids = torch.randint(61, (1, length))
+        ids = torch.randint(61, (1, length)).to(device)
         loss = compiled(ids, labels=ids, use_cache=False).loss
         torch.testing.assert_close(loss, model(ids, labels=ids, use_cache=False).loss)
         torch.autograd.backward(loss)
