@@ -9,7 +9,8 @@ yet are compiled side by side.
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -20,6 +21,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
 from torch.library import triton_op
+from triton.runtime._async_compile import active_mode
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]
@@ -36,14 +38,14 @@ class _Call:
     Attributes:
         replay: The launches of an earlier call that are still to come; None for a first call.
         record: The launches of a first call.
-        compiling: Whether a kernel is yet to be compiled. Nothing more is launched then; the call
-            goes on to find what else is to be compiled.
+        awaited: Kernels that are being compiled. Once there is one, nothing more is launched; the
+            call goes on to find what else is to be compiled.
     """
 
     def __init__(self, replay: Iterator[_Launch] | None = None) -> None:
         self.replay = replay
         self.record: list[_Launch] = []
-        self.compiling = False
+        self.awaited: list[Any] = []
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Call the function."""
@@ -66,8 +68,9 @@ class _Call:
         if compiled is None:  # interpreted kernels are not
             kernel[grid](*args, **options)
             return
-        self.compiling |= isinstance(compiled, triton.FutureKernel)
-        if not self.compiling:
+        if isinstance(compiled, triton.FutureKernel):
+            self.awaited.append(compiled)
+        if not self.awaited:
             run = compiled[(*grid, 1, 1)[:3]]
             constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
             run(*args, *constants)
@@ -154,9 +157,11 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         if launches is not None:
             return _Call(iter(launches)).run(function, args)
         call = _Call()
-        with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        with ThreadPoolExecutor() as threads, _compiling_in(threads):
             result = call.run(function, args)
-        if call.compiling:  # now they are compiled, and what could not be raises its error
+        if call.awaited:
+            for kernel in call.awaited:
+                kernel.result()  # raises the error of what could not be compiled
             call = _Call()
             result = call.run(function, args)
         if call.record:
@@ -166,6 +171,13 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
+
+
+def _compiling_in(threads: Executor) -> AbstractContextManager[Any]:
+    """Let threads compile what kernels are asked for, or a caller who has threads for that."""
+    if active_mode.get() is not None:
+        return nullcontext()
+    return triton.AsyncCompileMode(threads, ignore_errors=True)
 
 
 def _layout(x: Any) -> Any:

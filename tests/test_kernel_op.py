@@ -1,11 +1,13 @@
 """Functions that launch kernels: what sees an op, and what is remembered of a launch."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,6 +183,14 @@ def test_what_cannot_be_compiled_raises_its_error() -> None:
             add_twice(x, 3)
     KERNEL.compile = lambda _: None
     torch.testing.assert_close(add_twice(x, 3), x + 6)
+
+
+def test_a_callers_own_threads_compile() -> None:
+    KERNEL.compiled, KERNEL.compile = set(), lambda _: None
+    x = torch.randn(5)
+    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+        torch.testing.assert_close(add_twice(x, 3), x + 6)
+    assert KERNEL.compiled == {4, 5}
 
 
 def test_modes_see_an_op() -> None:
