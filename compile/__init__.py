@@ -29,8 +29,8 @@ one, that test fails and the detour can go.
 - 2.11 for CUDA compiles no `clamp` of a range that becomes an index, no search of a view, and no
   search for values that all lists share (`masks/layout.py`, `block_mask.py`, `tiles.py`).
 - 2.11 for CUDA compiles no scan of so many values that their numbers might take 64 bits, which it
-  concludes from the bounds of lengths: the counting sort sums counts in a kernel (
-  `masks/regroup_kernel.py`), and PyTorch their totals.
+  concludes from the bounds of lengths: a kernel of the counting sort sums counts, PyTorch their
+  totals (`masks/regroup_kernel.py`).
 - Before 2.13 the C++ of a large graph may lack declarations (`writers_told_apart`, `export.py`).
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
