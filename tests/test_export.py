@@ -405,7 +405,6 @@ def test_parity_check_can_fail() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("kind", [Attention, Layers])
@@ -442,7 +441,6 @@ class Padded(nn.Module):
 
 
 @pytest.mark.cuda
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_cuda_packages_of_documents_and_padding(dynamic: bool, tmp_path: Path) -> None:
     def example(kind: type[nn.Module], length: int) -> tuple[Tensor, ...]:
