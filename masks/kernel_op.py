@@ -4,12 +4,12 @@ A graph, a mode or a tensor subclass must see an op. In eager code between plain
 does, and the op's own machinery would take longer than short sequences do on a GPU. For the same
 reason a plain call remembers, for tensors laid out as before, the kernels that Triton compiled,
 which it would look up by each argument of each launch. The kernels of a call that are not compiled
-yet are compiled side by side.
+yet are compiled and loaded side by side.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -157,7 +157,7 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         if launches is not None:
             return _Call(iter(launches)).run(function, args)
         call = _Call()
-        with ThreadPoolExecutor() as threads, _compiling_in(threads):
+        with _Loaders(args[0]) as threads, _compiling_in(threads):
             result = call.run(function, args)
         if call.awaited:
             for kernel in call.awaited:
@@ -171,6 +171,23 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
+
+
+class _Loaders(ThreadPoolExecutor):
+    """Threads that load what they compile. A first launch would, after compiling a stub for it."""
+
+    def __init__(self, example: Tensor) -> None:
+        super().__init__()
+        self._example = example
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def load() -> Any:
+            with torch.cuda.device_of(self._example):
+                kernel = fn(*args, **kwargs)
+                kernel[1, 1, 1]
+                return kernel
+
+        return super().submit(load)
 
 
 def _compiling_in(threads: Executor) -> AbstractContextManager[Any]:

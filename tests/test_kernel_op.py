@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, get_ident
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from moba_flex.masks.kernel_op import kernel_op, launch
 
 LOOKED_UP: list[tuple[tuple[int, ...], dict[str, Any]]] = []
 LAUNCHED: list[tuple[Any, ...]] = []
+LOADED_BY: list[int] = []
 
 
 class Kernel:
@@ -37,9 +38,11 @@ class Kernel:
         tile = options["TILE"]
         mode = active_mode.get()
         if tile not in self.compiled and mode is not None:
-            return mode.submit(tile, lambda: self.compile(tile), lambda _: self.compiled.add(tile))
-        if tile not in self.compiled:
-            self.compile(tile)
+            return mode.submit(tile, lambda: self.finish(tile), lambda _: self.compiled.add(tile))
+        return Compiled() if tile in self.compiled else self.finish(tile)
+
+    def finish(self, tile: int) -> Any:
+        self.compile(tile)
         return Compiled()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -53,6 +56,8 @@ class Compiled:
     """Stands for a compiled kernel, which takes compile-time arguments in place."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        LOADED_BY.append(get_ident())
+
         def run(x: Tensor, out: Tensor, number: int, tile: int) -> None:
             LAUNCHED.append((*grid, number, tile))
             torch.add(x, number, out=out)
@@ -105,6 +110,7 @@ class Watch(TorchDispatchMode):
 def fresh() -> None:
     LOOKED_UP.clear()
     LAUNCHED.clear()
+    LOADED_BY.clear()
     module._known.clear()
     KERNEL.compiled = set(range(10))
 
@@ -148,13 +154,15 @@ def test_what_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("compiled", [set(), {4}, {5}])
-def test_kernels_are_compiled_side_by_side(compiled: set[int]) -> None:
-    together = Barrier(2 - len(compiled))
+def test_kernels_are_compiled_and_loaded_side_by_side(compiled: set[int]) -> None:
+    missing = 2 - len(compiled)
+    together = Barrier(missing)
     KERNEL.compiled = compiled
     KERNEL.compile = lambda _: together.wait(timeout=30)
     x = torch.randn(5)
     torch.testing.assert_close(add_twice(x, 3), x + 6)
     assert KERNEL.compiled == {4, 5}
+    assert sum(thread != get_ident() for thread in LOADED_BY) == missing
     assert LAUNCHED[-2:] == [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5)]
     LOOKED_UP.clear()
     torch.testing.assert_close(add_twice(x, 3), x + 6)
