@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from moba_flex import create_moba_block_mask, moba_attention
+from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
 from moba_flex.compile import cpu, modded
 from moba_flex.masks import router
 from moba_flex.masks.exporting import is_exporting
@@ -60,13 +60,14 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.attend = MoBAAttention(block_size=32, top_k=3)
         self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
         self.mlp = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(nn.functional.rms_norm(x, (64,))).unflatten(2, (8, 16)).transpose(1, 2)
         q, k, v = heads.split((4, 2, 2), dim=1)
-        x = x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(nn.functional.rms_norm(x, (64,)))
 
 

@@ -1,0 +1,129 @@
+"""`moba_attention` as a module that keeps a layer's options."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest
+
+from moba_flex.attention import Plan, moba_attention
+from moba_flex.masks.checks import check_gate, check_mods, check_scale
+from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
+
+
+class MoBAAttention(nn.Module):
+    """`moba_attention` with the options of a layer: what comes between its projections.
+
+    It has no parameters, because the gate has none, and nothing of it is saved. Its options are
+    attributes that may be set later: with a `top_k` that covers all keys the same model is dense.
+
+    Args:
+        block_size: Keys per block.
+        top_k: Blocks a query attends to, its own included.
+        sink_blocks: First blocks of the sequence that are always chosen; they count in `top_k`.
+        local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
+        causal: Whether a query sees only keys at its position and before.
+        scale: Factor on the scores; `1 / sqrt(D)` if None.
+        softcap: Scores become `softcap * tanh(score / softcap)`.
+        head_top_k: `top_k` of each head, `Hq` numbers; None for `top_k` in all. They are a buffer,
+            so that they move with the module.
+        plan: How to compute it, as of `moba_attention`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range, or `top_k` cannot hold the forced blocks.
+    """
+
+    head_top_k: Tensor | None
+
+    def __init__(
+        self,
+        block_size: int,
+        top_k: int,
+        *,
+        sink_blocks: int = 0,
+        local_blocks: int = 0,
+        causal: bool = True,
+        scale: float | None = None,
+        softcap: float | None = None,
+        head_top_k: Sequence[int] | Tensor | None = None,
+        plan: Plan | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__()
+        check_gate(block_size, top_k, sink_blocks, local_blocks)
+        check_scale(scale)
+        check_mods(Mods(softcap=softcap))
+        self.block_size, self.top_k = block_size, top_k
+        self.sink_blocks, self.local_blocks = sink_blocks, local_blocks
+        self.causal, self.scale, self.softcap, self.plan = causal, scale, softcap, plan
+        numbers = None if head_top_k is None else torch.as_tensor(head_top_k)
+        self.register_buffer("head_top_k", numbers, persistent=False)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        score_mod: ScoreMod | None = None,
+        mask_mod: MaskMod | None = None,
+        return_aux: AuxRequest | None = None,
+    ) -> Any:
+        """Attend, see `moba_attention`.
+
+        Args:
+            q: Queries, `[B, Hq, Q, D]`.
+            k: Keys, `[B, Hkv, KV, D]`.
+            v: Values, `[B, Hkv, KV, Dv]`.
+            cu_seqlens: Where the documents of every row start, and the end `KV`.
+            cu_seqlens_q: Where the queries of each document start, and the end `Q`.
+            key_mask: True for the keys that are not padding, bool `[B, KV]`.
+            score_mod: Changes scores.
+            mask_mod: Hides keys.
+            return_aux: What to return beside the output.
+
+        Returns:
+            The output `[B, Hq, Q, Dv]`, or with `return_aux` the output and an `AuxOutput`.
+
+        Raises:
+            ValueError: A shape, a device or an option is out of range, or the plan cannot serve
+                the request.
+            TypeError: An argument has the wrong type.
+        """
+        attend: Callable[..., Any] = moba_attention
+        return attend(
+            q,
+            k,
+            v,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_q=cu_seqlens_q,
+            key_mask=key_mask,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            return_aux=return_aux,
+            head_top_k=self.head_top_k,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "block_size": self.block_size,
+            "top_k": self.top_k,
+            "sink_blocks": self.sink_blocks,
+            "local_blocks": self.local_blocks,
+            "causal": self.causal,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "plan": self.plan,
+        }
+
+    def extra_repr(self) -> str:
+        """Return the options, for `print`."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        if self.head_top_k is None:
+            return options
+        return f"{options}, head_top_k={self.head_top_k.tolist()}"
