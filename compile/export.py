@@ -41,7 +41,8 @@ def export(
 
     The package takes what `example` is like, runs forward alone, and needs neither Python nor
     moba_flex: `moba_flex.compile.load(path)` or `torch._inductor.aoti_load_package(path)` load it
-    in Python, `torch::inductor::AOTIModelPackageLoader` in C++ (`compile/cpp/`).
+    in Python, `torch::inductor::AOTIModelPackageLoader` in C++ (`compile/cpp/`). It takes
+    contiguous tensors: `load` makes them so, the others trust that they are.
 
     A dynamic length is dimension 2 of inputs of 4 dimensions, `[B, H, length, D]`, and dimension 1
     of others, `[B, length, ...]`; a package then serves every length from 1 to 2**20. Inputs whose
@@ -67,13 +68,15 @@ def export(
     _check_module(module, inputs)
     if device is not None:
         module, inputs = module.to(device), tuple(x.to(device) for x in inputs)
+    # A package reads its inputs as the example's lay, whatever it is given.
+    inputs = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
     place = inputs[0].device
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {place.type}")
 
     program, attention = _trace(module, inputs, dynamic_length)
     _check_ops(program)
-    metadata = Metadata.of(attention, _specs(program), place.type)
+    metadata = Metadata.of(attention, _specs(program), place)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fresh = os.path.join(folder, "fresh.pt2")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _KEY = "moba_flex"
-_FORMAT = 1
+_FORMAT = 2
+_Device = torch.device  # within `Metadata`, "torch" is an attribute
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it do
 
 
@@ -55,12 +56,14 @@ class Metadata:
     inputs: list[Spec]
 
     @classmethod
-    def of(cls, attention: list[dict[str, Any]], inputs: list[Spec], device: str) -> "Metadata":
+    def of(
+        cls, attention: list[dict[str, Any]], inputs: list[Spec], device: _Device
+    ) -> "Metadata":
         """Return the metadata of a package that is made here and now."""
         return cls(
             moba_flex=own_version(),
             torch=torch.__version__,
-            device=device,
+            device=device.type,
             capability=_capability(device),
             attention=attention,
             inputs=inputs,
@@ -92,14 +95,16 @@ class Package:
 
     Attributes:
         metadata: What the package says about itself.
+        device: Where it runs.
     """
 
-    def __init__(self, run: Any, metadata: Metadata) -> None:
+    def __init__(self, run: Any, metadata: Metadata, device: torch.device) -> None:
         self.metadata = metadata
+        self.device = device
         self._run = run
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the package.
+        """Run the package; inputs that are not contiguous are copied.
 
         Raises:
             TypeError: An input has another dtype, or there are too many or too few.
@@ -110,20 +115,24 @@ class Package:
             raise TypeError(f"inputs must be {len(specs)}, got {len(inputs)}")
         sizes: dict[str, int] = {}
         for x, spec in zip(inputs, specs, strict=True):
-            _check_input(x, spec, self.metadata.device, sizes)
+            _check_input(x, spec, self.device, sizes)
         with torch.no_grad():
-            return self._run(*inputs)
+            return self._run(*(x.contiguous() for x in inputs))
 
 
-def load(path: str | os.PathLike[str]) -> Package:
+def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Package:
     """Load a package that `export` made.
 
     It is machine code, which runs with the rights of the caller: load only what you trust.
 
+    Args:
+        path: The package.
+        device: Which of several CUDA devices it is for; if None, the current one.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or no package of moba_flex, or this machine or this PyTorch
-            cannot run it.
+            cannot run it, or it is for another kind of device.
     """
     metadata = read_metadata(path)
     release, needed = (".".join(x.split(".")[:2]) for x in (torch.__version__, metadata.torch))
@@ -137,14 +146,24 @@ def load(path: str | os.PathLike[str]) -> Package:
             f"machine must have a CUDA device for {os.fspath(path)!r}, got none: "
             "export the module for cpu"
         )
-    has = _capability(metadata.device)
+    place = torch.device(metadata.device if device is None else device)
+    if place.type != metadata.device:
+        raise ValueError(
+            f"device must be {metadata.device} for {os.fspath(path)!r}, got {place}: "
+            f"export the module for {place.type}"
+        )
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    has = _capability(place)
     if not _runs(metadata.capability, has):
         raise ValueError(
             f"{metadata.device} must have {metadata.capability} for {os.fspath(path)!r}, "
             f"got {has}: "
             "export the module on a machine like this"
         )
-    return Package(torch._inductor.aoti_load_package(os.fspath(path)), metadata)
+    index = place.index if place.type == "cuda" else -1
+    run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
+    return Package(run, metadata, place)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
@@ -185,13 +204,13 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     )
 
 
-def _check_input(x: Tensor, spec: Spec, device: str, sizes: dict[str, int]) -> None:
+def _check_input(x: Tensor, spec: Spec, device: torch.device, sizes: dict[str, int]) -> None:
     """Raise unless an input is as `spec` says; `sizes` are those that symbols have so far."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{spec.name} must be a Tensor, got {type(x).__name__}")
     if str(x.dtype) != f"torch.{spec.dtype}":
         raise TypeError(f"{spec.name} must be torch.{spec.dtype}, got {x.dtype}")
-    if x.device.type != device:
+    if x.device != device:
         raise ValueError(f"{spec.name} must be on {device}, got {x.device}")
     if x.dim() != len(spec.shape):
         raise ValueError(
@@ -213,9 +232,9 @@ def _size(size: Any) -> int | tuple[str, int, int]:
     return size if isinstance(size, int) else (size[0], size[1], size[2])
 
 
-def _capability(device: str) -> str:
-    if device == "cuda":
-        return ".".join(map(str, torch.cuda.get_device_capability()))
+def _capability(device: torch.device) -> str:
+    if device.type == "cuda":
+        return ".".join(map(str, torch.cuda.get_device_capability(device)))
     return torch.backends.cpu.get_cpu_capability()
 
 

@@ -112,8 +112,8 @@ def _check(model: Any, path: Path, arguments: argparse.Namespace) -> None:
 
     from moba_flex.compile.export import load, worst_error
 
-    package, seq_len = load(path), arguments.seq_len
     weight = next(model.parameters())
+    package, seq_len = load(path, device=weight.device), arguments.seq_len
     most = torch.finfo(weight.dtype).eps ** 0.5  # half of the digits, after all layers
     lengths = (seq_len,) if arguments.static else (1, seq_len // 2 + 1, 2 * seq_len + 1)
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     name = arguments.model
     tokenizer = pretrained.load_tokenizer() if name is None else _tokenizer(name)
-    ids = tokenizer(arguments.text, return_tensors="pt").input_ids.to(package.metadata.device)
+    ids = tokenizer(arguments.text, return_tensors="pt").input_ids.to(package.device)
     if ids.shape[1] == 0:
         raise ValueError("--text must have at least one token, got none")
     began = time.perf_counter()

@@ -272,7 +272,7 @@ def test_export_fails_where_the_package_differs(
         return path
 
     monkeypatch.setattr(module, "export", fake)
-    monkeypatch.setattr(module, "load", lambda path: None)
+    monkeypatch.setattr(module, "load", lambda path, device: None)
     monkeypatch.setattr(module, "worst_error", lambda *_: 0.5)
     command = ("export", "--model", home / "model", "--device", "cpu", "--out", home / "bad.pt2")
     assert run(*command) == 2

@@ -326,6 +326,28 @@ def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
             assert torch.equal(x, y)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("plan", ["masked", "routed", "fused"])
+def test_plans_run_on_a_device_that_is_not_the_current_one(plan: Any, graph: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=128, top_k=3, plan=plan)
+
+    run = torch.compile(attend, fullgraph=True) if graph else attend
+    inputs, weight = qkv(700), torch.randn_like(qkv(700)[0])
+    for _ in range(2):  # also as it is remembered
+        found = []
+        for device in ("cuda:0", "cuda:1"):
+            there = [x.detach().to(device).requires_grad_() for x in inputs]
+            out = run(*there)
+            grads = torch.autograd.grad(out, there, weight.to(device))
+            assert {x.device for x in (out, *grads)} == {torch.device(device)}
+            found.append([x.cpu() for x in (out, *grads)])
+        assert torch.cuda.current_device() == 0
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0 if plan == "fused" else 1e-3)
+
+
 @pytest.mark.parametrize("plan", ["masked", "routed", "fused"])
 def test_backward_twice(plan: Any) -> None:
     inputs = qkv(700)

@@ -616,6 +616,7 @@ MORE_MESSAGES = {
         "moba_flex metadata: load others by torch._inductor.aoti_load_package",
         "PyTorch must be 2.12 for 'x.pt2', got 2.13.0: export the module again, or change PyTorch",
         "machine must have a CUDA device for 'x.pt2', got none: export the module for cpu",
+        "device must be cpu for 'x.pt2', got cuda:1: export the module for cuda",
         "cpu must have AVX512 for 'x.pt2', got AVX2: export the module on a machine like this",
         "path must be a file, got 'x.pt2'",
         "path must be a whole .pt2 package, got 'x.pt2' with a damaged 'y': "

@@ -19,13 +19,14 @@ from torch._inductor.utils import IndentedBuffer
 from torch.utils._ordered_set import OrderedSet
 from torch.utils.cpp_extension import CUDA_HOME
 
-from moba_flex import moba_attention, route
+from moba_flex import MoBAAttention, moba_attention, route
 from moba_flex.compile import export, load
 from moba_flex.compile import package as packages
 from moba_flex.compile.export import worst_error, writers_told_apart
 from moba_flex.compile.portable import attend_portable
 from moba_flex.masks import router
-from tests.helpers import Case, assert_matches_oracle, cases, run_script
+from tests.case import Case, lay_out
+from tests.helpers import assert_matches_oracle, cases, run_script
 
 ROOT = Path(__file__).parents[1]
 UNSEEN = (1, 40, 333, 1024, 2500)
@@ -34,15 +35,16 @@ UNSEEN = (1, 40, 333, 1024, 2500)
 class Attention(nn.Module):
     """Self-attention; `[B, length, 64]` to the same."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, inputs: dict[str, Any] | None = None, **options: Any) -> None:
         super().__init__()
-        self.options = {"block_size": 32, "top_k": 4, **options}
+        self.inputs = inputs or {}
+        self.attend = MoBAAttention(**{"block_size": 32, "top_k": 4, **options})
         self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(2, (8, 16)).transpose(1, 2)
         q, k, v = heads.split((4, 2, 2), dim=1)
-        return self.out(moba_attention(q, k, v, **self.options).transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v, **self.inputs).transpose(1, 2).flatten(2))
 
 
 class Layers(nn.Module):
@@ -58,13 +60,6 @@ class Layers(nn.Module):
         for layer in self.layers:
             x = x + layer(nn.functional.rms_norm(x, (64,)))
         return x
-
-
-class Parts(nn.Module):
-    """Attention by itself, of queries that may be fewer than the keys."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return moba_attention(q, k, v, block_size=32, top_k=4, local_blocks=1)
 
 
 def made(kind: type[nn.Module]) -> nn.Module:
@@ -161,6 +156,20 @@ def test_attention_of_one_length(static_package: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fixture", ["attention_package", "static_package"])
+def test_inputs_lie_anywhere(fixture: str, request: pytest.FixtureRequest) -> None:
+    package = load(request.getfixturevalue(fixture))
+    room = torch.randn(2, 400, 65)
+    for x in (
+        room[:, 5:305, 1:],  # of longer rows
+        room[:, :300, :64].transpose(0, 1).contiguous().transpose(0, 1),
+        room[:, :300, :64].mT.contiguous().mT,
+        room[:1, :300, :64].expand(2, 300, 64),
+    ):
+        assert worst_error(made(Attention), package, (x,)) < 1e-5
+
+
+@pytest.mark.slow
 def test_layers_of_any_length(folder: Path) -> None:
     package = export(made(Layers), tokens(300), path=folder / "layers.pt2")
     inputs = [(tokens(length),) for length in UNSEEN]
@@ -175,9 +184,11 @@ def test_layers_of_any_length(folder: Path) -> None:
 @pytest.mark.slow
 def test_fewer_queries_than_keys(folder: Path) -> None:
     path = folder / "parts.pt2"
-    package = load(export(made(Parts), heads(100, 300), path=path))
+    module = MoBAAttention(block_size=32, top_k=4, local_blocks=1).eval()
+    example = [lay_out(x.requires_grad_(), "sliced") for x in heads(100, 300)]
+    package = load(export(module, example, path=path))
     for q_len, kv_len in ((1, 1), (1, 700), (77, 500), (640, 700), (1000, 1000)):
-        assert worst_error(made(Parts), package, heads(q_len, kv_len)) < 1e-5
+        assert worst_error(module, package, heads(q_len, kv_len)) < 1e-5
     q, k, v = heads(10, 300)
     with pytest.raises(ValueError, match="v must have size 300 in dimension 2, like the inputs"):
         package(q, k, v[:, :, :299])
@@ -286,7 +297,9 @@ def test_load_refuses_other_machines(
         patch.setattr(torch, "__version__", "2.99.0")
         with pytest.raises(ValueError, match=r"PyTorch must be .* for .*, got 2.99.0: export"):
             load(attention_package)
-    if packages._capability("cpu") != "DEFAULT":
+    with pytest.raises(ValueError, match=r"device must be cpu for .*, got cuda:1: export the"):
+        load(attention_package, device="cuda:1")
+    if packages._capability(torch.device("cpu")) != "DEFAULT":
         monkeypatch.setattr(packages, "_capability", lambda _: "DEFAULT")
         with pytest.raises(ValueError, match=r"cpu must have .* for .*, got DEFAULT: export"):
             load(attention_package)
@@ -463,6 +476,20 @@ def test_cuda_packages_of_documents_and_padding(dynamic: bool, tmp_path: Path) -
             assert worst_error(module, package, example(kind, length)) < 1e-5
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("made_on", ["cuda:0", "cuda:1"])
+def test_cuda_packages_run_on_either_device(made_on: str, tmp_path: Path) -> None:
+    path = export(made(Attention), tokens(300), path=tmp_path / "m.pt2", device=made_on)
+    for device in ("cuda:0", "cuda:1"):
+        package, x = load(path, device=device), tokens(300).to(device)
+        assert package(x).device == x.device
+        assert worst_error(made(Attention).to(device), package, (x,)) < 1e-5
+    assert load(path).device == torch.device("cuda:0")
+    with pytest.raises(ValueError, match="x must be on cuda:1, got cuda:0"):
+        package(tokens(300).cuda())
+
+
 def test_cuda_graph_holds_kernels_for_any_length() -> None:
     """Traced without a GPU."""
     found = run_script("trace_export.py")
@@ -495,7 +522,7 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    x = tokens(777)
+    x = tokens(777).mT.contiguous().mT
     files = [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
     torch.save([x], files[0])
     program = str(build / "run_package")
@@ -517,8 +544,11 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"cu_seqlens": torch.tensor([0, 100, 300])}, "cu_seqlens and key_mask"),
-        ({"key_mask": torch.ones(2, 300, dtype=torch.bool)}, "cu_seqlens and key_mask"),
+        ({"inputs": {"cu_seqlens": torch.tensor([0, 100, 300])}}, "cu_seqlens and key_mask"),
+        (
+            {"inputs": {"key_mask": torch.ones(2, 300, dtype=torch.bool)}},
+            "cu_seqlens and key_mask",
+        ),
         ({"softcap": 30.0}, "softcap, score_mod and mask_mod"),
         ({"head_top_k": torch.tensor([4, 3, 2, 1])}, "head_top_k"),
     ],

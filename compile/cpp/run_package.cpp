@@ -31,7 +31,8 @@ static int run(const std::string& package, const std::string& from, const std::s
 
   std::vector<torch::Tensor> inputs;
   for (const auto& x : torch::pickle_load(read(from)).toList()) {
-    inputs.push_back(static_cast<c10::IValue>(x).toTensor());
+    // A package does not look at strides.
+    inputs.push_back(static_cast<c10::IValue>(x).toTensor().contiguous());
   }
   std::vector<c10::IValue> outputs;
   for (const auto& x : model.run(inputs)) {
