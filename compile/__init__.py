@@ -35,6 +35,11 @@ one, that test fails and the detour can go.
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
   PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).
+- An op with a gradient of its own is refused by `torch.func.grad`, and gives tangents of zero
+  (`..._ops_do_not_know_torch_func`): there autograd.Functions stand for ops, and tangents are
+  refused (`masks/gradients.py`, `masks/checks.py`).
+- A package reads its inputs as those of the export lay, whatever they are: it is made for
+  contiguous ones, and `load` makes them so (`test_inputs_lie_anywhere`, `tests/test_export.py`).
 - Export decides conditions on lengths for the example's: those that matter ask for every length
   (`masks/exporting.py`), and sizes of 0 and 1 are no special case (`backed_size_oblivious`).
 - Lengths that are slices of padded ones stay expressions, each of which slows down the compiler in

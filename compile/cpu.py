@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_flex.compile.parts import cut
+from moba_flex.masks.gradients import with_gradient
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.router import Routing
 
@@ -169,4 +170,4 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
     return *grads, None, None, None, None, None, None
 
 
-attend_cpu.register_autograd(_backward, setup_context=_save)
+attend_parts = with_gradient(attend_cpu, setup_context=_save, backward=_backward)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moba_flex.compile.plans import interpreted
+from moba_flex.masks.gradients import is_transformed
 from moba_flex.masks.mods import Mods
 
 # What FlexAttention and this library compile kernels for.
@@ -13,11 +14,16 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FUSED_HEAD_DIM = 256
 
 
-def check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
+def check_flex(q: Tensor, k: Tensor, v: Tensor, lse: bool, plan: str) -> None:
     """Raise if FlexAttention on the device of `q` cannot do what is asked."""
     device = q.device.type
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"q must be on cpu or cuda, got {device}")
+        raise ValueError(f"q must be on cpu or cuda for plan={plan!r}, got {device}")
+    if is_transformed():
+        raise ValueError(
+            f"plan must be one without FlexAttention under torch.func, got {plan!r} on {device}: "
+            "let plan be 'auto', or use backward"
+        )
     _check_dtype(q)
     for name, x in (("q", q), ("v", v)):
         if device == "cuda" and x.shape[3] < 16:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from moba_flex.compile.cpu import shapes_of_attention, shapes_of_gradients
 from moba_flex.compile.parts import Part, cut
+from moba_flex.masks.gradients import only_once, with_gradient
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.router import Routing
@@ -48,7 +48,7 @@ def attend_modded(
     if not mods.ask and mods.softcap is not None:
         options = routing.block_size, routing.causal, scale, mods.softcap
         tables = routing.tables or (None, None)
-        out, lse = attend_softcap(q, k, v, routing.blocks, *options, *tables)
+        out, lse = attend_capped(q, k, v, routing.blocks, *options, *tables)
         return out, lse
     outside: tuple[Tensor, Tensor] = _attend_outside(q, k, v, routing, mods, scale)
     return outside
@@ -273,6 +273,11 @@ class _Captures(TorchFunctionMode):
     ) -> Any:
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and x.requires_grad:
+                if torch._C._functorch.is_gradtrackingtensor(x):
+                    raise ValueError(
+                        "score_mod must capture no tensor that torch.func differentiates on cpu, "
+                        f"got one of shape {tuple(x.shape)}: use backward"
+                    )
                 self.found[id(x)] = x
         return func(*args, **(kwargs or {}))
 
@@ -408,7 +413,6 @@ class _AttendModded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -417,22 +421,27 @@ class _AttendModded(torch.autograd.Function):
         scale: float,
         *captured: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, routing, mods, scale)
-        ctx.save_for_backward(q, k, v, out, lse, *captured)
-        ctx.options = routing, mods, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return _forward(q, k, v, routing, mods, scale)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *ctx.options = inputs[:6]
+        ctx.save_for_backward(q, k, v, *output, *inputs[6:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, out, lse, *captured = ctx.saved_tensors
-        grad = torch.zeros_like(out) if grad is None else grad
-        routing, mods, scale = ctx.options
-        dq, dk, dv, *others = _backward(
-            grad, grad_lse, q, k, v, out, lse, routing, mods, scale, captured
-        )
-        return dq, dk, dv, None, None, None, *others
+        return only_once(_gradients_outside, ctx, grad, grad_lse)
+
+
+def _gradients_outside(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+    q, k, v, out, lse, *captured = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    routing, mods, scale = ctx.options
+    dq, dk, dv, *others = _backward(
+        grad, grad_lse, q, k, v, out, lse, routing, mods, scale, captured
+    )
+    return dq, dk, dv, None, None, None, *others
 
 
 @torch.library.custom_op("moba_flex::attend_softcap", mutates_args=(), device_types="cpu")
@@ -494,4 +503,4 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[
 
 attend_softcap.register_fake(shapes_of_attention)
 attend_softcap_backward.register_fake(shapes_of_gradients)
-attend_softcap.register_autograd(_gradients, setup_context=_save)
+attend_capped = with_gradient(attend_softcap, setup_context=_save, backward=_gradients)

@@ -116,7 +116,7 @@ class Package:
         sizes: dict[str, int] = {}
         for x, spec in zip(inputs, specs, strict=True):
             _check_input(x, spec, self.device, sizes)
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device_of(inputs[0]):  # which running may set
             return self._run(*(x.contiguous() for x in inputs))
 
 
@@ -162,7 +162,8 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
             "export the module on a machine like this"
         )
     index = place.index if place.type == "cuda" else -1
-    run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
+    with torch.cuda.device(index):  # which loading sets
+        run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
     return Package(run, metadata, place)
 
 

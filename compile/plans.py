@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.compile.cpu import attend_cpu
+from moba_flex.compile.cpu import attend_parts
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.compile.modded import attend_modded
@@ -58,7 +58,7 @@ def dense(
         return out, None
     # The one block of a sequence is the own block of its queries, and no other is left to choose.
     q_len, kv_len = q.shape[2], k.shape[2]
-    if q.device.type != "cpu" and tables is None and mods is None and not causal:
+    if not _as_on_cpu(q) and tables is None and mods is None and not causal:
         return attend(q, k, v, None, scale, lse=True)
     none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
     routing = Routing(none, ONE_BLOCK, q_len, kv_len, causal, tables)
@@ -81,7 +81,12 @@ def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
     It returns no lse, and masks from top left. On CPU a later key that is not finite would spoil
     queries that do not see it.
     """
-    return not lse and (not causal or (q.shape[2] == k.shape[2] and q.device.type != "cpu"))
+    return not lse and (not causal or (q.shape[2] == k.shape[2] and not _as_on_cpu(q)))
+
+
+def _as_on_cpu(q: Tensor) -> bool:
+    """Whether the engines for CPU serve: on meta the shapes of what they return."""
+    return q.device.type in ("cpu", "meta")
 
 
 def uses_flex(
@@ -99,7 +104,7 @@ def uses_flex(
     """
     if plan == "dense" and not changed and _is_plain(q, k, causal=causal, lse=lse):
         return False
-    return plan == "masked" or (plan != "fused" and q.device.type != "cpu")
+    return plan == "masked" or (plan != "fused" and not _as_on_cpu(q))
 
 
 def interpreted() -> bool:
@@ -133,15 +138,15 @@ def routed(
     mods: Mods | None = None,
 ) -> Result:
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
-    if q.device.type != "cpu":
+    if not _as_on_cpu(q):
         return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
     if is_exporting():  # of plain rows: see `check_export`
         return attend_portable(q, k, v, routing, scale=scale)
-    if mods is not None:
+    if mods is not None and not q.is_meta:  # which hold no scores to change
         return attend_modded(q, k, v, routing, mods, scale)
     queries, extents = routing.tables or (None, None)
     blocks, block_size = routing.blocks, routing.block_size
-    out, lse = attend_cpu(q, k, v, blocks, block_size, routing.causal, scale, queries, extents)
+    out, lse = attend_parts(q, k, v, blocks, block_size, routing.causal, scale, queries, extents)
     return out, lse
 
 

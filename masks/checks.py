@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.router import Routing
@@ -106,13 +107,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check_match("v", "q", v, q)
 
 
-def check_no_vmap(*tensors: Tensor) -> None:
-    """Raise under `torch.func.vmap`.
+def check_transforms(*tensors: Tensor) -> None:
+    """Raise under `torch.func.vmap`, and where tensors carry tangents.
+
+    An op that has no formula for tangents does not refuse them: PyTorch takes those of its results
+    for zero.
 
     Raises:
-        ValueError: A tensor is a batch of tensors.
+        ValueError: A tensor is a batch of tensors, or has a tangent.
     """
-    if torch.compiler.is_dynamo_compiling():  # which cannot trace the questions
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace questions to tensors
+        _refuse_tangents(len(_levels_of_jvp()) > 0)
         return
     for x in tensors:
         while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -121,7 +126,25 @@ def check_no_vmap(*tensors: Tensor) -> None:
                     "q, k and v must be plain tensors, got some under torch.func.vmap: "
                     "make what vmap runs over part of the batch"
                 )
+            _refuse_tangents(torch._C._functorch.maybe_get_level(x) in _levels_of_jvp())
             x = torch._C._functorch.get_unwrapped(x)
+        _refuse_tangents(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _levels_of_jvp() -> list[int]:
+    """Return which transforms that run, or are traced, are `torch.func.jvp`."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    jvp = torch._C._functorch.TransformType.Jvp
+    return [x.level() for x in transforms if x.key() == jvp]
+
+
+def _refuse_tangents(exist: bool) -> None:
+    if exist:
+        raise ValueError(
+            "q, k and v must have no tangents, got some from forward-mode AD: "
+            "use torch.func.vjp or backward"
+        )
 
 
 def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:

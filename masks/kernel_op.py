@@ -19,9 +19,10 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._library.triton import set_wrap_triton_enabled
-from torch.autograd.function import once_differentiable
 from torch.library import triton_op
 from triton.runtime._async_compile import active_mode
+
+from moba_flex.masks.gradients import only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]
@@ -117,14 +118,15 @@ def kernel_op(
 
     def decorate(function: F) -> F:
         op = cast(CustomOpDef, triton_op(name, function, mutates_args=()))
+        watched: Callable[..., Any] = op
         plain = _remember_launches(function)
-        if backward is not None:
-            op.register_autograd(backward, setup_context=setup_context)
-            plain = _differentiable(plain, cast(Callable[..., None], setup_context), backward)
+        if backward is not None and setup_context is not None:
+            watched = with_gradient(op, setup_context=setup_context, backward=backward)
+            plain = _differentiable(plain, setup_context, backward)
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            return op(*args) if _is_watched(args) else plain(*args)
+            return watched(*args) if _is_watched(args) else plain(*args)
 
         call.op = op  # type: ignore[attr-defined]
         return cast(F, call)
@@ -219,8 +221,7 @@ def _differentiable(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+            return only_once(backward, ctx, *grads)
 
     return Function.apply

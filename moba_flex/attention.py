@@ -19,10 +19,10 @@ from moba_flex.masks.checks import (
     check_head_top_k,
     check_layout,
     check_mods,
-    check_no_vmap,
     check_qkv,
     check_routing,
     check_scale,
+    check_transforms,
     longest_sequence,
 )
 from moba_flex.masks.exporting import holds, is_exporting
@@ -156,7 +156,7 @@ def moba_attention(
     """
     q, k, v = cast_by_autocast(q, k, v)
     mods = _mods(softcap, score_mod, mask_mod)
-    check_no_vmap(q, k, v)
+    check_transforms(q, k, v)
     check_qkv(q, k, v)
     check_gate(block_size, top_k, sink_blocks, local_blocks)
     check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
@@ -249,7 +249,7 @@ def routed_attention(
     """
     q, k, v = cast_by_autocast(q, k, v)
     mods = _mods(softcap, score_mod, mask_mod)
-    check_no_vmap(q, k, v)
+    check_transforms(q, k, v)
     check_qkv(q, k, v)
     check_routing(routing, q, k)
     check_scale(scale)
@@ -366,7 +366,7 @@ def _execute(
     changed = tensors["tables"] is not None or mods is not None
     flex = uses_flex(plan, q, k, causal=causal, lse=lse, changed=changed)
     if flex:
-        check_flex(q, k, v, lse)
+        check_flex(q, k, v, lse, plan)
     if plan == "fused":
         check_fused(q, v, mods)
     if is_exporting():

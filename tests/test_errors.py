@@ -353,9 +353,23 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "convert q, k and v",
     ),
     (
-        lambda: moba_attention(*[x(device="meta")] * 3, block_size=4, top_k=1),
+        lambda: moba_attention(*[x(device="meta")] * 3, **GATE, plan="masked"),
         ValueError,
-        "q must be on cpu or cuda, got meta",
+        "q must be on cpu or cuda for plan='masked', got meta",
+    ),
+    (
+        lambda: torch.func.grad(lambda q: moba_attention(q, q, q, **GATE, plan="masked").sum())(
+            x()
+        ),
+        ValueError,
+        "plan must be one without FlexAttention under torch.func, got 'masked' on cpu: "
+        "let plan be 'auto', or use backward",
+    ),
+    (
+        lambda: torch.func.jvp(lambda q: moba_attention(q, q, q, **GATE), (x(),), (x(),)),
+        ValueError,
+        "q, k and v must have no tangents, got some from forward-mode AD: "
+        "use torch.func.vjp or backward",
     ),
 ]
 
@@ -631,6 +645,11 @@ MORE_MESSAGES = {
         "the package must be within 0.001 of the model, got 0.1 at 9 tokens: "
         "m.pt2 is not to be trusted",
         "--model must have a tokenizer, got m: a reason",
+    ],
+    "test_transforms.py": [
+        "score_mod must capture no tensor that torch.func differentiates on cpu, "
+        "got one of shape (4,): use backward",
+        "moba_attention must be differentiated once, got a second derivative: it has none",
     ],
     "test_pretrained.py": [
         "x must have sha256 0123, got another: is the disk sound?",

@@ -483,7 +483,9 @@ def test_cuda_packages_run_on_either_device(made_on: str, tmp_path: Path) -> Non
     path = export(made(Attention), tokens(300), path=tmp_path / "m.pt2", device=made_on)
     for device in ("cuda:0", "cuda:1"):
         package, x = load(path, device=device), tokens(300).to(device)
+        assert torch.cuda.current_device() == 0
         assert package(x).device == x.device
+        assert torch.cuda.current_device() == 0
         assert worst_error(made(Attention).to(device), package, (x,)) < 1e-5
     assert load(path).device == torch.device("cuda:0")
     with pytest.raises(ValueError, match="x must be on cuda:1, got cuda:0"):

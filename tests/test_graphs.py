@@ -319,6 +319,18 @@ def flex(mask: BlockMask | None, **options: Any) -> Callable[..., Any]:
     return torch.compile(run, fullgraph=True)
 
 
+def test_limit_ops_do_not_know_torch_func() -> None:
+    @torch.library.custom_op("moba_flex_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    double.register_autograd(lambda ctx, grad: 2 * grad)
+    x = torch.randn(3)
+    with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
+        torch.func.grad(lambda x: double(x).sum())(x)
+    assert not torch.func.jvp(double, (x,), (x,))[1].any()
+
+
 def test_limit_flex_attention_on_cpu_has_no_lse() -> None:
     """So the plan "routed" on CPU has an engine of its own, `moba_flex.compile.cpu`."""
     x = torch.randn(1, 1, 128, 16)
