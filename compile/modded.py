@@ -110,7 +110,7 @@ class _Piece(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def _later(length: int) -> Tensor:
     """Return which of `length` keys come after each of as many queries."""
-    return torch.ones(length, length, dtype=torch.bool).triu_(1)
+    return torch.ones(length, length, dtype=torch.bool, device="cpu").triu_(1)
 
 
 def _pieces(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Piece]:
@@ -195,11 +195,15 @@ class _Scores:
 
     def numbers(self) -> list[Tensor]:
         """Return the number of each query, `[B, Hq, Q]`, if a mod asks."""
-        return [torch.arange(math.prod(self.shape)).view(self.shape)] if self.mods.ask else []
+        if not self.mods.ask:
+            return []
+        return [torch.arange(math.prod(self.shape), device="cpu").view(self.shape)]
 
     def places(self, k: Tensor) -> list[Tensor]:
         """Return the place of each key, `[B, Hkv, KV]`, if a mod asks."""
-        return [torch.arange(k.shape[2]).expand(k.shape[:3])] if self.mods.ask else []
+        if not self.mods.ask:
+            return []
+        return [torch.arange(k.shape[2], device="cpu").expand(k.shape[:3])]
 
     def change(self, scores: Tensor, *pairs: Tensor) -> Tensor:
         """Return the scores, in units of log 2, after `score_mod`.
@@ -286,10 +290,11 @@ def _captured(mod: Callable[..., Tensor]) -> list[Tensor]:
     """Return the tensors that `mod` captures and that need a gradient."""
     if not torch.is_grad_enabled():
         return []
-    place = torch.zeros(1, 1, dtype=torch.int64)
+    score = torch.zeros(1, 1, 1, device="cpu")
+    place = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     # Without gradients no result needs one, so what does came from outside.
     with torch.no_grad(), _Captures() as captures:
-        _over_pairs(mod, 1)(torch.zeros(1, 1, 1), place, place, place, place)
+        _over_pairs(mod, 1)(score, place, place, place, place)
     return list(captures.found.values())
 
 
@@ -306,14 +311,14 @@ def _forward(
     q, k, v = q.contiguous(), *dense_vectors(k, v)
     scores_of = _Scores(mods, scale, (q.shape[0], q.shape[1], q.shape[2]))
     by_query, by_key = [q, *scores_of.numbers()], [k, v, *scores_of.places(k)]
-    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=exact)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=exact)
+    out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=exact)
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=exact)
     for part in cut(routing, k.shape[1]):
         part_k, part_v, *part_key = (part.keys.take(x) for x in by_key)
         part_k, part_v = part_k.to(exact), part_v.to(exact)
         part_q, *part_number = (_grouped(part, x, part_k) for x in by_query)
-        part_out = torch.empty(*part_q.shape[:4], v.shape[3], dtype=exact)
-        part_lse = torch.empty(part_q.shape[:4], dtype=exact)
+        part_out = q.new_empty(*part_q.shape[:4], v.shape[3], dtype=exact)
+        part_lse = q.new_empty(part_q.shape[:4], dtype=exact)
         for piece in _pieces(part_q, part_k, part.causal):
             pairs = [piece.queries(x) for x in part_number] + [piece.keys(x) for x in part_key]
             scores = scores_of.cap(piece.queries(part_q).to(exact), piece.keys(part_k))
@@ -372,7 +377,7 @@ def _backward(
     shift = torch.where(lse == -math.inf, math.inf, lse * _LOG2E)
     by_query = [q, grad, delta, shift, *scores_of.numbers()]
     by_key = [k, v, *scores_of.places(k)]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=exact) for x in (q, k, v))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
     others = [torch.zeros_like(x) for x in captured]
     for part in cut(routing, k.shape[1]):
         part_k, part_v, *part_key = (part.keys.take(x) for x in by_key)
@@ -380,7 +385,7 @@ def _backward(
         part_q, part_grad, part_delta, part_shift, *part_number = (
             _grouped(part, x, part_k) for x in by_query
         )
-        part_dq = torch.empty(part_q.shape, dtype=exact)
+        part_dq = q.new_empty(part_q.shape, dtype=exact)
         part_dk, part_dv = torch.zeros_like(part_k), torch.zeros_like(part_v)
         for piece in _pieces(part_q, part_k, part.causal):
             pairs = [piece.queries(x) for x in part_number] + [piece.keys(x) for x in part_key]

@@ -121,7 +121,9 @@ def _chosen(
 
     number = torch.arange(tiles, device=k.device)
     place = torch.searchsorted(stop, number, right=True).clamp(max=lists * num_blocks - 1)
-    within = ((number - first_tile[place]) * tile).unsqueeze(1) + torch.arange(tile)
+    within = ((number - first_tile[place]) * tile).unsqueeze(1) + torch.arange(
+        tile, device=k.device
+    )
     filled = within < count[place].unsqueeze(1)
     rank = torch.where(filled, within + first_pair[place].unsqueeze(1), 0)
     per_list = q.shape[1] // num_kv_heads * routing.q_len
@@ -139,7 +141,7 @@ def _chosen(
     out, lse = _flash(slots, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
 
     chosen = routing.blocks.reshape(lists, -1).clamp(max=num_blocks - 1).long()
-    chosen = (chosen + torch.arange(lists)[:, None] * num_blocks).flatten()
+    chosen = (chosen + torch.arange(lists, device=k.device)[:, None] * num_blocks).flatten()
     rank = pairs.rank.flatten()
     slot = rank - pairs.first[..., :-1].flatten()[chosen] + first_tile[chosen] * tile
     slot = torch.where(rank >= 0, slot, 0)
@@ -152,7 +154,8 @@ def _chosen(
 
 def _per_list(lists: int, step: int, repeats: int) -> Tensor:
     """Return multiples of `step`, one for each list, each `repeats` times."""
-    return (torch.arange(lists) * step).unsqueeze(1).expand(lists, repeats).flatten()
+    start = torch.arange(lists, device="cpu") * step
+    return start.unsqueeze(1).expand(lists, repeats).flatten()
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,7 +102,8 @@ def moba_attention_reference(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     group = num_heads // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    limit = torch.full((num_heads,), top_k) if head_top_k is None else head_top_k
+    everywhere = torch.full((num_heads,), top_k, device=q.device)
+    limit = everywhere if head_top_k is None else head_top_k
 
     out = torch.zeros(batch, num_heads, q_len, v.shape[3], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)

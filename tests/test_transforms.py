@@ -1,4 +1,4 @@
-"""What PyTorch has beside backward: `torch.func`, tangents, second derivatives, meta tensors."""
+"""What PyTorch has beside calls and backward: `torch.func`, tangents, meta, default devices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -163,6 +163,15 @@ def test_meta_tensors_have_shapes_alone(name: str) -> None:
     assert (result.device.type, result.shape) == ("meta", ())
     for x, grad in zip(inputs, torch.autograd.grad(result, inputs), strict=True):
         assert (grad.device.type, grad.shape) == ("meta", x.shape)
+
+
+@requests
+def test_a_default_device_is_not_that_of_the_inputs(name: str) -> None:
+    loss, inputs = loss_of(name, "cpu"), [x.requires_grad_() for x in CASE.inputs()]
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    with torch.device("meta"):
+        got = torch.autograd.grad(loss(*inputs), inputs)
+    assert all(map(torch.equal, got, want))
 
 
 def test_a_mask_of_meta_tensors() -> None:
