@@ -75,8 +75,15 @@ def export(
         raise ValueError(f"device must be cpu or cuda, got {place.type}")
 
     program, attention = _trace(module, inputs, dynamic_length)
+    specs = _specs(program)
+    block_size = max(int(call["block_size"]) for call in attention)
+    if any(most <= block_size for spec in specs for _, _, most in spec.varying):
+        # Of an example of one block the trace takes for granted that there is one.
+        longer = tuple(_lengthened(x, 2 * block_size) for x in inputs)
+        program, attention = _trace(module, longer, dynamic_length)
+        specs = _specs(program)
     _check_ops(program)
-    metadata = Metadata.of(attention, _specs(program), place)
+    metadata = Metadata.of(attention, specs, place)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fresh = os.path.join(folder, "fresh.pt2")
@@ -205,6 +212,15 @@ def _trace(
             "torch.export and AOTInductor take it as it is"
         )
     return program, [dict(call) | {"calls": number} for call, number in calls.items()]
+
+
+def _lengthened(x: Tensor, tokens: int) -> Tensor:
+    """Return an input that is so much longer, if it has a length; its values play no part."""
+    if x.dim() <= 1:
+        return x
+    shape = list(x.shape)
+    shape[length_dim(x)] += tokens
+    return x.new_zeros(shape)
 
 
 def length_dim(x: Tensor) -> int:

@@ -33,6 +33,11 @@ class Spec:
     shape: tuple[int | tuple[str, int, int], ...]
     dtype: str
 
+    @property
+    def varying(self) -> list[tuple[str, int, int]]:
+        """Its sizes that vary."""
+        return [size for size in self.shape if not isinstance(size, int)]
+
 
 @dataclass(frozen=True)
 class Metadata:

@@ -195,6 +195,15 @@ def test_fewer_queries_than_keys(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 20])
+def test_an_example_of_one_block_sets_no_limit(length: int, tmp_path: Path) -> None:
+    package = load(export(made(Attention), tokens(length), path=tmp_path / "m.pt2"))
+    assert package.metadata.inputs[0].varying[0][1:] == (1, 2**20)
+    for seen in (1, 33, 700):
+        assert worst_error(made(Attention), package, (tokens(seen),)) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_language_model_alone(dynamic: bool, tmp_path: Path) -> None:
     """Routing, rotary embeddings and masks of transformers; relative to the largest logit."""
