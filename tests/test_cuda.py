@@ -326,6 +326,24 @@ def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("plan", ["masked", "routed", "fused"])
+def test_deterministic_algorithms(plan: Any) -> None:
+    """PyTorch refuses then what it cannot repeat, and fills fresh memory with NaN."""
+    inputs, weight = qkv(700), torch.randn_like(qkv(700)[0])
+
+    def step() -> list[Tensor]:
+        out = moba_attention(*inputs, block_size=128, top_k=3, plan=plan)
+        return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
+
+    want = step()
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("plan", ["masked", "routed", "fused"])
