@@ -41,7 +41,8 @@ one, that test fails and the detour can go.
 - A package reads its inputs as those of the export lay, whatever they are: it is made for
   contiguous ones, and `load` makes them so (`test_inputs_lie_anywhere`, `tests/test_export.py`).
 - Export decides conditions on lengths for the example's: those that matter ask for every length
-  (`masks/exporting.py`), and sizes of 0 and 1 are no special case (`backed_size_oblivious`).
+  (`masks/exporting.py`), sizes of 0 and 1 are no special case (`backed_size_oblivious`), and an
+  example of one block is traced as a longer one.
 - Lengths that are slices of padded ones stay expressions, each of which slows down the compiler in
   all that follows (`..._stay_expressions`): exported code takes rows by index, and the number of
   tiles is read from a tensor.

@@ -121,9 +121,8 @@ def _chosen(
 
     number = torch.arange(tiles, device=k.device)
     place = torch.searchsorted(stop, number, right=True).clamp(max=lists * num_blocks - 1)
-    within = ((number - first_tile[place]) * tile).unsqueeze(1) + torch.arange(
-        tile, device=k.device
-    )
+    lane = torch.arange(tile, device=k.device)
+    within = ((number - first_tile[place]) * tile).unsqueeze(1) + lane
     filled = within < count[place].unsqueeze(1)
     rank = torch.where(filled, within + first_pair[place].unsqueeze(1), 0)
     per_list = q.shape[1] // num_kv_heads * routing.q_len
