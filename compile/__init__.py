@@ -18,9 +18,9 @@ one, that test fails and the detour can go.
   batch would take other sequences' lists, silently (`test_lists_follow_each_other`,
   `tests/test_compile.py`). All lists go through `_contiguous` (`masks/tiles.py`).
 - Inductor leaves out a rounding to 16 bits that is followed by a widening, which the gate's block
-  keys need: packages are compiled with `emulate_precision_casts`. In sums 2.11 leaves it out all
-  the same: there the gate of a 16-bit package for CPU averages keys before they are rounded, and
-  may choose another block where two are nearly as good.
+  keys need: packages are compiled with `emulate_precision_casts`. In sums 2.11 and 2.12 leave it
+  out all the same: there the gate of a 16-bit package for CPU averages keys before they are
+  rounded, and may choose another block where two are nearly as good.
 - The C++ template of FlexAttention takes the tenth symbol of a graph for the first and a digit:
   calls with documents, padding or mods are compiled for their sizes on CPU
   (`test_masked_plan_on_cpu_at_a_second_size`, `tests/test_fuzz.py`).
