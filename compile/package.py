@@ -157,8 +157,10 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
             f"device must be {metadata.device} for {os.fspath(path)!r}, got {place}: "
             f"export the module for {place.type}"
         )
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
+    index = -1
+    if place.type == "cuda":
+        index = torch.cuda.current_device() if place.index is None else place.index
+        place = torch.device("cuda", index)
     has = _capability(place)
     if not _runs(metadata.capability, has):
         raise ValueError(
@@ -166,7 +168,6 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
             f"got {has}: "
             "export the module on a machine like this"
         )
-    index = place.index if place.type == "cuda" else -1
     with torch.cuda.device(index):  # which loading sets
         run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
     return Package(run, metadata, place)

@@ -9,8 +9,8 @@ yet are compiled and loaded side by side.
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op
 from triton.runtime._async_compile import active_mode
 
-from moba_flex.masks.gradients import only_once, with_gradient
+from moba_flex.masks.gradients import is_transformed, only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]
@@ -139,7 +139,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)
     )
 
@@ -159,7 +159,7 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         if launches is not None:
             return _Call(iter(launches)).run(function, args)
         call = _Call()
-        with _Loaders(args[0]) as threads, _compiling_in(threads):
+        with _compiling_side_by_side(args[0]):
             result = call.run(function, args)
         if call.awaited:
             for kernel in call.awaited:
@@ -192,11 +192,14 @@ class _Loaders(ThreadPoolExecutor):
         return super().submit(load)
 
 
-def _compiling_in(threads: Executor) -> AbstractContextManager[Any]:
-    """Let threads compile what kernels are asked for, or a caller who has threads for that."""
+@contextmanager
+def _compiling_side_by_side(example: Tensor) -> Iterator[None]:
+    """Let threads compile the kernels that are asked for, unless a caller has threads for that."""
     if active_mode.get() is not None:
-        return nullcontext()
-    return triton.AsyncCompileMode(threads, ignore_errors=True)
+        yield
+        return
+    with _Loaders(example) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        yield
 
 
 def _layout(x: Any) -> Any:
@@ -211,7 +214,11 @@ def _differentiable(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Give a function a gradient."""
+    """Give a function a gradient.
+
+    The form of an autograd.Function that `torch.func` takes, as `with_gradient` has it, would take
+    6 us more a call.
+    """
 
     class Function(torch.autograd.Function):
         @staticmethod

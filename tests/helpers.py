@@ -35,6 +35,7 @@ from moba_flex.oracle import ReferenceOutput
 from tests.case import Case as Case
 
 WORST: dict[str, tuple[float, int]] = {}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @st.composite

@@ -1,5 +1,6 @@
 """The same comparisons on a CUDA device, and what exists there alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -300,14 +301,20 @@ def test_two_runs_are_bitwise_equal(plan: Any) -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("plan", ["routed", "fused"])
-def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
+def step_of(plan: Any) -> tuple[tuple[Tensor, ...], Callable[[], list[Tensor]]]:
+    """Return inputs, and what computes output and gradients of what they hold then."""
     inputs, weight = qkv(700), torch.randn_like(qkv(700)[0])
 
     def step() -> list[Tensor]:
         out = moba_attention(*inputs, block_size=128, top_k=3, plan=plan)
         return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
 
+    return inputs, step
+
+
+@pytest.mark.parametrize("plan", ["routed", "fused"])
+def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
+    inputs, step = step_of(plan)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -329,12 +336,7 @@ def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
 @pytest.mark.parametrize("plan", ["masked", "routed", "fused"])
 def test_deterministic_algorithms(plan: Any) -> None:
     """PyTorch refuses then what it cannot repeat, and fills fresh memory with NaN."""
-    inputs, weight = qkv(700), torch.randn_like(qkv(700)[0])
-
-    def step() -> list[Tensor]:
-        out = moba_attention(*inputs, block_size=128, top_k=3, plan=plan)
-        return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
-
+    _, step = step_of(plan)
     want = step()
     torch.use_deterministic_algorithms(True)
     try:

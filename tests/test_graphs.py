@@ -27,9 +27,8 @@ from moba_flex.compile import cpu, modded
 from moba_flex.masks import router
 from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.layout import document_tables
-from tests.helpers import Case, needs_interpreter
+from tests.helpers import DEVICES, Case, needs_interpreter
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 LENGTHS = [100, 5000, 130, 256, 400, 555, 777, 1024, 1500, 2048, 3000, 4096]
 
 

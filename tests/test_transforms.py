@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
 from tests.case import Case
+from tests.helpers import DEVICES
 
 CASE = Case(2, 2, 2, 90, 100)
 TANGENTS = "q, k and v must have no tangents, got some from forward-mode AD"
@@ -39,7 +40,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "heads": {"head_top_k": torch.tensor([1, 2, 3, 2])},
 }
 requests = pytest.mark.parametrize("name", REQUESTS)
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+devices = pytest.mark.parametrize("device", DEVICES)
 WITH_FLEX = {"dense", "functions"}  # what is made of FlexAttention on CUDA
 
 

@@ -56,13 +56,11 @@ if __name__ == "__main__":
     _check_ops(program)
     _check_ops(padded)
     targets = [node.target for node in program.graph.nodes]
-    lengths = {spec.shape[2] for spec in _specs(program)}
+    lengths = {size for spec in _specs(program) for size in spec.varying}
     found = {
         "ops": [str(x).rsplit(".", 1)[0] for x in targets if "moba_flex." in str(x)],
-        "lengths": [x[1:] for x in lengths if not isinstance(x, int)],
-        "padded": [
-            size[0] for x in _specs(padded) for size in x.shape if not isinstance(size, int)
-        ],
+        "lengths": [bounds for _, *bounds in lengths],
+        "padded": [symbol for spec in _specs(padded) for symbol, _, _ in spec.varying],
         "scans": [most(size, program) for size in scans],
         "plan": calls[0]["plan"],
     }
