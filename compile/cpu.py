@@ -15,7 +15,7 @@ from torch import Tensor
 from moba_flex.compile.parts import cut
 from moba_flex.masks.gradients import with_gradient
 from moba_flex.masks.inputs import dense_vectors
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -32,7 +32,7 @@ from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.kernel_op import kernel_op, launch
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 
 class _Tiles(NamedTuple):
@@ -448,7 +448,8 @@ def attend_fused(
     routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     pairs = sort_pairs(routing, problem.num_kv_heads)
     # Without tables they are not read.
-    queries, extents = routing.tables or (pairs.first, pairs.first)
+    if queries is None or extents is None:
+        queries = extents = pairs.first
     if problem.picks:
         tile_block, first_tile = tile_blocks(
             pairs.first, problem.num_pairs, problem.tiles("pair_forward").m

@@ -78,7 +78,8 @@ def check_export(q: Tensor, tensors: Mapping[str, object], mods: Mods | None) ->
     if q.device.type != "cpu":
         return
     names = {
-        "tables": "cu_seqlens and key_mask",
+        "queries": "cu_seqlens and key_mask",
+        "extents": "cu_seqlens and key_mask",
         "blocks": "routing",
         "mods": "softcap, score_mod and mask_mod",
     }

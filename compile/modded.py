@@ -21,7 +21,7 @@ from moba_flex.compile.parts import Part, cut
 from moba_flex.masks.gradients import only_once, with_gradient
 from moba_flex.masks.inputs import dense_vectors
 from moba_flex.masks.mods import Mods
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 _PIECE = 1 << 18  # scores: 1 MiB of float32
 _LEAST_ROWS = 64  # fewer make slow matrix products
@@ -47,8 +47,7 @@ def attend_modded(
     """
     if not mods.ask and mods.softcap is not None:
         options = routing.block_size, routing.causal, scale, mods.softcap
-        tables = routing.tables or (None, None)
-        out, lse = attend_capped(q, k, v, routing.blocks, *options, *tables)
+        out, lse = attend_capped(q, k, v, routing.blocks, *options, *routing.located)
         return out, lse
     outside: tuple[Tensor, Tensor] = _attend_outside(q, k, v, routing, mods, scale)
     return outside

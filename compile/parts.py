@@ -4,6 +4,7 @@ Own blocks of the same sizes are one part, and each block that others chose is o
 evenly in memory is read in place.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.regroup import sort_pairs
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 # Rows of one part. Flash attention's key gradients are sums in the dtype of the inputs within a
 # part, and sums in float32 over parts.
@@ -159,16 +160,25 @@ def _own_parts(
     start = starts.nonzero().squeeze(1)
     sizes = F.pad(start, (0, 1), value=place.shape[0]).diff()
     columns = (place[start], sizes, low[start], high[start], position[start])
-    alike: dict[tuple[int, int, bool, bool], list[tuple[int, int]]] = {}
+    alike: dict[tuple[int, int, bool, bool, int], list[tuple[int, int]]] = {}
+    met: Counter[tuple[int, int, int]] = Counter()
+
+    def add(query: int, q_size: int, key: int, k_size: int, triangle: bool, first: bool) -> None:
+        """Add some queries to the parts that are alike; a part holds a key once."""
+        turn = met[q_size, key, k_size]
+        met[q_size, key, k_size] += 1
+        kind = q_size, k_size, triangle, first, turn
+        alike.setdefault(kind, []).append((query, key))
+
     for query, size, k_start, k_stop, diagonal in zip(*(x.tolist() for x in columns), strict=True):
         if not causal:
-            alike.setdefault((size, k_stop - k_start, False, True), []).append((query, k_start))
+            add(query, size, k_start, k_stop - k_start, False, True)
             continue
         if k_start < diagonal:
-            alike.setdefault((size, diagonal - k_start, False, True), []).append((query, k_start))
-        alike.setdefault((size, size, True, k_start == diagonal), []).append((query, diagonal))
+            add(query, size, k_start, diagonal - k_start, False, True)
+        add(query, size, diagonal, size, True, k_start == diagonal)
     # Triangles last: their queries may have been in another part.
-    for (q_size, k_size, *kind), members in sorted(alike.items(), key=lambda x: x[0][2]):
+    for (q_size, k_size, *kind, _), members in sorted(alike.items(), key=lambda x: x[0][2]):
         q_starts, k_starts = zip(*members, strict=True)
         rows = [slice(b, b + 1) for b in range(batch.start, batch.stop)]
         for row in rows if len(members) > 1 else [batch]:

@@ -12,11 +12,13 @@ from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.compile.modded import attend_modded
 from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
+from moba_flex.masks.blocks import LONGEST
 from moba_flex.masks.exporting import is_exporting, record
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import regroup
-from moba_flex.masks.router import Routing, route
+from moba_flex.masks.router import choose_blocks
+from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import (
     TILE,
     lay_out_keys,
@@ -30,9 +32,6 @@ if _HAS_TRITON:
     import triton
 
     from moba_flex.compile.fused import attend_fused
-
-# Longer than any sequence, and a number: a length that varies would be part of a mask_mod.
-ONE_BLOCK = 2**30
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -48,7 +47,7 @@ def dense(
     tables: Tables | None = None,
     mods: Mods | None = None,
 ) -> Result:
-    """Attend to everything: all blocks are chosen. Tables are those of blocks of `ONE_BLOCK`."""
+    """Attend to everything: each sequence is one block. Tables are of blocks of `LONGEST` keys."""
     q, scale = _scaled_up(q, scale)
     if tables is None and mods is None and _is_plain(q, k, causal=causal, lse=lse):
         gqa = q.shape[1] != k.shape[1]
@@ -61,7 +60,8 @@ def dense(
     if not _as_on_cpu(q) and tables is None and mods is None and not causal:
         return attend(q, k, v, None, scale, lse=True)
     none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
-    routing = Routing(none, ONE_BLOCK, q_len, kv_len, causal, tables)
+    # A number of keys that varies would be part of a mask_mod.
+    routing = Routing(none, LONGEST, q_len, kv_len, causal, tables)
     return routed(q, k, v, routing, scale=scale, mods=mods)
 
 
@@ -144,9 +144,8 @@ def routed(
         return attend_portable(q, k, v, routing, scale=scale)
     if mods is not None and not q.is_meta:  # which hold no scores to change
         return attend_modded(q, k, v, routing, mods, scale)
-    queries, extents = routing.tables or (None, None)
-    blocks, block_size = routing.blocks, routing.block_size
-    out, lse = attend_parts(q, k, v, blocks, block_size, routing.causal, scale, queries, extents)
+    options = routing.block_size, routing.causal, scale
+    out, lse = attend_parts(q, k, v, routing.blocks, *options, *routing.located)
     return out, lse
 
 
@@ -203,7 +202,7 @@ def fused(
     softcap = 0.0 if mods is None or mods.softcap is None else float(mods.softcap)
     blocks, block_size = routing.blocks, routing.block_size
     options = block_size, routing.causal, scale, softcap
-    out, lse, *_ = attend_fused(q, k, v, blocks, *options, *(routing.tables or (None, None)))
+    out, lse, *_ = attend_fused(q, k, v, blocks, *options, *routing.located)
     return out, lse
 
 
@@ -221,7 +220,8 @@ def run(
     scale: float,
     lse: bool,
     head_top_k: Tensor | None = None,
-    tables: Tables | None = None,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
     mods: Mods | None = None,
 ) -> Result:
     """Route and attend by the plan of this name, with the options of `moba_flex.moba_attention`.
@@ -237,19 +237,12 @@ def run(
         local_blocks=local_blocks,
         causal=causal,
     )
+    size = LONGEST if plan == "dense" else block_size
+    tables = Tables.of_parts(queries, extents, size, causal, k.shape[2])
     if plan == "dense":
         return dense(q, k, v, causal=causal, scale=scale, lse=lse, tables=tables, mods=mods)
-    routing = route(
-        q,
-        k,
-        block_size=block_size,
-        top_k=top_k,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        causal=causal,
-        head_top_k=head_top_k,
-        tables=tables,
-    )
+    gate = block_size, top_k, sink_blocks, local_blocks, causal
+    routing = choose_blocks(q, k, *gate, head_top_k, tables)
     return follow(q, k, v, routing, plan=plan, scale=scale, lse=lse, mods=mods)
 
 
@@ -264,11 +257,12 @@ def run_given(
     causal: bool,
     scale: float,
     lse: bool,
-    tables: Tables | None = None,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
     mods: Mods | None = None,
 ) -> Result:
     """Attend by the plan of this name to `blocks` `[B, Hq, Q, K - 1]`; returns what `run` does."""
-    routing = Routing(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     return follow(q, k, v, routing, plan=plan, scale=scale, lse=lse, mods=mods)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.regroup import sort_pairs
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

@@ -7,10 +7,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask
 
 from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.checks import check_gate, check_head_top_k, check_layout, check_qk
+from moba_flex.masks.checks import (
+    check_bool,
+    check_gate,
+    check_head_top_k,
+    check_layout,
+    check_qk,
+    check_transforms,
+)
 from moba_flex.masks.layout import Tables, make_tables
 from moba_flex.masks.mods import MaskMod
-from moba_flex.masks.router import Routing, route
+from moba_flex.masks.router import choose_blocks
+from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, capturable, list_tiles, row_of, settled
 
 
@@ -66,23 +74,15 @@ def create_moba_block_mask(
         ValueError: A size or an option is out of range.
         TypeError: An argument has the wrong type.
     """
+    check_transforms(q, k)
     check_qk(q, k)
-    check_gate(block_size, top_k, sink_blocks, local_blocks)
-    check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
+    gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
+    check_head_top_k(head_top_k, q, *gate[1:])
+    causal = check_bool("causal", causal)
     check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
     layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
-    routing = route(
-        q,
-        k,
-        block_size=block_size,
-        top_k=top_k,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        causal=causal,
-        head_top_k=head_top_k,
-        tables=make_tables(q.shape[2], k.shape[2], block_size, causal, **layout),
-    )
-    return routing_to_block_mask(routing)
+    tables = make_tables(q.shape[2], k.shape[2], gate[0], causal, **layout)
+    return routing_to_block_mask(choose_blocks(q, k, *gate, causal, head_top_k, tables))
 
 
 def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMask:
@@ -190,7 +190,8 @@ def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
     # away those up to its start. A prefix of keys is a tile's width in each tile before its end
     # and what remains in the one where it ends: so much as change from tile to tile.
     def per_tile(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, q_tiles * TILE - q_len)).view(batch, num_heads, q_tiles, -1)
+        x = F.pad(x, (0, 0, 0, q_tiles * TILE - q_len))
+        return x.unflatten(2, (q_tiles, TILE)).flatten(3)
 
     start, stop = per_tile(start), per_tile(stop)
     change = torch.zeros(batch, num_heads, q_tiles, kv_tiles + 2, dtype=torch.int32, device=device)

@@ -1,12 +1,22 @@
 """Where the blocks lie, and what stands for them at the gate."""
 
+import importlib.util
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
+    from moba_flex.masks.pool_kernel import pool_triton
+
 Number = TypeVar("Number", int, Tensor)
+
+LONGEST = 2**30
+"""No sequence is longer, so that places, and a block or two past them, fit into int32."""
+
+# Keys are held in float32 for so many values at a time.
+_POOL_CHUNK = 1 << 26
 
 
 def ceil_div(length: Number, size: int) -> Number:
@@ -14,46 +24,61 @@ def ceil_div(length: Number, size: int) -> Number:
     return (length + size - 1) // size
 
 
-def pool_keys(k: Tensor, block_size: int) -> Tensor:
+def pool_keys(k: Tensor, block_size: int, extents: Tensor | None = None) -> Tensor:
     """Average the keys of each block: the block keys of the gate (arXiv 2502.13189, equation 6).
+
+    The keys of a block are added in float32, one after another in their order, and the sum is
+    divided as IEEE 754 has it. The result therefore has the same bits on every device, and does
+    not depend on where in a tensor a block lies.
 
     Args:
         k: Keys, `[B, Hkv, KV, D]`.
         block_size: Keys per block.
+        extents: The first key of each block and the key after its last, int32 `[2, R, N]` with `R`
+            being 1 or `B`, if the rows are not one sequence each. Blocks follow each other without
+            gaps, and what is no block is empty.
 
     Returns:
-        `[B, Hkv, N, D]`, accumulated in float32 and rounded to the dtype of `k`. A short last
-        block is averaged over the keys that it has.
+        `[B, Hkv, N, D]` in the dtype of `k`. A short block is averaged over the keys that it has;
+        what is no block is zeros.
     """
     batch, num_heads, kv_len, head_dim = k.shape
-    num_blocks = ceil_div(kv_len, block_size)
-    blocks = F.pad(k, (0, 0, 0, num_blocks * block_size - kv_len))
-    total = blocks.view(batch, num_heads, num_blocks, block_size, head_dim).sum(
-        3, dtype=torch.float32
-    )
-    start = torch.arange(num_blocks, device=k.device) * block_size
-    return (total / (kv_len - start).clamp(max=block_size)[:, None]).to(k.dtype)
+    num_blocks = ceil_div(kv_len, block_size) if extents is None else extents.shape[2]
+    if k.is_cuda:
+        return pool_triton(k, block_size, num_blocks, extents)
+    if extents is None:
+        edges = torch.arange(num_blocks + 1, device=k.device) * block_size
+        edges = edges.where(edges < kv_len, kv_len).expand(batch, -1)
+    else:
+        edges = torch.cat((extents[0], extents[1, :, -1:]), dim=1).long().expand(batch, -1)
+    edges = edges.repeat_interleave(num_heads, dim=0)
+    lists = k.reshape(-1, kv_len, head_dim)
+    at_once = max(1, _POOL_CHUNK // max(1, kv_len * head_dim)) if isinstance(kv_len, int) else None
+    if at_once is None or at_once >= lists.shape[0]:
+        total = _sum_blocks(lists, edges)
+    else:
+        parts = zip(lists.split(at_once), edges.split(at_once), strict=True)
+        total = torch.cat([_sum_blocks(*part) for part in parts])
+    mean = total / edges.diff(dim=1).clamp(min=1).unsqueeze(2)
+    return mean.to(k.dtype).view(batch, num_heads, num_blocks, head_dim)
 
 
-def pool_extents(k: Tensor, extents: Tensor) -> Tensor:
-    """Average the keys of each block, as `pool_keys` does, on CPU and wherever blocks lie.
+def _sum_blocks(lists: Tensor, edges: Tensor) -> Tensor:
+    """Add up the keys of each block.
 
     Args:
-        k: Keys, `[B, Hkv, KV, D]`.
-        extents: First key of each block and the key after its last, int `[2, R, N]`: blocks
-            follow each other without gaps, and what is no block is empty.
+        lists: Keys, `[L, KV, D]`.
+        edges: Where the blocks of each list start, and the last one ends, int64 `[L, N + 1]`.
 
     Returns:
-        `[B, Hkv, N, D]`; zeros for what is no block.
+        float32 `[L, N, D]`.
     """
-    batch, num_heads, _, head_dim = k.shape
-    rows = extents.shape[1]
-    pooled = []
-    for row, (start, stop) in enumerate(extents.unbind(1)):
-        keys = k if rows == 1 else k[row : row + 1]
-        bags = keys.permute(2, 0, 1, 3).flatten(1).float()
-        place = torch.arange(int(start[0]), int(stop[-1]))
-        total = F.embedding_bag(place, bags, start - start[:1], mode="sum")
-        mean = total / (stop - start).clamp(min=1).unsqueeze(1)
-        pooled.append(mean.to(k.dtype).view(-1, batch // rows, num_heads, head_dim))
-    return torch.cat(pooled, dim=1).permute(1, 2, 0, 3)
+    num_lists, kv_len, head_dim = lists.shape
+    # A bag for each block, and two for the padding before and after the blocks of a list.
+    # `embedding_bag` adds the rows of a bag one after another.
+    first = torch.arange(num_lists, device=edges.device).unsqueeze(1) * kv_len
+    starts = (F.pad(edges, (1, 0)) + first).flatten()
+    rows = lists.float().reshape(-1, head_dim)
+    row = torch.arange(num_lists * kv_len, device=lists.device)
+    total = F.embedding_bag(row, rows, starts, mode="sum")
+    return total.view(num_lists, -1, head_dim)[:, 1:-1]

@@ -8,51 +8,106 @@ alone.
 import inspect
 import itertools
 import math
+import numbers
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.attention.flex_attention import AuxRequest
 
+from moba_flex.masks.blocks import LONGEST
+from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Under torch.export a number made of lengths is a symbol.
-_INTS = int, torch.SymInt
-_NUMBERS = *_INTS, float, torch.SymFloat
+_SYMBOLS = torch.SymInt, torch.SymFloat
+_MOST = 2**63 - 1  # what an op takes
 
 
-def check_int(name: str, value: object, least: int) -> None:
-    """Raise unless `value` is an int, `least` or more.
+def check_int(name: str, value: Any, least: int) -> int:
+    """Return `value` as an int; raise unless it is one, NumPy's too, and `least` or more.
 
     Raises:
         TypeError: It is no int.
-        ValueError: It is less.
+        ValueError: It is less, or more than 64 bits hold.
     """
-    if isinstance(value, bool) or not isinstance(value, _INTS):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = operator.index(value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > _MOST:
+        raise ValueError(f"{name} must be at most 2**63 - 1, got {value}")
+    checked: int = value
+    return checked
 
 
-def check_gate(block_size: int, top_k: int, sink_blocks: int, local_blocks: int) -> None:
-    """Raise unless these are options of a gate.
+def check_gate(
+    block_size: Any, top_k: Any, sink_blocks: Any, local_blocks: Any
+) -> tuple[int, int, int, int]:
+    """Return the options of a gate as ints, none larger than the longest sequence.
 
     Raises:
         TypeError: One is no int.
         ValueError: One is out of range, or `top_k` cannot hold the forced blocks.
     """
-    check_int("block_size", block_size, 1)
-    check_int("top_k", top_k, 1)
-    check_int("sink_blocks", sink_blocks, 0)
-    check_int("local_blocks", local_blocks, 0)
+    block_size = check_int("block_size", block_size, 1)
+    top_k = check_int("top_k", top_k, 1)
+    sink_blocks = check_int("sink_blocks", sink_blocks, 0)
+    local_blocks = check_int("local_blocks", local_blocks, 0)
     need = 1 + sink_blocks + local_blocks
     if need > top_k:
         raise ValueError(
             f"top_k must be at least 1 + sink_blocks + local_blocks = {need}, got {top_k}: "
             "the own and the forced blocks count in top_k"
         )
+    options = block_size, top_k, sink_blocks, local_blocks
+    if all(type(x) is int and x <= LONGEST for x in options):
+        return options
+    return (_at_most(block_size), _at_most(top_k), _at_most(sink_blocks), _at_most(local_blocks))
+
+
+def _at_most(value: int) -> int:
+    """Return a number of keys or blocks that means the same and leaves room for sums."""
+    return min(value, LONGEST) if isinstance(value, int) else value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return `value` as a bool; raise unless it is one, NumPy's too.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if value is True or value is False:
+        return bool(value)
+    if type(value).__module__ == "numpy" and value.dtype.kind == "b" and value.ndim == 0:
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_aux(return_aux: Any) -> bool:
+    """Return whether the log-sum-exp is asked for.
+
+    Raises:
+        TypeError: `return_aux` is neither None nor an AuxRequest.
+        ValueError: It asks for more.
+    """
+    if return_aux is None:
+        return False
+    if not isinstance(return_aux, AuxRequest):
+        raise TypeError(
+            f"return_aux must be an AuxRequest, got {type(return_aux).__name__}: "
+            "pass torch.nn.attention.flex_attention.AuxRequest(lse=True)"
+        )
+    if return_aux.max_scores:
+        raise ValueError("return_aux must ask for lse alone, got max_scores=True")
+    return return_aux.lse
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
@@ -65,12 +120,11 @@ def check_qk(q: Tensor, k: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        _check_kind(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [B, H, length, D], got shape {tuple(x.shape)}"
             )
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
         if 0 in (x.shape[1], x.shape[3]):
             raise ValueError(
                 f"{name} must have heads and a head_dim of at least 1, got shape {tuple(x.shape)}"
@@ -99,6 +153,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_qk(q, k)
     if not isinstance(v, Tensor):
         raise TypeError(f"v must be a Tensor, got {type(v).__name__}")
+    _check_kind("v", v)
     if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
         raise ValueError(
             f"v must have the shape of k, {tuple(k.shape)}, save its head_dim, got "
@@ -107,18 +162,46 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check_match("v", "q", v, q)
 
 
-def check_transforms(*tensors: Tensor) -> None:
-    """Raise under `torch.func.vmap`, and where tensors carry tangents.
-
-    An op that has no formula for tangents does not refuse them: PyTorch takes those of its results
-    for zero.
+def _check_kind(name: str, x: Tensor) -> None:
+    """Raise unless `x` is a dense tensor of numbers that attention is computed in.
 
     Raises:
-        ValueError: A tensor is a batch of tensors, or has a tangent.
+        TypeError: It is another kind of tensor, or of another dtype.
+    """
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(
+            f"{name} must be a dense tensor, got {kind}: lay documents one after another and pass "
+            "cu_seqlens"
+        )
+    if x.dtype not in _DTYPES:
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+        raise TypeError(f"{name} must have at least 16 bits, got {x.dtype}: convert q, k and v")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a local tensor, got a DTensor: heads are independent of each other, "
+            "so shard them and pass x.to_local()"
+        )
+
+
+def check_transforms(*tensors: Tensor) -> None:
+    """Raise under `torch.func.vmap`, `torch.jit.trace`, and where tensors carry tangents.
+
+    A trace would keep what holds for the example's lengths alone. And an op that has no formula
+    for tangents does not refuse them: PyTorch takes those of its results for zero.
+
+    Raises:
+        ValueError: A tensor is a batch of tensors or has a tangent, or the call is traced.
     """
     if torch.compiler.is_dynamo_compiling():  # which cannot trace questions to tensors
         _refuse_tangents(len(_levels_of_jvp()) > 0)
         return
+    if torch._C._get_tracing_state() is not None:
+        raise ValueError(
+            "moba_attention must be traced by torch.export, got torch.jit.trace: "
+            "use moba_flex.compile.export"
+        )
     for x in tensors:
         while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
             if torch._C._functorch.is_batchedtensor(x):
@@ -151,19 +234,71 @@ def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
     """Raise unless a routing is one of `q` over `k`.
 
     Raises:
-        TypeError: It is no routing.
+        TypeError: It is no routing, or its blocks are no integers.
         ValueError: It is one of other tensors.
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
-    shape = *routing.blocks.shape[:3], routing.kv_len
+    blocks = routing.blocks
+    if not isinstance(blocks, Tensor):
+        raise TypeError(f"routing.blocks must be a Tensor, got {type(blocks).__name__}")
+    if blocks.dtype == torch.bool or blocks.is_floating_point() or blocks.is_complex():
+        raise TypeError(f"routing.blocks must have an integer dtype, got {blocks.dtype}")
+    if blocks.dim() != 4:
+        raise ValueError(
+            f"routing.blocks must have 4 dimensions [B, H, Q, K], got shape {tuple(blocks.shape)}"
+        )
+    check_int("routing.block_size", routing.block_size, 1)
+    check_bool("routing.causal", routing.causal)
+    if routing.q_len != blocks.shape[2]:
+        raise ValueError(
+            f"routing.q_len must be that of its blocks, {blocks.shape[2]}, got {routing.q_len}"
+        )
+    batch, heads, q_len = blocks.shape[:3]
+    shape = batch, q.shape[1] if heads == k.shape[1] else heads, q_len, routing.kv_len
     if shape != (*q.shape[:3], k.shape[2]):
         raise ValueError(
-            f"routing must be of [B, Hq, Q, KV] = {(*q.shape[:3], k.shape[2])}, got one of {shape}"
+            f"routing must be of [B, Hq, Q, KV] = {(*q.shape[:3], k.shape[2])}, got one of "
+            f"{(batch, heads, q_len, routing.kv_len)}"
         )
-    if routing.blocks.device != q.device:
+    if blocks.device != q.device:
+        raise ValueError(f"routing must be on the device of q, {q.device}, got {blocks.device}")
+    check_tables(routing.tables, q, k, routing.block_size, routing.causal, "routing.tables")
+
+
+def check_tables(
+    tables: Tables | None,
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    causal: bool,
+    name: str = "tables",
+) -> None:
+    """Raise unless `tables` are None, or those of `q` and `k` with these options.
+
+    Raises:
+        TypeError: They are no tables.
+        ValueError: They are of other tensors, or were made with other options.
+    """
+    if tables is None:
+        return
+    if not isinstance(tables, Tables):
+        raise TypeError(f"{name} must be Tables, got {type(tables).__name__}: see make_tables")
+    made = {
+        "block_size": (tables.block_size, block_size),
+        "causal": (tables.causal, causal),
+        "kv_len": (tables.kv_len, k.shape[2]),
+        "q_len": (tables.queries.shape[2], q.shape[2]),
+    }
+    for option, (got, want) in made.items():
+        if got != want:
+            raise ValueError(f"{name} must be made with {option}={want}, got {option}={got}")
+    rows = tables.queries.shape[1], tables.extents.shape[1]
+    if rows not in ((1, 1), (q.shape[0], q.shape[0])):
+        raise ValueError(f"{name} must be of 1 or {q.shape[0]} rows, got {rows}")
+    if tables.queries.device != q.device:
         raise ValueError(
-            f"routing must be on the device of q, {q.device}, got {routing.blocks.device}"
+            f"{name} must be on the device of q, {q.device}, got {tables.queries.device}"
         )
 
 
@@ -257,7 +392,7 @@ def _check_documents(
 
 
 def _check_cu_seqlens(name: str, x: Tensor, q: Tensor, length: int, of: str) -> list[int]:
-    """Raise unless `x` rises from 0 to `length`, and return what it holds."""
+    """Raise unless `x` rises from 0 to at most `length`, and return what it holds."""
     _check_integers(name, x, q)
     if x.dim() != 1 or x.shape[0] < 2:
         raise ValueError(f"{name} must have shape [documents + 1], got {tuple(x.shape)}")
@@ -269,8 +404,10 @@ def _check_cu_seqlens(name: str, x: Tensor, q: Tensor, length: int, of: str) -> 
     for before, after in itertools.pairwise(starts):
         if after < before:
             raise ValueError(f"{name} must not decrease, got {after} after {before}")
-    if starts[-1] != length:
-        raise ValueError(f"{name} must end at the number of {of}, {length}, got {starts[-1]}")
+    if starts[-1] > length:
+        raise ValueError(
+            f"{name} must end at the number of {of}, {length}, or before, got {starts[-1]}"
+        )
     return starts
 
 
@@ -285,7 +422,7 @@ def _check_key_mask(q: Tensor, k: Tensor, key_mask: Tensor) -> None:
         raise ValueError(
             f"key_mask must have shape [B, KV] = {tuple(shape)}, got {tuple(key_mask.shape)}"
         )
-    if not _readable(key_mask):
+    if not is_readable(key_mask):
         return
     rises = key_mask[:, :1].int().sum(1) + (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1)
     for row, runs in enumerate(_values(rises)):
@@ -296,33 +433,60 @@ def _check_key_mask(q: Tensor, k: Tensor, key_mask: Tensor) -> None:
             )
 
 
-def check_scale(scale: object) -> None:
-    """Raise unless `scale` is None or a finite number.
+def check_scale(scale: Any) -> float | None:
+    """Return `scale` as a number that ops take; None if it is None.
 
     Raises:
         TypeError: It is no number.
-        ValueError: It is not finite.
+        ValueError: It is not finite, or a tensor that cannot be read or wants a gradient.
     """
     if scale is None:
-        return
-    if isinstance(scale, bool) or not isinstance(scale, _NUMBERS):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:  # `math.isfinite` would break a graph
-        raise ValueError(f"scale must be finite, got {scale}")
+        return None
+    number: float = _number("scale", scale)
+    if not -math.inf < number < math.inf:  # `math.isfinite` would break a graph
+        raise ValueError(f"scale must be finite, got {number}")
+    return number
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a number, NumPy's or one in a tensor of no dimensions too, as Python has it."""
+    if isinstance(value, (int, float, *_SYMBOLS)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool:
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} must be a number without a gradient, got a Tensor that requires one: "
+                "multiply q by it"
+            )
+        if not is_readable(value):
+            raise ValueError(f"{name} must be a number, got a Tensor that cannot be read here")
+        value = value.item()
+    if isinstance(value, (bool, complex)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_softcap(softcap: Any) -> float | None:
+    """Return `softcap` as a number that ops take; None if it is None.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not positive, or a tensor that cannot be read or wants a gradient.
+    """
+    if softcap is None:
+        return None
+    number: float = _number("softcap", softcap)
+    if not 0 < number < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {number}: use None")
+    return number
 
 
 def check_mods(mods: Mods) -> None:
-    """Raise unless these are changes to scores that FlexAttention can make.
+    """Raise unless these are functions that FlexAttention can call.
 
     Raises:
-        TypeError: One is no function of the right number of arguments, or `softcap` no number.
-        ValueError: `softcap` is not positive.
+        TypeError: One is no function of the right number of arguments.
     """
-    if mods.softcap is not None:
-        if isinstance(mods.softcap, bool) or not isinstance(mods.softcap, _NUMBERS):
-            raise TypeError(f"softcap must be a number, got {type(mods.softcap).__name__}")
-        if not 0 < mods.softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, got {mods.softcap}: use None")
     _check_function("score_mod", mods.score_mod, ("score", "b", "h", "q_idx", "kv_idx"))
     _check_function("mask_mod", mods.mask_mod, ("b", "h", "q_idx", "kv_idx"))
 
@@ -362,11 +526,11 @@ def _check_integers(name: str, x: Any, q: Tensor) -> None:
 
 def _values(x: Tensor) -> list[int]:
     """Return what `x` `[n]` holds; nothing if that cannot be read."""
-    values: list[int] = x.tolist() if _readable(x) else []
+    values: list[int] = x.tolist() if is_readable(x) else []
     return values
 
 
-def _readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Whether one may look at what `x` holds: it is known, and no graph is made or captured."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
         return False

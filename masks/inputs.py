@@ -1,7 +1,27 @@
 """What callers pass, made ready."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def numbers_beside(x: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    """Return numbers as an int64 tensor `[n]` on the device of `x`, copied there once."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, device=x.device)
+    if type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
+        return _kept_numbers(numbers, x.device)
+    if isinstance(x, FakeTensor):  # `new_tensor` would return one that is not
+        return x.new_empty(len(numbers), dtype=torch.int64)
+    return x.new_tensor(numbers, dtype=torch.int64)
+
+
+@lru_cache(maxsize=1024)
+def _kept_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def dense_vectors(*tensors: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
@@ -32,17 +33,37 @@ class Tables(NamedTuple):
     Attributes:
         queries: Of each query its position among the keys, its own block, and the first and the
             last block that it may choose (none if that is before the first), int32 `[4, R, Q]`.
-        extents: Of each block its first key and the key after its last, int32 `[2, R, N]`; equal
-            for a block that there is not.
+        extents: Of each block its first key and the key after its last, int32 `[2, R, N]`; blocks
+            follow each other without gaps, and what is no block is empty, at the end.
+        block_size: Keys per block.
+        causal: Whether only blocks before the own one can be chosen.
+        kv_len: Number of keys.
     """
 
     queries: Tensor
     extents: Tensor
+    block_size: int
+    causal: bool
+    kv_len: int
 
     @property
     def num_blocks(self) -> int:
         """`N`, the number that stands for no block."""
         return self.extents.shape[2]
+
+    @classmethod
+    def of_parts(
+        cls,
+        queries: Tensor | None,
+        extents: Tensor | None,
+        block_size: int,
+        causal: bool,
+        kv_len: int,
+    ) -> "Tables | None":
+        """Put together what a graph or an op got one by one; None if there are no tensors."""
+        if queries is None or extents is None:
+            return None
+        return cls(queries, extents, block_size, causal, kv_len)
 
 
 def make_tables(
@@ -77,7 +98,8 @@ def plain_tables(
     # No `clamp`: PyTorch 2.11 does not compile a least number that becomes part of an index.
     stop = start + block_size
     extents = torch.stack((start, stop.where(stop < kv_len, kv_len)))
-    return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
+    queries, extents = (x.int().unsqueeze(1) for x in (queries, extents))
+    return Tables(queries, extents, block_size, causal, kv_len)
 
 
 def plain_queries(position: Tensor, start: Tensor, causal: bool) -> Tensor:
@@ -105,7 +127,8 @@ def document_tables(
 ) -> Tables:
     """Return the tables `R = 1` of documents that lie one after another.
 
-    Blocks start at the start of each document, and a query chooses among those of its own.
+    Blocks start at the start of each document, and a query chooses among those of its own. What
+    lies behind the last document is padding.
 
     Args:
         cu_seqlens_q: Where the queries of each document start, and the end, int `[docs + 1]`.
@@ -127,15 +150,38 @@ def document_tables(
     start = cu_k[document] + (block - before[document]) * block_size
     stop = torch.minimum(start + block_size, cu_k[document + 1])
     exists = block < after[last_document]
-    extents = torch.stack((start, stop)).where(exists, kv_len)
+    extents = torch.stack((start, stop)).where(exists, cu_k[last_document + 1])
 
     query = torch.arange(q_len, device=device, dtype=torch.int32)
     document = (torch.searchsorted(cu_q, query, right=True) - 1).clamp(max=last_document)
+    real = query < cu_q[last_document + 1]
     position = query - cu_q[document + 1] + cu_k[document + 1]
     own = before[document] + (position - cu_k[document]) // block_size
     newest = (own if causal else after[document]) - 1
-    queries = torch.stack((position, own, before[document], newest))
-    return Tables(queries.int().unsqueeze(1), extents.int().unsqueeze(1))
+    queries = _queries(real, position, own, before[document], newest, block.shape[0])
+    return Tables(queries.unsqueeze(1), extents.int().unsqueeze(1), block_size, causal, kv_len)
+
+
+def _queries(
+    real: Tensor, position: Tensor, own: Tensor, oldest: Tensor, newest: Tensor, num_blocks: int
+) -> Tensor:
+    """Return what `Tables` say of queries `[..., Q]`, int32 `[4, ..., Q]`.
+
+    Args:
+        real: Which queries are not padding.
+        position: Where they are among the keys.
+        own: Their own blocks.
+        oldest: The first block that each may choose.
+        newest: The last one.
+        num_blocks: `N`.
+    """
+    queries = (
+        position.where(real, -1),
+        own.where(real, num_blocks),
+        oldest.where(real, 0),
+        newest.where(real, -1),
+    )
+    return torch.stack(queries).int()
 
 
 def padded_tables(key_mask: Tensor, q_len: int, block_size: int, causal: bool) -> Tables:
@@ -148,7 +194,8 @@ def padded_tables(key_mask: Tensor, q_len: int, block_size: int, causal: bool) -
         causal: Whether only blocks before the own one can be chosen.
     """
     kv_len, device = key_mask.shape[1], key_mask.device
-    first = key_mask.int().argmax(dim=1, keepdim=True)
+    # Padded, so that there is a largest value where there are no keys.
+    first = F.pad(key_mask.int(), (0, 1)).argmax(dim=1, keepdim=True)
     after = first + key_mask.sum(dim=1, keepdim=True)
     num_blocks = ceil_div(kv_len, block_size)
     start = first + torch.arange(num_blocks, device=device) * block_size
@@ -158,12 +205,5 @@ def padded_tables(key_mask: Tensor, q_len: int, block_size: int, causal: bool) -
     real = (position >= first) & (position < after)
     own = (position - first) // block_size
     newest = own - 1 if causal else ceil_div(after - first, block_size) - 1
-    queries = torch.stack(
-        (
-            torch.where(real, position, -1),
-            torch.where(real, own, num_blocks),
-            torch.zeros_like(own),
-            torch.where(real, newest, -1),
-        )
-    )
-    return Tables(queries.int(), extents.int())
+    queries = _queries(real, position, own, torch.zeros_like(own), newest, num_blocks)
+    return Tables(queries, extents.int(), block_size, causal, kv_len)

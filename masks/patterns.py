@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.checks import check_int, check_layout, check_qk
+from moba_flex.masks.blocks import LONGEST, ceil_div
+from moba_flex.masks.checks import check_bool, check_int, check_layout, check_qk
 from moba_flex.masks.layout import Layout, make_tables, plain_tables
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 
 def sliding_window(
@@ -43,14 +42,9 @@ def sliding_window(
         ValueError: A size or an option is out of range.
         TypeError: An argument has the wrong type.
     """
-    return _route(
-        q,
-        k,
-        block_size,
-        causal,
-        layout,
-        distances=_window(local_blocks, causal),
-    )
+    block_size, _, local_blocks = _sizes(q, k, block_size, local_blocks=local_blocks)
+    distances = _window(local_blocks, causal)
+    return _route(q, k, block_size, causal, layout, distances=distances)
 
 
 def sink_window(
@@ -67,16 +61,11 @@ def sink_window(
 
     Arguments are those of `sliding_window`, and `sink_blocks`: how many first blocks.
     """
-    check_int("sink_blocks", sink_blocks, 0)
-    return _route(
-        q,
-        k,
-        block_size,
-        causal,
-        layout,
-        distances=_window(local_blocks, causal),
-        numbers=range(sink_blocks),
+    block_size, _, sink_blocks, local_blocks = _sizes(
+        q, k, block_size, sink_blocks=sink_blocks, local_blocks=local_blocks
     )
+    distances, numbers = _window(local_blocks, causal), range(sink_blocks)
+    return _route(q, k, block_size, causal, layout, distances=distances, numbers=numbers)
 
 
 def global_local(
@@ -94,16 +83,11 @@ def global_local(
     Arguments are those of `sliding_window`, and `every`: the first block of every so many is
     global, the same ones for all queries.
     """
-    check_int("every", every, 1)
-    return _route(
-        q,
-        k,
-        block_size,
-        causal,
-        layout,
-        distances=_window(local_blocks, causal),
-        numbers=range(0, _most_blocks(k, block_size), every),
+    block_size, most, every, local_blocks = _sizes(
+        q, k, block_size, every=every, local_blocks=local_blocks
     )
+    distances, numbers = _window(local_blocks, causal), range(0, most, every)
+    return _route(q, k, block_size, causal, layout, distances=distances, numbers=numbers)
 
 
 def strided(
@@ -121,30 +105,34 @@ def strided(
     Arguments are those of `sliding_window`, and `stride`: blocks whose distance from the own one
     is a multiple of it are chosen, beside the nearest.
     """
-    check_int("stride", stride, 1)
-    steps = range(stride, _most_blocks(k, block_size), stride)
-    distances = set(_window(local_blocks, causal)) | {-step for step in steps}
-    return _route(
-        q,
-        k,
-        block_size,
-        causal,
-        layout,
-        distances=sorted(distances if causal else distances | set(steps)),
+    block_size, most, stride, local_blocks = _sizes(
+        q, k, block_size, stride=stride, local_blocks=local_blocks
     )
+    steps = range(stride, most, stride)
+    distances = set(_window(local_blocks, causal)) | {-step for step in steps}
+    distances |= set() if causal else set(steps)
+    return _route(q, k, block_size, causal, layout, distances=sorted(distances))
+
+
+def _sizes(q: Tensor, k: Tensor, block_size: int, **options: int) -> tuple[int, ...]:
+    """Check sizes and options.
+
+    Returns:
+        `block_size`, the most blocks that a sequence can have, and the options in their order,
+        none larger than that.
+    """
+    check_qk(q, k)
+    block_size = check_int("block_size", block_size, 1)
+    most = ceil_div(k.shape[2], block_size)
+    least = {"every": 1, "stride": 1}
+    checked = (check_int(name, x, least.get(name, 0)) for name, x in options.items())
+    return min(block_size, LONGEST), most, *(min(x, max(most, 1)) for x in checked)
 
 
 def _window(local_blocks: int, causal: bool) -> list[int]:
     """Return the distances from the own block to its neighbours."""
-    check_int("local_blocks", local_blocks, 0)
     distances = range(-local_blocks, 1 if causal else local_blocks + 1)
     return [distance for distance in distances if distance]
-
-
-def _most_blocks(k: Tensor, block_size: int) -> int:
-    """Return how many blocks the longest sequence can have."""
-    check_int("block_size", block_size, 1)
-    return ceil_div(k.shape[2], block_size)
 
 
 def _route(
@@ -158,25 +146,17 @@ def _route(
     numbers: Sequence[int] = (),
 ) -> Routing:
     """Choose blocks at distances from the own one, and blocks by their numbers in a sequence."""
-    check_qk(q, k)
-    check_int("block_size", block_size, 1)
+    causal = check_bool("causal", causal)
     check_layout(q, k, **layout)
     sizes, device = (q.shape[2], k.shape[2]), q.device
     tables = make_tables(*sizes, block_size, causal, **layout)
     places = tables or plain_tables(*sizes, block_size, causal, device)
-    _, own, oldest, newest = places.queries.unsqueeze(3)
+    _, own, oldest, _ = places.queries.unsqueeze(3)
 
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     near, known = own + column(distances), oldest + column(numbers)
-    none = places.num_blocks
     blocks = torch.cat((near, known.expand(*near.shape[:2], -1)), dim=2)
-    chosen = (blocks >= oldest) & (blocks <= newest) & (blocks != own)
-    blocks = blocks.where(chosen, none).sort(dim=2).values
-    # A block that is both near and known counts once.
-    again = F.pad(blocks.diff(dim=2) == 0, (1, 0))
-    blocks = blocks.masked_fill(again, none).sort(dim=2).values
-    width = min(blocks.shape[2], _most_blocks(k, block_size) - 1)
-    blocks = blocks[..., :width].unsqueeze(1).expand(*q.shape[:2], -1, -1).contiguous()
-    return Routing(blocks, block_size, *sizes, causal, tables)
+    blocks = blocks.unsqueeze(1).expand(q.shape[0], -1, -1, -1)
+    return Routing(blocks, block_size, *sizes, causal, tables).as_set(q.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.exporting import holds
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton

@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
-from moba_flex.masks.blocks import ceil_div, pool_extents, pool_keys
+from moba_flex.masks.blocks import ceil_div, pool_keys
+from moba_flex.masks.checks import (
+    check_bool,
+    check_gate,
+    check_head_top_k,
+    check_qk,
+    check_tables,
+)
 from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.layout import Tables, plain_queries, plain_tables
+from moba_flex.masks.routing import Routing
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.router_kernel import gate_triton
@@ -23,67 +30,6 @@ _CPU_CHUNK = 1 << 22
 _LEAST_CHUNK = 256
 # Queries of a head whose scores an exported gate holds at a time.
 _CHUNK = 512
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The blocks that every query chose, and the geometry that gives them meaning.
-
-    The own block of each query is always attended to and is not listed. Without tables queries are
-    the last `q_len` of `kv_len` positions, and the own block of query `i` is number `(q_offset +
-    i) // block_size`.
-
-    Attributes:
-        blocks: The other chosen blocks, int32 `[B, Hq, Q, K - 1]`, ascending; `num_blocks` stands
-            for none.
-        block_size: Keys per block.
-        q_len: Number of queries.
-        kv_len: Number of keys.
-        causal: Whether a query sees only keys at its position and before.
-        tables: Where blocks lie, and which a query may see, if rows are packed documents or are
-            padded; None for one sequence a row.
-    """
-
-    blocks: Tensor
-    block_size: int
-    q_len: int
-    kv_len: int
-    causal: bool
-    tables: Tables | None = None
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of key blocks, `N`."""
-        if self.tables is not None:
-            return self.tables.num_blocks
-        return ceil_div(self.kv_len, self.block_size)
-
-    @property
-    def places(self) -> Tables:
-        """Where blocks lie, and which a query may see, also if rows are one sequence each."""
-        return self.tables or plain_tables(
-            self.q_len, self.kv_len, self.block_size, self.causal, self.blocks.device
-        )
-
-    @classmethod
-    def of_parts(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        blocks: Tensor,
-        block_size: int,
-        causal: bool,
-        queries: Tensor | None,
-        extents: Tensor | None,
-    ) -> "Routing":
-        """Put together what an op, which takes tensors and numbers alone, got one by one."""
-        tables = None if queries is None or extents is None else Tables(queries, extents)
-        return cls(blocks, block_size, q.shape[2], k.shape[2], causal, tables)
-
-    @property
-    def q_offset(self) -> int:
-        """Position of the first query."""
-        return self.kv_len - self.q_len
 
 
 def route(
@@ -119,17 +65,43 @@ def route(
         tables: Where blocks lie, if rows are packed documents or are padded.
 
     Returns:
-        The routing, with `K = min(top_k, ceil(KV / block_size))`.
+        The routing; of each query it lists the `min(top_k, ceil(KV / block_size)) - 1` blocks
+        beside its own.
+
+    Raises:
+        ValueError: A shape, a device or an option is out of range, or the tables are of another
+            request.
+        TypeError: An argument has the wrong type.
     """
+    check_qk(q, k)
+    gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
+    check_head_top_k(head_top_k, q, *gate[1:])
+    causal = check_bool("causal", causal)
+    check_tables(tables, q, k, gate[0], causal)
+    return choose_blocks(q, k, *gate, causal, head_top_k, tables)
+
+
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int,
+    local_blocks: int,
+    causal: bool,
+    head_top_k: Tensor | None,
+    tables: Tables | None,
+) -> Routing:
+    """Do what `route` does, of arguments that are checked."""
     with torch.no_grad():
         most, exporting = ceil_div(k.shape[2], block_size), is_exporting()
         if exporting and not isinstance(most, int):
             picks = top_k - 1  # whatever the length: picks that find no block are "none"
         else:
             # A number also under dynamic shapes, where `min` and `int` would leave an expression.
-            picks = (top_k if top_k <= most else len(range(most))) - 1
+            picks = (top_k if top_k <= most else len(range(most)) or 1) - 1
         options = block_size, picks, sink_blocks, local_blocks, causal
-        located = () if tables is None else tables
+        located = () if tables is None else (tables.queries, tables.extents)
         if q.is_cuda:
             blocks = gate_triton(q, k, *options, head_top_k, *located)
         elif exporting:  # of plain rows: see `check_export`
@@ -176,10 +148,8 @@ def gate_cpu(
     if chosen.numel() == 0:
         return chosen
     if queries is None or extents is None:
-        queries, _ = plain_tables(q_len, k.shape[2], block_size, causal, q.device)
-        block_keys = pool_keys(k, block_size)
-    else:
-        block_keys = pool_extents(k, extents)
+        queries = plain_tables(q_len, k.shape[2], block_size, causal, q.device).queries
+    block_keys = pool_keys(k, block_size, extents)
     grouped = q.view(batch, num_kv_heads, -1, q_len, head_dim)
     # float64 leaves one rounding, to float32, so that equal block keys tie whatever kernel BLAS
     # picks for a column.

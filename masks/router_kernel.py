@@ -8,18 +8,17 @@ from torch.library import wrap_triton
 
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.kernel_op import kernel_op, launch
+from moba_flex.masks.pool_kernel import launch_pool
 
 _TILE_Q = 64
 _TILE_N = 32
 _WARPS = 4
-_POOL_TILE = 64
 
 
 # Arguments that vary with lengths: kernels are not compiled anew for what divides them.
 _SIZES = [
     "block_size",
     "group",
-    "kv_len",
     "local_blocks",
     "num_blocks",
     "num_heads",
@@ -29,71 +28,6 @@ _SIZES = [
     "sink_blocks",
     "table_rows",
 ]
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def pool_kernel(  # type: ignore[no-untyped-def]
-    k_ptr,
-    out_ptr,
-    extents_ptr,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    num_heads,
-    kv_len,
-    num_blocks,
-    block_size,
-    table_rows,
-    TABLES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    TILE_N: tl.constexpr,
-):
-    """Average the keys of a block in float32."""
-    block, head = tl.program_id(0), tl.program_id(1)
-    start = block * block_size
-    stop = tl.minimum(start + block_size, kv_len)
-    if TABLES:
-        extents_ptr += head // num_heads % table_rows * num_blocks + block
-        start, stop = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
-    k_ptr += (head // num_heads).to(tl.int64) * stride_kb
-    k_ptr += (head % num_heads).to(tl.int64) * stride_kh
-    dim = tl.arange(0, HEAD_DIM_PADDED)
-    total = tl.zeros([HEAD_DIM_PADDED], tl.float32)
-    for at in range(start, stop, TILE_N):
-        key = at + tl.arange(0, TILE_N)[:, None]
-        k_ptrs = k_ptr + key.to(tl.int64) * stride_kn + dim[None, :] * stride_kd
-        k = tl.load(k_ptrs, mask=(key < stop) & (dim[None, :] < HEAD_DIM), other=0.0)
-        total += tl.sum(k.to(tl.float32), 0)
-    out_ptrs = out_ptr + (head.to(tl.int64) * num_blocks + block) * HEAD_DIM + dim
-    mean = total / tl.maximum(stop - start, 1).to(tl.float32)
-    tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
-
-
-def _pool_keys(k: Tensor, block_size: int, extents: Tensor | None) -> Tensor:
-    """Average the keys of each block, of `extents` if given; result as of `pool_keys`."""
-    batch, num_heads, kv_len, head_dim = k.shape
-    num_blocks = ceil_div(kv_len, block_size) if extents is None else extents.shape[2]
-    out = torch.empty(batch, num_heads, num_blocks, head_dim, dtype=k.dtype, device=k.device)
-    launch(
-        wrap_triton(pool_kernel),
-        (num_blocks, batch * num_heads),
-        k,
-        out,
-        k if extents is None else extents,
-        *k.stride(),
-        num_heads,
-        kv_len,
-        num_blocks,
-        block_size,
-        1 if extents is None else extents.shape[1],
-        TABLES=extents is not None,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        TILE_N=_POOL_TILE,
-    )
-    return out
 
 
 @triton.jit
@@ -232,7 +166,8 @@ def gate_triton(
     batch, num_heads, q_len, head_dim = q.shape
     out = torch.empty(batch, num_heads, q_len, picks, dtype=torch.int32, device=q.device)
     if out.numel():
-        block_keys = _pool_keys(k, block_size, extents)
+        num_blocks = ceil_div(k.shape[2], block_size) if extents is None else extents.shape[2]
+        block_keys = launch_pool(k, block_size, num_blocks, extents)
         launch(
             wrap_triton(gate_kernel),
             (ceil_div(q_len, _TILE_Q), batch * num_heads),
@@ -248,7 +183,7 @@ def gate_triton(
             num_heads // k.shape[1],
             q_len,
             k.shape[2] - q_len,
-            block_keys.shape[2],
+            num_blocks,
             block_size,
             sink_blocks,
             local_blocks,

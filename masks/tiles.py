@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.mods import Indices, MaskMod
 from moba_flex.masks.regroup import Regrouping
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 # FlexAttention's backward on Hopper takes mask blocks in multiples of 128 alone (for head dims
 # from 64 to 128).

@@ -5,7 +5,8 @@ from moba_flex.config import MoBAConfig
 from moba_flex.masks import patterns
 from moba_flex.masks.block_mask import create_moba_block_mask
 from moba_flex.masks.layout import Tables, make_tables
-from moba_flex.masks.router import Routing, route
+from moba_flex.masks.router import route
+from moba_flex.masks.routing import Routing
 from moba_flex.module import MoBAAttention
 from moba_flex.oracle import moba_attention_reference
 

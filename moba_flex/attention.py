@@ -12,9 +12,11 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.compile.flex import compiled
 from moba_flex.compile.limits import FUSED_HEAD_DIM, check_export, check_flex, check_fused
-from moba_flex.compile.plans import ONE_BLOCK, run, run_given, uses_flex
-from moba_flex.masks.blocks import ceil_div
+from moba_flex.compile.plans import run, run_given, uses_flex
+from moba_flex.masks.blocks import LONGEST, ceil_div
 from moba_flex.masks.checks import (
+    check_aux,
+    check_bool,
     check_gate,
     check_head_top_k,
     check_layout,
@@ -22,14 +24,15 @@ from moba_flex.masks.checks import (
     check_qkv,
     check_routing,
     check_scale,
+    check_softcap,
     check_transforms,
     longest_sequence,
 )
 from moba_flex.masks.exporting import holds, is_exporting
 from moba_flex.masks.inputs import cast_by_autocast
-from moba_flex.masks.layout import Layout, make_tables
+from moba_flex.masks.layout import Layout, Tables, make_tables
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 
 Plan = Literal["dense", "fused", "routed", "masked"]
 
@@ -158,10 +161,12 @@ def moba_attention(
     mods = _mods(softcap, score_mod, mask_mod)
     check_transforms(q, k, v)
     check_qkv(q, k, v)
-    check_gate(block_size, top_k, sink_blocks, local_blocks)
+    block_size, top_k, sink_blocks, local_blocks = check_gate(
+        block_size, top_k, sink_blocks, local_blocks
+    )
     check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
+    causal, scale = check_bool("causal", causal), check_scale(scale)
     check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
-    check_scale(scale)
     chosen = _choose(q, k, v, block_size, top_k, head_top_k, mods) if plan == "auto" else plan
     if chosen not in _PLANS:
         raise ValueError(f"plan must be one of {('auto', *_PLANS)}, got {plan!r}")
@@ -170,7 +175,7 @@ def moba_attention(
         _check_dense(block_size, top_k, head_top_k, longest)
 
     layout: Layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
-    size = ONE_BLOCK if chosen == "dense" else block_size
+    size = LONGEST if chosen == "dense" else block_size
     tables = make_tables(q.shape[2], k.shape[2], size, causal, **layout)
     options: dict[str, Any] = {
         "block_size": block_size,
@@ -178,7 +183,7 @@ def moba_attention(
         "sink_blocks": sink_blocks,
         "local_blocks": local_blocks,
     }
-    tensors = {"head_top_k": head_top_k, "tables": tables}
+    tensors = {"head_top_k": head_top_k, **_located(tables)}
     return _execute(run, q, k, v, tensors, options, chosen, causal, scale, mods, return_aux)
 
 
@@ -252,11 +257,12 @@ def routed_attention(
     check_transforms(q, k, v)
     check_qkv(q, k, v)
     check_routing(routing, q, k)
-    check_scale(scale)
+    scale = check_scale(scale)
     chosen = _choose_sparse(q, v, mods) if plan == "auto" else plan
     if chosen not in _PLANS[1:]:
         raise ValueError(f"plan must be one of {('auto', *_PLANS[1:])}, got {plan!r}")
-    tensors = {"blocks": routing.blocks, "tables": routing.tables}
+    blocks = routing.as_set(q.shape[1]).blocks
+    tensors = {"blocks": blocks, **_located(routing.tables)}
     options = {"block_size": routing.block_size}
     return _execute(
         run_given, q, k, v, tensors, options, chosen, routing.causal, scale, mods, return_aux
@@ -270,9 +276,18 @@ def choose_plan(
     *,
     block_size: int,
     top_k: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
     head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
+    return_aux: AuxRequest | None = None,
 ) -> Plan:
     """Say which plan `moba_attention(..., plan="auto")` takes; nothing is computed.
 
@@ -280,11 +295,20 @@ def choose_plan(
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
         v: Values, `[B, Hkv, KV, Dv]`; None if they have the head_dim of `k`.
-        block_size: Keys per block.
+        block_size: Keys per block; this and what follows is as of `moba_attention`.
         top_k: Blocks a query attends to, its own included.
+        sink_blocks: First blocks that are always chosen.
+        local_blocks: Blocks right before the own one that are always chosen.
+        causal: Whether a query sees only keys at its position and before.
+        scale: Factor on the scores.
         head_top_k: Blocks that the queries of each head attend to.
+        cu_seqlens: Where documents start.
+        cu_seqlens_q: Where their queries start.
+        key_mask: Which keys are not padding.
+        softcap: Limit of the scores.
         score_mod: What changes scores.
         mask_mod: What hides keys.
+        return_aux: What to return beside the output.
 
     Returns:
         "dense" if `top_k` blocks cover all keys, in every head; else "fused" on CUDA, for head
@@ -296,9 +320,14 @@ def choose_plan(
     """
     v = k if v is None else v
     check_qkv(q, k, v)
-    check_gate(block_size, top_k, 0, 0)
-    mods = _mods(None, score_mod, mask_mod)
-    return _choose(q, k, v, block_size, top_k, head_top_k, mods)
+    gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
+    check_head_top_k(head_top_k, q, *gate[1:])
+    check_bool("causal", causal)
+    check_scale(scale)
+    check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
+    check_aux(return_aux)
+    mods = _mods(softcap, score_mod, mask_mod)
+    return _choose(q, k, v, *gate[:2], head_top_k, mods)
 
 
 def _choose(
@@ -325,11 +354,18 @@ def _mods(
     softcap: float | None, score_mod: ScoreMod | None, mask_mod: MaskMod | None
 ) -> Mods | None:
     """Return the changes to scores, checked; None if there are none."""
-    mods = Mods(score_mod, mask_mod, softcap)
+    mods = Mods(score_mod, mask_mod, check_softcap(softcap))
     if mods == Mods():
         return None
     check_mods(mods)
     return mods
+
+
+def _located(tables: Tables | None) -> dict[str, Tensor | None]:
+    """Return the tensors of tables by name: a graph would take their numbers for symbols."""
+    if tables is None:
+        return {"queries": None, "extents": None}
+    return {"queries": tables.queries, "extents": tables.extents}
 
 
 def _check_dense(block_size: int, top_k: int, head_top_k: Tensor | None, longest: int) -> None:
@@ -360,10 +396,8 @@ def _execute(
     return_aux: AuxRequest | None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Call `run` or `run_given`, compiled if the plan needs that, and return what is asked for."""
-    if return_aux is not None and return_aux.max_scores:
-        raise ValueError("return_aux must ask for lse alone, got max_scores=True")
-    lse = return_aux is not None and return_aux.lse
-    changed = tensors["tables"] is not None or mods is not None
+    lse = check_aux(return_aux)
+    changed = tensors["extents"] is not None or mods is not None
     flex = uses_flex(plan, q, k, causal=causal, lse=lse, changed=changed)
     if flex:
         check_flex(q, k, v, lse, plan)

@@ -36,7 +36,11 @@ class MoBAConfig:
     head_top_k: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        check_gate(self.block_size, self.top_k, self.sink_blocks, self.local_blocks)
+        gate = self.block_size, self.top_k, self.sink_blocks, self.local_blocks
+        # As plain ints, for JSON knows no others.
+        names = ("block_size", "top_k", "sink_blocks", "local_blocks")
+        for name, value in zip(names, check_gate(*gate), strict=True):
+            object.__setattr__(self, name, value)
         if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
             raise TypeError(
                 f"dense_layers must be a tuple of ints, got {type(self.dense_layers).__name__}"

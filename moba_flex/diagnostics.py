@@ -1,6 +1,7 @@
 """What a routing looks like: how much it attends to, how evenly, and what it misses.
 
 Routings of one sequence a row only: of packed documents and of padded rows a ValueError says so.
+Averages over no queries are NaN.
 """
 
 import math
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.router import Routing
+from moba_flex.masks.checks import check_qk, check_routing
+from moba_flex.masks.routing import Routing
 
 # Elements of the largest tensor held at a time.
 _CHUNK = 1 << 25
@@ -23,6 +25,7 @@ def density(routing: Routing) -> float:
     A query can see the keys at its position and before, or all keys if not causal. Averaged over
     batch and heads.
     """
+    routing = _as_set(routing)
     own, sizes = _own_blocks(routing), _block_sizes(routing)
     position = routing.q_offset + torch.arange(routing.q_len, device=own.device)
     if routing.causal:
@@ -35,6 +38,7 @@ def density(routing: Routing) -> float:
 
 def load(routing: Routing) -> Tensor:
     """Return how many queries chose each block besides their own, int64 `[B, Hq, N]`."""
+    routing = _as_set(routing)
     rows = torch.zeros_like(_own_blocks(routing))
     return _histogram(routing.blocks, rows, 1, routing.num_blocks)[:, :, 0]
 
@@ -43,20 +47,24 @@ def load_imbalance(routing: Routing) -> Tensor:
     """Return how much hotter the hottest block is than under uniform random routing, `[B, Hq]`.
 
         imbalance = max_n load_n / max_n expected_n
-        expected_n = sum over the queries i that may choose n of min(K - 1, c_i) / c_i
+        expected_n = sum over the queries i that may choose n of k_i / c_i
 
-    with `c_i` the number of blocks that query `i` may choose. Early blocks may be chosen by more
-    queries, so a plain max/mean would exceed 1 for random routing too. This gives 1 there up to
-    noise, and the most if all queries choose the same block. It is 1 where nothing can be chosen.
+    with `k_i` the number of blocks that query `i` chose, of `c_i` that it may choose. Early blocks
+    may be chosen by more queries, so a plain max/mean would exceed 1 for random routing too. This
+    gives 1 there up to noise, and the most if all queries choose the same block. It is 1 where
+    nothing can be chosen.
     """
-    own = _own_blocks(routing)
-    candidates = own if routing.causal else torch.full_like(own, routing.num_blocks - 1)
-    rate = candidates.clamp(max=routing.blocks.shape[3]) / candidates.clamp(min=1)
-    offered = rate.new_zeros(routing.num_blocks).scatter_add(0, own, rate)
+    routing = _as_set(routing)
+    own, num_blocks = _own_blocks(routing), routing.num_blocks
+    candidates = own if routing.causal else torch.full_like(own, num_blocks - 1)
+    rate = (routing.blocks < num_blocks).sum(-1) / candidates.clamp(min=1)
+    offered = rate.new_zeros(*rate.shape[:2], num_blocks)
+    offered.scatter_add_(2, own.expand_as(rate), rate)
     # A causal query may choose the blocks before its own, any other query all but its own.
-    expected = offered.sum() - (offered.cumsum(0) if routing.causal else offered)
-    chosen = load(routing).amax(-1)
-    return torch.where(rate.sum() > 0, chosen / expected.max(), 1.0)
+    expected = offered.sum(2, keepdim=True) - (offered.cumsum(2) if routing.causal else offered)
+    # Padded, because there may be no block at all.
+    chosen, most = (F.pad(x, (0, 1)).amax(-1) for x in (load(routing), expected))
+    return torch.where(rate.sum(-1) > 0, chosen / most, 1.0)
 
 
 def routing_entropy(routing: Routing) -> Tensor:
@@ -70,13 +78,15 @@ def routing_entropy(routing: Routing) -> Tensor:
     averaged over the queries that have more candidates than choices. A mask in natural order can
     skip much if it is near 0 and nearly nothing near 1. It is 0 where nothing can be chosen.
     """
+    routing = _as_set(routing)
     blocks, size, num_blocks = routing.blocks, routing.block_size, routing.num_blocks
-    batch, num_heads, picks = blocks.shape[0], blocks.shape[1], blocks.shape[3]
+    batch, num_heads = blocks.shape[:2]
     total = torch.zeros(batch, num_heads, device=blocks.device)
+    picks = int((blocks < num_blocks).sum(-1).max()) if blocks.numel() else 0
     queries = 0
     if picks == 0:
         return total
-    step = max(1, _CHUNK // (batch * num_heads * num_blocks))
+    step = max(1, _CHUNK // max(1, batch * num_heads * num_blocks))
     for low in range(routing.q_offset // size, num_blocks, step):
         high = min(low + step, num_blocks)
         begin, end = (max(0, block * size - routing.q_offset) for block in (low, high))
@@ -113,15 +123,18 @@ def attention_recall(
         scale: Factor on the scores; `1 / sqrt(D)` if None.
         rows: Number of queries looked at; all if there are fewer.
     """
+    check_qk(q, k)
+    check_routing(routing, q, k)
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
+    routing = routing.as_set(num_heads)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     rows = min(rows, q_len)
     sample = torch.linspace(0, q_len - 1, rows, dtype=torch.float64).round().long().to(q.device)
     key_pos = torch.arange(kv_len, device=q.device)
     short = routing.num_blocks * routing.block_size - kv_len
     total = torch.zeros(batch, num_heads, device=q.device)
-    for idx in sample.split(max(1, _CHUNK // (batch * num_heads * kv_len))):
+    for idx in sample.split(max(1, _CHUNK // max(1, batch * num_heads * kv_len))):
         grouped = q[:, :, idx].unflatten(1, (num_kv_heads, -1)).float()
         scores = (grouped @ k.float().unsqueeze(2).mT).flatten(1, 2) * scale
         if routing.causal:
@@ -147,12 +160,20 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
         `[B, Hq, R, N]`, the share of the queries of each of `R` equal ranges that attend to each
         block, own blocks included.
     """
+    routing = _as_set(routing)
     buckets = min(buckets, routing.q_len)
     own = _own_blocks(routing)
     rows = torch.arange(routing.q_len, device=own.device) * buckets // routing.q_len
     listed = torch.cat([routing.blocks, own[:, None].expand(*routing.blocks.shape[:3], 1)], dim=-1)
     counts = _histogram(listed, rows, buckets, routing.num_blocks)
     return counts / rows.bincount()[:, None]
+
+
+def _as_set(routing: Routing) -> Routing:
+    """Return a routing that lists each chosen block once, and the own one not."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    return routing.as_set()
 
 
 def _own_blocks(routing: Routing) -> Tensor:

@@ -3,13 +3,20 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest
 
 from moba_flex.attention import Plan, moba_attention
-from moba_flex.masks.checks import check_gate, check_mods, check_scale
-from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
+from moba_flex.masks.checks import (
+    check_bool,
+    check_gate,
+    check_int,
+    check_scale,
+    check_softcap,
+    is_readable,
+)
+from moba_flex.masks.inputs import numbers_beside
+from moba_flex.masks.mods import MaskMod, ScoreMod
 
 
 class MoBAAttention(nn.Module):
@@ -26,16 +33,13 @@ class MoBAAttention(nn.Module):
         causal: Whether a query sees only keys at its position and before.
         scale: Factor on the scores; `1 / sqrt(D)` if None.
         softcap: Scores become `softcap * tanh(score / softcap)`.
-        head_top_k: `top_k` of each head, `Hq` numbers; None for `top_k` in all. They are a buffer,
-            so that they move with the module.
+        head_top_k: `top_k` of each head, `Hq` numbers, kept as a tuple; None for `top_k` in all.
         plan: How to compute it, as of `moba_attention`.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of range, or `top_k` cannot hold the forced blocks.
     """
-
-    head_top_k: Tensor | None
 
     def __init__(
         self,
@@ -51,14 +55,11 @@ class MoBAAttention(nn.Module):
         plan: Plan | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        check_gate(block_size, top_k, sink_blocks, local_blocks)
-        check_scale(scale)
-        check_mods(Mods(softcap=softcap))
-        self.block_size, self.top_k = block_size, top_k
-        self.sink_blocks, self.local_blocks = sink_blocks, local_blocks
-        self.causal, self.scale, self.softcap, self.plan = causal, scale, softcap, plan
-        numbers = None if head_top_k is None else torch.as_tensor(head_top_k)
-        self.register_buffer("head_top_k", numbers, persistent=False)
+        gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
+        self.block_size, self.top_k, self.sink_blocks, self.local_blocks = gate
+        self.causal, self.plan = check_bool("causal", causal), plan
+        self.scale, self.softcap = check_scale(scale), check_softcap(softcap)
+        self.head_top_k = _as_ints(head_top_k)
 
     def forward(
         self,
@@ -94,6 +95,8 @@ class MoBAAttention(nn.Module):
                 the request.
             TypeError: An argument has the wrong type.
         """
+        numbers = _as_ints(self.head_top_k)
+        head_top_k = None if numbers is None else numbers_beside(q, numbers)
         attend: Callable[..., Any] = moba_attention
         return attend(
             q,
@@ -105,7 +108,7 @@ class MoBAAttention(nn.Module):
             score_mod=score_mod,
             mask_mod=mask_mod,
             return_aux=return_aux,
-            head_top_k=self.head_top_k,
+            head_top_k=head_top_k,
             **self._options(),
         )
 
@@ -126,4 +129,18 @@ class MoBAAttention(nn.Module):
         options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
         if self.head_top_k is None:
             return options
-        return f"{options}, head_top_k={self.head_top_k.tolist()}"
+        return f"{options}, head_top_k={list(self.head_top_k)}"
+
+
+def _as_ints(head_top_k: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    """Return the `top_k` of each head as plain ints, which no device and no cast can change."""
+    if head_top_k is None:
+        return None
+    if isinstance(head_top_k, Tensor):
+        if not is_readable(head_top_k):
+            raise ValueError(
+                "head_top_k must hold numbers that can be read, got a tensor on "
+                f"{head_top_k.device}: pass a list"
+            )
+        head_top_k = head_top_k.tolist()
+    return tuple(check_int("head_top_k", number, 1) for number in head_top_k)

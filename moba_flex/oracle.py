@@ -197,7 +197,7 @@ def _gate(
     causal: bool,
 ) -> Tensor:
     """Choose `limit` `[H]` blocks, bool `[H, Q, N]`, for q `[H, Q, D]` and k `[H, KV, D]`."""
-    means = [part.float().mean(dim=1).to(k.dtype) for part in k.split(block_size, dim=1)]
+    means = [_mean(part).to(k.dtype) for part in k.split(block_size, dim=1)]
     num_blocks = len(means)
     # Products and sums in float64 leave one rounding, to float32, so that equal block keys give
     # equal affinities.
@@ -218,3 +218,11 @@ def _gate(
     best = (block < limit[:, None, None] - 1).expand_as(ranked)
     chosen = torch.zeros_like(best).scatter(-1, num_blocks - 1 - ranked, best)
     return chosen & candidate | (block == own)
+
+
+def _mean(keys: Tensor) -> Tensor:
+    """Average keys `[H, n, D]` in float32, added one after another in their order."""
+    total = torch.zeros_like(keys[:, 0], dtype=torch.float32)
+    for key in keys.float().unbind(1):
+        total = total + key
+    return total / keys.shape[1]

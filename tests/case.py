@@ -16,7 +16,7 @@ DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.float1
 DTYPES["float64"] = torch.float64
 MEMORY = ("contiguous", "transposed", "sliced", "strided", "expanded")
 _BUCKETS = 12  # of the relative bias
-_PLANTS, _CAPTURED, _MASK = 1, 2, 3  # streams of random numbers
+_PLANTS, _CAPTURED, _MASK, _GIVEN = 1, 2, 3, 2**40  # streams of random numbers
 
 
 class Span(NamedTuple):
@@ -57,13 +57,16 @@ class Case:
     Attributes:
         docs: Keys of each packed document; then `kv_len` follows.
         q_docs: Queries of each, if not as many; then `q_len` follows.
+        tail: Queries and keys behind the documents; as many queries as keys without `q_docs`.
         pads: Padding keys before and after each row's sequence.
         score: Score mods joined by "+": "alibi", "relative" and "temperature".
         mask: "window:w", "random:p" (each pair is kept with probability p), or nothing.
         memory: How q, k and v lie in memory, one of `MEMORY` each.
         grads: Which of q, k, v and the captured tensors, "c", require gradients.
-        pattern: A fixed routing in place of the gate: "sliding_window", "sink_window",
-            "global_local:n" or "strided:n", with `sink_blocks` and `local_blocks`.
+        pattern: A routing in place of the gate: "sliding_window", "sink_window", "global_local:n"
+            or "strided:n", with `sink_blocks` and `local_blocks`; or lists of n numbers at random,
+            own, invisible, repeated ones and such as name no block: "given:n" for each query head,
+            "shared:n" for each key/value head.
         graph: Whether the call is in a graph that the caller compiles.
         plants: Values planted where they hurt: "q=nan" somewhere in one vector, "k*=inf" all over
             one.
@@ -89,6 +92,7 @@ class Case:
     head_top_k: tuple[int, ...] | None = None
     docs: tuple[int, ...] | None = None
     q_docs: tuple[int, ...] | None = None
+    tail: tuple[int, int] = (0, 0)
     pads: tuple[tuple[int, int], ...] | None = None
     softcap: float | None = None
     score: str = ""
@@ -104,8 +108,14 @@ class Case:
     def __post_init__(self) -> None:
         """Let sizes follow from documents, and padding fit the sizes."""
         if self.docs is not None:
-            q_docs = self.docs if self.q_docs is None else self.q_docs
-            self._set(kv_len=sum(self.docs), q_len=sum(q_docs))
+            more_q, more_k = self.tail
+            kv_len = sum(self.docs) + more_k
+            if self.q_docs is not None:  # never more queries than keys
+                more_q = min(more_q, kv_len - sum(self.q_docs))
+                self._set(tail=(more_q, more_k), q_len=sum(self.q_docs) + more_q)
+            self._set(kv_len=kv_len, q_len=kv_len if self.q_docs is None else self.q_len)
+        else:
+            self._set(tail=(0, 0))
         if self.pads is not None:
             pads = [self.pads[row % len(self.pads)] for row in range(self.batch)]
             left = [min(left, self.kv_len) for left, _ in pads]
@@ -292,6 +302,18 @@ class Case:
         generator = self._generator(_PLANTS)
         b, h, i, d = (int(torch.randint(n, (), generator=generator)) for n in x.shape)
         x[b, h, i, slice(None) if everywhere else d] = value
+
+    def lists(self) -> Tensor | None:
+        """Return the numbers of a pattern that is given as lists, int64 `[B, H, Q, n]`."""
+        kind, _, number = self.pattern.partition(":")
+        if kind not in ("given", "shared"):
+            return None
+        heads = self.num_heads if kind == "given" else self.num_kv_heads
+        most = int(self.places.after.max()) if self.q_len else 0
+        shape = (self.batch, heads, self.q_len, int(number))
+        lists = torch.randint(-3, most + 4, shape, generator=self._generator(_GIVEN))
+        far = torch.tensor([2**31, 2**32, 2**63 - 1, -(2**63)])
+        return torch.where(lists == most + 3, far[lists % 4], lists).to(self.device)
 
     def captured(self) -> dict[str, Tensor]:
         """Return the tensors that score mods capture, float32 (float64 if the inputs are)."""

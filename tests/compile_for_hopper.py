@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moba_flex.compile import fused, fused_kernels
-from moba_flex.masks import regroup_kernel, router_kernel
+from moba_flex.masks import pool_kernel, regroup_kernel, router_kernel
 
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
@@ -78,6 +78,18 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
     return compile_kernel(router_kernel.gate_kernel, dtype, constants, router_kernel._WARPS, 2)
 
 
+def pool(dtype: torch.dtype, head_dim: int, tables: bool) -> dict[str, Any]:
+    """Compile the kernel that averages keys."""
+    constants = {
+        "stride_kd": 1,
+        "TABLES": tables,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
+        "AHEAD": pool_kernel._AHEAD,
+    }
+    return compile_kernel(pool_kernel.pool_kernel, dtype, constants, 1, 3)
+
+
 def sorting() -> list[dict[str, Any]]:
     """Compile the kernels that sort pairs by block."""
     constants = {"TILE": regroup_kernel._TILE, "WIDTH": regroup_kernel._WIDTH, "ROOM": 16}
@@ -114,6 +126,7 @@ if __name__ == "__main__":
         (torch.float16, 256, 63, True),
     ]
     results = [gate(*case) for case in cases]
+    results += [pool(torch.bfloat16, 128, False), pool(torch.float32, 80, True)]
     results += sorting()
     results += attention(torch.bfloat16, 128, 128, everything=False)
     results += attention(torch.float16, 80, 100, everything=True)

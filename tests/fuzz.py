@@ -94,7 +94,9 @@ def _draw_kind(rng: Random, device: str, plan: str) -> Case:
     no_grad = device == "cpu" and plan == "masked"  # compiled FlexAttention has no backward there
     some = "".join(name for name in "qkvc" if rng.random() < 0.5)
     fixed = ("sliding_window", "sink_window", "global_local:3", "strided:2")
-    pattern = maybe(0.08, rng.choice(fixed), "") if plan != "dense" else ""
+    lists = tuple(f"{kind}:{n}" for kind in ("given", "shared") for n in (0, 1, 3, 9))
+    given = rng.choice(rng.choice((fixed, lists)))
+    pattern = maybe(0.16, given, "") if plan != "dense" else ""
     layout = rng.choices(("", "docs", "q_docs", "pads"), (30, 25, 15, 30))[0]
     return Case(
         num_kv_heads=num_kv_heads,
@@ -141,6 +143,8 @@ def _draw_sizes(rng: Random, case: Case) -> Case:
         if case.q_docs is not None:
             pick = rng.choice((lambda n: rng.randint(0, n), lambda n: min(n, 1), lambda n: n))
             case = replace(case, q_docs=tuple(pick(n) for n in docs))
+        if rng.random() < 0.3:
+            case = replace(case, tail=(rng.choice((0, 1, 40)), rng.choice((1, 7, 90))))
     else:
         some = rng.randint(1, kv_len)
         q_len = rng.choices((kv_len, some, 1, 0), (50, 25, 15, 1))[0]
@@ -227,8 +231,8 @@ def _said(case: Case) -> str:
 
 def simpler(case: Case) -> Iterator[Case]:
     """Yield cases that are smaller or plainer in one respect, the most so first."""
-    for name in ("plants", "docs", "q_docs", "pads", "head_top_k", "softcap", "score", "mask",
-                 "pattern", "v_dim", "scale", "memory", "dtype", "causal", "ties",
+    for name in ("plants", "docs", "tail", "q_docs", "pads", "head_top_k", "softcap", "score",
+                 "mask", "pattern", "v_dim", "scale", "memory", "dtype", "causal", "ties",
                  "lse"):  # fmt: skip
         plain: dict[str, Any] = {name: Case.__dataclass_fields__[name].default}
         if getattr(case, name) != plain[name]:
@@ -330,6 +334,8 @@ def tags(case: Case) -> Iterator[tuple[str, str]]:
         for n, name in ((0, "an empty one"), (1, "one of one token")):
             if n in case.docs:
                 yield "documents", name
+        if any(case.tail):
+            yield "documents", "padding behind them"
     if case.pads is not None:
         layout = "padded"
         for left, right in set(case.pads):

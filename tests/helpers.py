@@ -89,7 +89,8 @@ def layouts(draw: st.DrawFn, /, **options: Any) -> Case:
         q_docs = None
         if draw(st.booleans()):
             q_docs = (1, *(draw(st.integers(0, n)) for n in docs[1:]))
-        return replace(case, docs=tuple(docs), q_docs=q_docs)
+        tail = draw(st.sampled_from([(0, 0), (0, 0), (5, 5), (0, 200)]))
+        return replace(case, docs=tuple(docs), q_docs=q_docs, tail=tail)
     if kind == "padding":
         side = st.integers(0, case.kv_len)
         pads = draw(st.lists(st.tuples(side, side), min_size=2, max_size=2))
@@ -151,6 +152,29 @@ def chosen_blocks(routing: Routing) -> Tensor:
         position = routing.q_offset + torch.arange(routing.q_len, device=blocks.device)
         own = position // routing.block_size
     return table | (number == own.unsqueeze(-1))
+
+
+def given_routing(case: Case) -> Routing:
+    """Return the routing that is given as lists."""
+    lists, sizes = case.lists(), (case.block_size, case.q_len, case.kv_len, case.causal)
+    assert lists is not None
+    tables = make_tables(case.q_len, case.kv_len, case.block_size, case.causal, **case.layout)
+    return Routing(lists, *sizes, tables)
+
+
+def given_blocks(case: Case, lists: Tensor) -> Tensor:
+    """Return the blocks that given lists stand for, own one included, bool `[B, Hq, Q, N]`."""
+    own, first, after = (
+        x[:, None, :, None] for x in (case.places.own, case.places.first, case.places.after)
+    )
+    num_blocks = -(-case.kv_len // case.block_size)
+    if case.docs is not None:
+        num_blocks = case.kv_len // case.block_size + len(case.docs)
+    block = torch.arange(num_blocks, device=lists.device)
+    visible = (own >= 0) & (block >= first) & (block < (own if case.causal else after))
+    listed = (lists.unsqueeze(-1) == block).any(-2)
+    listed = listed.repeat_interleave(case.num_heads // lists.shape[1], dim=1)
+    return listed & visible | ((block == own) & (own >= 0))
 
 
 def token_mask(blocks: Tensor, case: Case) -> Tensor:
@@ -215,7 +239,7 @@ def assert_gate_is_right(case: Case, q: Tensor, k: Tensor, blocks: Tensor) -> No
 
 
 def _block_means(case: Case, k: Tensor, num_blocks: int) -> Tensor:
-    """Return the mean key of each block, in float32 and then the dtype of the keys."""
+    """Return the mean key of each block: the keys' sum in float32, in order, divided once."""
     rows = []
     for b in range(case.batch):
         means = k.new_zeros(k.shape[1], num_blocks, k.shape[3])
@@ -224,7 +248,10 @@ def _block_means(case: Case, k: Tensor, num_blocks: int) -> Tensor:
             if start == stop:
                 continue
             for part in k[b, :, start:stop].split(case.block_size, dim=1):
-                means[:, number] = part.float().mean(1).to(k.dtype)
+                total = part.new_zeros(part[:, 0].shape, dtype=torch.float32)
+                for key in part.float().unbind(1):
+                    total += key
+                means[:, number] = (total / part.shape[1]).to(k.dtype)
                 number += 1
         rows.append(means)
     return torch.stack(rows) if rows else k.new_zeros(0, k.shape[1], num_blocks, k.shape[3])
@@ -237,6 +264,7 @@ def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Atten
     """Return `moba_attention` of a case, as a function of q, k, v and the captured tensors."""
     request: dict[str, Any] = case.gate | case.layout
     names = list(case.captured())
+    given = None if case.lists() is None else given_routing(case)
     options: dict[str, Any] = {
         "scale": case.scale,
         "softcap": case.softcap,
@@ -248,7 +276,7 @@ def attention(case: Case, plan: Any = None, *, lse: bool | None = None) -> Atten
     def run(q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor | None]:
         score_mod = case.score_mod(dict(zip(names, captured, strict=True)))
         if case.pattern:
-            routing = route_case(case, q, k)
+            routing = route_case(case, q, k) if given is None else given
             out, aux = routed_attention(q, k, v, routing, **options, score_mod=score_mod)
         else:
             out, aux = moba_attention(q, k, v, **request, **options, score_mod=score_mod)
@@ -312,8 +340,11 @@ def assert_matches_oracle(
     if backward and "c" in case.grads:
         names += list(captured)
         captured = {key: x.requires_grad_() for key, x in captured.items()}
-    routing = route_case(case, q, k)
-    blocks = chosen_blocks(routing)
+    lists = case.lists()
+    if lists is not None:
+        blocks = given_blocks(case, lists)
+    else:
+        blocks = chosen_blocks(route_case(case, q, k))
     if not case.pattern:
         assert_gate_is_right(case, q.detach(), k.detach(), blocks)
     if case.has_exact_ties:

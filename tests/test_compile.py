@@ -22,7 +22,7 @@ from moba_flex.masks import router
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.layout import padded_tables
 from moba_flex.masks.regroup import regroup
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, lay_out_keys, own_block_mask, routed_block_mask
 from tests.helpers import Case, run_script
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moba_flex import diagnostics
-from moba_flex.masks.router import Routing, route
+from moba_flex.masks.router import route
+from moba_flex.masks.routing import Routing
 
 
 @st.composite

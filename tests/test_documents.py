@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from moba_flex import moba_attention, moba_attention_reference, route
 from moba_flex.compile import cpu, parts
 from moba_flex.masks import router
-from moba_flex.masks.blocks import pool_extents
+from moba_flex.masks.blocks import pool_keys
 from moba_flex.masks.layout import make_tables
 from tests.case import Case, Span
 from tests.helpers import assert_matches_oracle, attention, cases, chosen_blocks, route_case
@@ -36,7 +36,9 @@ def laid_out(draw: st.DrawFn, *, max_len: int = 500) -> Case:
     lengths = st.integers(0, 3), st.integers(0, case.block_size + 1), st.integers(0, max_len // 4)
     docs = draw(st.lists(st.one_of(*lengths), min_size=1, max_size=8).filter(any))
     q_docs = draw(st.one_of(st.none(), st.tuples(*(st.integers(0, n) for n in docs)).filter(any)))
-    return replace(case, docs=(*docs,), q_docs=q_docs, head_top_k=head_top_k(draw, case))
+    tail = draw(st.sampled_from([(0, 0), (0, 0), (3, 3), (0, 7), (20, 50)]))
+    case = replace(case, docs=(*docs,), q_docs=q_docs, tail=tail)
+    return replace(case, head_top_k=head_top_k(draw, case))
 
 
 def head_top_k(draw: st.DrawFn, case: Case) -> tuple[int, ...] | None:
@@ -279,9 +281,9 @@ def test_ops_keep_the_rules_of_torch_library(causal: bool) -> None:
         q, k, v = (x.requires_grad_() for x in case.inputs())
         tables = make_tables(71, 71, 8, causal, **case.layout)
         assert tables is not None
-        gate = (q, k, 8, 2, 1, 0, causal, torch.tensor([2, 3]), *tables)
+        gate = (q, k, 8, 2, 1, 0, causal, torch.tensor([2, 3]), *tables[:2])
         torch.library.opcheck(router.gate_cpu, gate)
-        options = (router.gate_cpu(*gate), 8, causal, 0.3, *tables)
+        options = (router.gate_cpu(*gate), 8, causal, 0.3, *tables[:2])
         torch.library.opcheck(cpu.attend_cpu, (q, k, v, *options))
 
 
@@ -292,7 +294,7 @@ def test_block_keys_are_means_of_each_block(dtype: torch.dtype) -> None:
         _, k, _ = case.inputs()
         tables = make_tables(79, 79, 8, True, **case.layout)
         assert tables is not None
-        keys = pool_extents(k, tables.extents)
+        keys = pool_keys(k, case.block_size, tables.extents)
         assert keys.dtype == dtype
         assert keys.shape == (3, 2, tables.num_blocks, 16)
         for b in range(3):

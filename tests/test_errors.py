@@ -8,19 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 import moba_flex
 from moba_flex import (
+    MoBAAttention,
     MoBAConfig,
     Routing,
     choose_plan,
     create_moba_block_mask,
     diagnostics,
+    make_tables,
     moba_attention,
     patterns,
     route,
@@ -39,6 +44,16 @@ def to_meta(routing: Routing) -> Routing:
 
 
 GATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"block_size": 2**63},
+        ValueError,
+        "block_size must be at most 2**63 - 1, got 9223372036854775808",
+    ),
+    ({"top_k": torch.tensor(2)}, TypeError, "top_k must be an int, got Tensor"),
+    ({"top_k": np.float64(2)}, TypeError, "top_k must be an int, got float64"),
+    ({"causal": "no"}, TypeError, "causal must be a bool, got str"),
+    ({"causal": None}, TypeError, "causal must be a bool, got NoneType"),
+    ({"causal": 0}, TypeError, "causal must be a bool, got int"),
     ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
     ({"block_size": 2.0}, TypeError, "block_size must be an int, got float"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
@@ -79,6 +94,32 @@ QK_ERRORS: list[tuple[Any, Any, type[Exception], str]] = [
         x(1, 2, 8, 0),
         ValueError,
         "k must have heads and a head_dim of at least 1, got shape (1, 2, 8, 0)",
+    ),
+    (
+        x(),
+        x().to_sparse(),
+        TypeError,
+        "k must be a dense tensor, got layout torch.sparse_coo: "
+        "lay documents one after another and pass cu_seqlens",
+    ),
+    (
+        torch.nested.nested_tensor([x(2, 8, 16), x(2, 7, 16)], layout=torch.jagged),
+        x(),
+        TypeError,
+        "q must be a dense tensor, got a nested tensor: "
+        "lay documents one after another and pass cu_seqlens",
+    ),
+    (
+        x(dtype=torch.complex64),
+        x(),
+        TypeError,
+        "q must have a floating-point dtype, got torch.complex64",
+    ),
+    (
+        x(dtype=torch.float8_e4m3fn),
+        x(),
+        TypeError,
+        "q must have at least 16 bits, got torch.float8_e4m3fn: convert q, k and v",
     ),
     (x(), x(2, 2, 8, 16), ValueError, "k must have the batch size of q, 1, got 2"),
     (
@@ -133,14 +174,14 @@ LAYOUT_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "cu_seqlens must not decrease, got 4 after 5",
     ),
     (
-        {"cu_seqlens": STARTS[:2]},
+        {"cu_seqlens": torch.tensor([0, 3, 9])},
         ValueError,
-        "cu_seqlens must end at the number of keys, 8, got 3",
+        "cu_seqlens must end at the number of keys, 8, or before, got 9",
     ),
     (
-        {"cu_seqlens": STARTS, "cu_seqlens_q": STARTS[:2]},
+        {"cu_seqlens": STARTS, "cu_seqlens_q": torch.tensor([0, 3, 9])},
         ValueError,
-        "cu_seqlens_q must end at the number of queries, 8, got 3",
+        "cu_seqlens_q must end at the number of queries, 8, or before, got 9",
     ),
     (
         {"cu_seqlens": STARTS, "cu_seqlens_q": torch.tensor([0, 3, 3, 8])},
@@ -215,6 +256,107 @@ HEAD_ERRORS: list[tuple[Any, type[Exception], str]] = [
         "head_top_k must be on the device of q, cpu, got meta",
     ),
 ]
+BLOCKS = torch.zeros(1, 2, 8, 1, dtype=torch.int32)
+GIVEN: dict[str, Any] = {
+    "blocks": BLOCKS,
+    "block_size": 4,
+    "q_len": 8,
+    "kv_len": 8,
+    "causal": True,
+}
+TABLES = make_tables(8, 8, 4, True, cu_seqlens=torch.tensor([0, 3, 8]))
+
+
+def given(**fields: Any) -> Routing:
+    return Routing(**{"blocks": BLOCKS, **GIVEN, **fields})
+
+
+GIVEN_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    (
+        given(blocks=BLOCKS.float()),
+        TypeError,
+        "routing.blocks must have an integer dtype, got torch.float32",
+    ),
+    (
+        given(blocks=BLOCKS.bool()),
+        TypeError,
+        "routing.blocks must have an integer dtype, got torch.bool",
+    ),
+    (
+        given(blocks=BLOCKS.tolist()),
+        TypeError,
+        "routing.blocks must be a Tensor, got list",
+    ),
+    (
+        given(blocks=BLOCKS[0]),
+        ValueError,
+        "routing.blocks must have 4 dimensions [B, H, Q, K], got shape (2, 8, 1)",
+    ),
+    (
+        given(blocks=BLOCKS[:, :1]),
+        ValueError,
+        "routing must be of [B, Hq, Q, KV] = (1, 2, 8, 8), got one of (1, 1, 8, 8)",
+    ),
+    (given(q_len=7), ValueError, "routing.q_len must be that of its blocks, 8, got 7"),
+    (
+        given(block_size=0),
+        ValueError,
+        "routing.block_size must be at least 1, got 0",
+    ),
+    (
+        given(causal=None),
+        TypeError,
+        "routing.causal must be a bool, got NoneType",
+    ),
+    (
+        given(block_size=2, tables=TABLES),
+        ValueError,
+        "routing.tables must be made with block_size=2, got block_size=4",
+    ),
+    (
+        given(causal=False, tables=TABLES),
+        ValueError,
+        "routing.tables must be made with causal=False, got causal=True",
+    ),
+    (
+        given(tables="documents"),
+        TypeError,
+        "routing.tables must be Tables, got str: see make_tables",
+    ),
+]
+TABLES_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    (
+        make_tables(8, 8, 2, True, cu_seqlens=STARTS),
+        ValueError,
+        "tables must be made with block_size=4, got block_size=2",
+    ),
+    (
+        make_tables(8, 8, 4, False, cu_seqlens=STARTS),
+        ValueError,
+        "tables must be made with causal=True, got causal=False",
+    ),
+    (
+        make_tables(8, 9, 4, True, key_mask=torch.ones(1, 9, dtype=torch.bool)),
+        ValueError,
+        "tables must be made with kv_len=8, got kv_len=9",
+    ),
+    (
+        make_tables(7, 8, 4, True, key_mask=MASK),
+        ValueError,
+        "tables must be made with q_len=8, got q_len=7",
+    ),
+    (
+        make_tables(8, 8, 4, True, key_mask=MASK.expand(3, -1)),
+        ValueError,
+        "tables must be of 1 or 1 rows, got (3, 3)",
+    ),
+    (
+        make_tables(8, 8, 4, True, key_mask=MASK.to("meta")),
+        ValueError,
+        "tables must be on the device of q, cpu, got meta",
+    ),
+    ((STARTS, STARTS), TypeError, "tables must be Tables, got tuple: see make_tables"),
+]
 MOD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": "50"}, TypeError, "softcap must be a number, got str"),
     ({"softcap": True}, TypeError, "softcap must be a number, got bool"),
@@ -240,6 +382,32 @@ MOD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mask_mod": x()}, TypeError, "mask_mod must be a function, got Tensor"),
     ({"scale": "1"}, TypeError, "scale must be a number, got str"),
     ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ({"scale": 1j}, TypeError, "scale must be a number, got complex"),
+    ({"scale": np.True_}, TypeError, "scale must be a number, got bool"),
+    ({"scale": torch.ones(1)}, TypeError, "scale must be a number, got Tensor"),
+    (
+        {"scale": torch.ones((), requires_grad=True)},
+        ValueError,
+        "scale must be a number without a gradient, got a Tensor that requires one: "
+        "multiply q by it",
+    ),
+    (
+        {"softcap": torch.ones((), device="meta")},
+        ValueError,
+        "softcap must be a number, got a Tensor that cannot be read here",
+    ),
+    (
+        {"return_aux": True},
+        TypeError,
+        "return_aux must be an AuxRequest, got bool: "
+        "pass torch.nn.attention.flex_attention.AuxRequest(lse=True)",
+    ),
+    (
+        {"return_aux": "lse"},
+        TypeError,
+        "return_aux must be an AuxRequest, got str: "
+        "pass torch.nn.attention.flex_attention.AuxRequest(lse=True)",
+    ),
 ]
 CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
@@ -326,6 +494,12 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: moba_attention(x(), x(), x(1, 2, 8, 0), **GATE),
         ValueError,
         "v must have the shape of k, (1, 2, 8, 16), save its head_dim, got (1, 2, 8, 0)",
+    ),
+    (
+        lambda: torch.jit.trace(MoBAAttention(**GATE), (x(), x(), x())),  # type: ignore[no-untyped-call]
+        ValueError,
+        "moba_attention must be traced by torch.export, got torch.jit.trace: "
+        "use moba_flex.compile.export",
     ),
     (
         lambda: torch.vmap(lambda q: moba_attention(q, q, q, **GATE))(x(3, 1, 2, 8, 16)),
@@ -593,6 +767,8 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 MORE_MESSAGES = {
     "here": [
         "q must be on cuda for plan='fused', got cpu: let plan be 'auto'",
+        "q must be a local tensor, got a DTensor: heads are independent of each other, so shard "
+        "them and pass x.to_local()",
         "score_mod must be None for plan='fused', got a function: let plan be 'routed'",
         "q, k and v must have fewer than 2**31 elements each on cuda, got 2281701376: "
         "split the batch or the heads",
@@ -646,6 +822,9 @@ MORE_MESSAGES = {
         "m.pt2 is not to be trusted",
         "--model must have a tokenizer, got m: a reason",
     ],
+    "test_module.py": [
+        "head_top_k must hold numbers that can be read, got a tensor on meta: pass a list",
+    ],
     "test_transforms.py": [
         "score_mod must capture no tensor that torch.func differentiates on cpu, "
         "got one of shape (4,): use backward",
@@ -672,6 +851,9 @@ def test_options_of_the_gate(
     for call in (
         lambda: moba_attention(x(), x(), x(), **gate),
         lambda: create_moba_block_mask(x(), x(), **gate),
+        lambda: choose_plan(x(), x(), **gate),
+        lambda: route(x(), x(), **gate),
+        lambda: MoBAAttention(**gate),
     ):
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             call()
@@ -683,6 +865,8 @@ def test_queries_and_keys(q: Any, k: Any, error: type[Exception], message: str) 
         lambda: moba_attention(q, k, k, **GATE),
         lambda: create_moba_block_mask(q, k, **GATE),
         lambda: choose_plan(q, k, **GATE),
+        lambda: route(q, k, **GATE),
+        lambda: patterns.strided(q, k, block_size=4, stride=2, local_blocks=1),
     ):
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             call()
@@ -693,6 +877,7 @@ def test_layouts(options: dict[str, Any], error: type[Exception], message: str) 
     for call in (
         lambda: moba_attention(x(), x(), x(), **GATE, **options),
         lambda: create_moba_block_mask(x(), x(), **GATE, **options),
+        lambda: choose_plan(x(), x(), **GATE, **options),
         lambda: patterns.sliding_window(x(), x(), block_size=4, local_blocks=1, **options),
     ):
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
@@ -704,6 +889,8 @@ def test_top_k_of_heads(head_top_k: Any, error: type[Exception], message: str) -
     for call in (
         lambda: moba_attention(x(), x(), x(), **GATE, head_top_k=head_top_k),
         lambda: create_moba_block_mask(x(), x(), **GATE, head_top_k=head_top_k),
+        lambda: choose_plan(x(), x(), **GATE, head_top_k=head_top_k),
+        lambda: route(x(), x(), **GATE, head_top_k=head_top_k),
     ):
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             call()
@@ -720,6 +907,39 @@ def test_mods(options: dict[str, Any], error: type[Exception], message: str) -> 
             call()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize(("routing", "error", "message"), GIVEN_ERRORS, ids=identify)
+def test_given_routings(routing: Any, error: type[Exception], message: str) -> None:
+    for call in (
+        lambda: routed_attention(x(), x(), x(), routing),
+        lambda: diagnostics.attention_recall(x(), x(), routing),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
+@pytest.mark.parametrize(("tables", "error", "message"), TABLES_ERRORS, ids=identify)
+def test_tables_of_other_requests(tables: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        route(x(), x(), **GATE, tables=tables)
+
+
+def test_distributed_tensors() -> None:
+    message = (
+        "q must be a local tensor, got a DTensor: heads are independent of each other, so shard "
+        "them and pass x.to_local()"
+    )
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        q = DTensor.from_local(x(), init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            moba_attention(q, q, q, **GATE)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("call", "error", "message"), CALL_ERRORS, ids=identify)
 def test_calls(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
@@ -899,7 +1119,7 @@ def messages_in_code() -> Iterator[tuple[str, str]]:
 def test_the_tables_hold_every_message() -> None:
     tables = (
         GATE_ERRORS, QK_ERRORS, LAYOUT_ERRORS, HEAD_ERRORS, MOD_ERRORS, CALL_ERRORS, CUDA_ERRORS,
-        CONFIG_ERRORS, DOOR_ERRORS,
+        CONFIG_ERRORS, DOOR_ERRORS, GIVEN_ERRORS, TABLES_ERRORS,
     )  # fmt: skip
     known = [row[-1] for table in tables for row in table]
     known += [message for messages in MORE_MESSAGES.values() for message in messages]

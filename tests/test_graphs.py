@@ -218,7 +218,8 @@ def tables() -> Iterator[tuple[Tensor, Tensor] | tuple[None, None]]:
     """Yield what ops are given of 50 queries and 90 keys: nothing, and two packed documents."""
     yield None, None
     starts = torch.tensor([0, 20, 50]), torch.tensor([0, 30, 90])
-    yield document_tables(*starts, 50, 90, 16, True)
+    packed = document_tables(*starts, 50, 90, 16, True)
+    yield packed.queries, packed.extents
 
 
 def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -17,7 +17,9 @@ def layouts(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         docs = draw(lengths)
         q_docs = [draw(st.integers(0, n)) for n in docs] if draw(st.booleans()) else docs
-        return Case(block_size=block_size, causal=causal, docs=(*docs,), q_docs=(*q_docs,))
+        tail = draw(st.sampled_from([(0, 0), (3, 3), (0, 7), (4, 30)]))
+        documents = {"docs": tuple(docs), "q_docs": tuple(q_docs), "tail": tail}
+        return Case(block_size=block_size, causal=causal, **documents)
     kv_len = draw(st.integers(1, 50))
     pads = st.tuples(st.integers(0, 60), st.integers(0, 60))
     return Case(
@@ -52,7 +54,7 @@ def test_tables_say_where_things_lie(case: Case) -> None:
 
     start, stop = tables.extents.long()
     assert (start <= stop).all()
-    assert (start[:, 1:] >= stop[:, :-1]).all(), "blocks follow each other"
+    assert torch.equal(start[:, 1:], stop[:, :-1]), "blocks follow each other"
     key, block = torch.arange(case.kv_len), torch.arange(none)
     inside = (key >= start.unsqueeze(2)) & (key < stop.unsqueeze(2))
     assert torch.equal(inside, block[:, None] == places.key_block.unsqueeze(1))
@@ -82,3 +84,18 @@ def test_dtype_of_cu_seqlens(dtype: torch.dtype) -> None:
     assert tables is not None
     assert tables.queries[1, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
     assert tables.extents.tolist() == [[[0, 3, 7, 10, 10]], [[3, 7, 10, 10, 10]]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_lies_behind_the_last_document_is_padding(causal: bool) -> None:
+    tables = make_tables(9, 12, 4, causal, cu_seqlens=cu(0, 3, 8), cu_seqlens_q=cu(0, 2, 6))
+    assert tables is not None
+    position, own, oldest, newest = tables.queries[:, 0]
+    assert position.tolist() == [1, 2, 4, 5, 6, 7, -1, -1, -1]
+    assert own.tolist() == [0, 0, 1, 1, 1, 2] + [tables.num_blocks] * 3
+    assert (newest < oldest)[6:].all()
+    assert tables.extents.tolist() == [[[0, 3, 7, 8, 8]], [[3, 7, 8, 8, 8]]]
+
+
+def cu(*starts: int) -> torch.Tensor:
+    return torch.tensor(starts, dtype=torch.int32)

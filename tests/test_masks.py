@@ -15,7 +15,7 @@ from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.layout import make_tables
 from moba_flex.masks.regroup import regroup, sort_pairs, tile_blocks
 from moba_flex.masks.regroup_kernel import sort_pairs_triton, tile_blocks_triton
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import (
     TILE,
     lay_out_keys,

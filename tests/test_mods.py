@@ -14,7 +14,7 @@ from moba_flex import moba_attention, moba_attention_reference, route
 from moba_flex.compile import modded, plans
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import Regrouping
-from moba_flex.masks.router import Routing
+from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, KeyLayout, routed_block_mask
 from tests.helpers import (
     Case,
@@ -263,7 +263,7 @@ def test_ops_keep_the_rules_of_torch_library(grad_lse: bool) -> None:
     q, k, v = inputs(grad=True)
     case = Case(2, 2, 2, 150, 150, block_size=16, top_k=3, pads=((9, 0), (0, 30)))
     routing = route_case(case, q, k)
-    options = 16, True, 0.3, 2.0, *(routing.tables or ())
+    options = 16, True, 0.3, 2.0, *routing.located
     torch.library.opcheck(modded.attend_softcap, (q, k, v, routing.blocks, *options))
     out, lse = modded.attend_softcap(q, k, v, routing.blocks, *options)
     saved = (x.detach() for x in (q, k, v, routing.blocks, out, lse))
@@ -293,9 +293,15 @@ def test_form_on_cuda_is_one_graph_for_any_length(
     base = replace(base, dtype=torch.float64)  # some gradients are sums of many terms
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, tables: Any, blocks: Tensor, score_mod: Any, mask_mod: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Tensor,
+        located: Any,
+        score_mod: Any,
+        mask_mod: Any,
     ) -> Any:
-        routing = Routing(blocks, base.block_size, q.shape[2], k.shape[2], True, tables)
+        routing = Routing.of_parts(q, k, blocks, base.block_size, True, *located)
         mods = Mods(score_mod, mask_mod, base.softcap)
         return plans._routed_flex(q, k, v, routing, scale=0.2, mods=mods)
 
@@ -312,7 +318,7 @@ def test_form_on_cuda_is_one_graph_for_any_length(
         mods = Mods(case.score_mod(captured), case.mask_mod(), case.softcap)
         expected = modded.attend_modded(q, k, v, routing, mods, 0.2)
         functions = mods.score_mod, mods.mask_mod
-        found = compiled(q, k, v, routing.tables, routing.blocks, *functions)
+        found = compiled(q, k, v, routing.blocks, routing.located, *functions)
         of = [q, k, v, *captured.values()]
         weights = [torch.randn_like(x) for x in expected]
         weights[1] = weights[1].masked_fill(expected[1] == -torch.inf, 0.0)

@@ -2,11 +2,14 @@
 
 import copy
 import inspect
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -75,15 +78,41 @@ def test_a_model_is_sparse_or_dense() -> None:
     torch.testing.assert_close(module(q, k, v), dense)
 
 
-def test_nothing_is_saved_and_what_there_is_moves() -> None:
-    module = MoBAAttention(16, 4, head_top_k=[1, 2])
-    assert not module.state_dict()
-    assert not list(module.parameters())
-    moved = copy.deepcopy(module).to("meta", torch.bfloat16).head_top_k
-    assert moved is not None
-    assert (moved.device.type, moved.dtype) == ("meta", torch.int64)
-    assert module.head_top_k is not None
-    assert module.head_top_k.tolist() == [1, 2]
+def test_nothing_is_saved_and_numbers_stay_what_they_are() -> None:
+    """On whatever device the module is made, and wherever and to whatever dtype it is moved."""
+    q, k, v = Case(1, 1, 2, 100, 100).inputs()
+    want = moba_attention(q, k, v, block_size=16, top_k=4, head_top_k=torch.tensor([1, 3]))
+    with torch.device("meta"):
+        made = MoBAAttention(16, 4, head_top_k=[1, 3])
+        assert "head_top_k=[1, 3]" in repr(made)
+    for module in (
+        made.to_empty(device="cpu"),
+        copy.deepcopy(made).to("meta", torch.bfloat16).half(),
+        MoBAAttention(16, 4, head_top_k=torch.tensor([1, 3])),
+        MoBAAttention(16, 4, head_top_k=np.array([1, 3])),  # type: ignore[arg-type]
+        pickle.loads(pickle.dumps(made)),
+    ):
+        assert not module.state_dict()
+        assert not list(module.parameters())
+        assert torch.equal(module(q, k, v), want)
+    module.head_top_k = [4, 4]
+    assert torch.equal(module(q, k, v), MoBAAttention(16, 4)(q, k, v))
+
+
+def test_numbers_of_heads_on_fake_tensors_and_in_graphs() -> None:
+    q, k, v = Case(1, 1, 2, 100, 100).inputs()
+    module = MoBAAttention(16, 4, head_top_k=[1, 3])
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        assert module(*fakes).shape == q.shape
+    assert module(*fakes).shape == q.shape
+    want = module(q, k, v)  # what was fake is not kept
+    with torch.inference_mode():
+        assert torch.equal(module(q, k, v), want)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), want)
+    with pytest.raises(ValueError, match="head_top_k must hold numbers that can be read, got a"):
+        MoBAAttention(16, 4, head_top_k=torch.tensor([1, 3], device="meta"))
 
 
 def test_print_says_the_options() -> None:

@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from moba_flex import moba_attention_reference, route
+from moba_flex import Routing, moba_attention_reference, route
+from moba_flex.masks import blocks as blocks_module
 from moba_flex.masks import router
 from moba_flex.masks.blocks import ceil_div, pool_keys
+from moba_flex.masks.layout import make_tables, plain_tables
+from tests.case import MEMORY, lay_out
 from tests.helpers import (
     Case,
     assert_gate_is_right,
@@ -40,9 +44,7 @@ def test_kernel_chooses_what_the_contract_says(case: Case) -> None:
     q, k, v = case.inputs()
     blocks = launch_kernel(q, k, case)
     assert (blocks.diff(dim=3) >= 0).all(), "ascending"
-    chosen = chosen_blocks(
-        router.Routing(blocks, case.block_size, case.q_len, case.kv_len, case.causal)
-    )
+    chosen = chosen_blocks(Routing(blocks, case.block_size, case.q_len, case.kv_len, case.causal))
     assert_gate_is_right(case, q, k, chosen)
     if has_exact_ties(case):
         assert torch.equal(chosen, moba_attention_reference(q, k, v, **case.gate).blocks)
@@ -149,6 +151,63 @@ def test_block_keys_are_means_rounded_once() -> None:
     exact = torch.stack([part.double().mean(2) for part in k.split(32, dim=2)], dim=2)
     half_step = torch.finfo(torch.bfloat16).eps / 2
     assert ((keys.double() - exact).abs() <= exact.abs() * half_step * 1.001).all()
+
+
+def means_in_order(k: Tensor, block_size: int) -> Tensor:
+    """Return the block keys of the contract: one addition in float32 after another."""
+    means = []
+    for part in k.split(block_size, dim=2):
+        total = torch.zeros_like(part[:, :, 0], dtype=torch.float32)
+        for key in part.float().unbind(2):
+            total = total + key
+        means.append((total / part.shape[2]).to(k.dtype))
+    return torch.stack(means, dim=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@given(
+    sizes=st.tuples(
+        st.integers(1, 3), st.integers(1, 3), st.integers(1, 300), st.integers(1, 130)
+    ),
+    block_size=st.integers(1, 140),
+    memory=st.sampled_from(MEMORY),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_block_keys_have_the_bits_of_sums_in_order(
+    dtype: torch.dtype, sizes: tuple[int, ...], block_size: int, memory: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Of many sizes, so that every addition rounds.
+    k = torch.randn(sizes, generator=generator) * torch.randn(sizes, generator=generator).exp()
+    k = lay_out(k.to(dtype), memory)
+    want = means_in_order(k, block_size)
+    assert torch.equal(pool_keys(k, block_size), want)
+    plain = plain_tables(1, k.shape[2], block_size, True, k.device)
+    assert torch.equal(pool_keys(k, block_size, plain.extents), want)
+
+
+def test_kernel_and_chunks_give_the_bits_of_sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_interpreter()
+    from moba_flex.masks.pool_kernel import pool_triton
+
+    k = torch.randn(2, 2, 150, 24) * torch.randn(2, 2, 150, 24).exp()
+    strided = k.transpose(1, 2).contiguous().transpose(1, 2)
+    mask = torch.arange(150) >= torch.tensor([[0], [33]])
+    for block_size in (1, 2, 7, 16, 17, 64, 149, 150, 400):
+        want = means_in_order(k, block_size)
+        assert torch.equal(pool_triton(k, block_size, want.shape[2], None), want)
+        assert torch.equal(pool_triton(strided, block_size, want.shape[2], None), want)
+        tables = make_tables(150, 150, block_size, True, key_mask=mask)
+        assert tables is not None
+        padded = pool_keys(k, block_size, tables.extents)
+        alone = means_in_order(k[1:, :, 33:], block_size)
+        assert torch.equal(padded[1:, :, : alone.shape[2]], alone)
+        num_blocks = tables.num_blocks
+        assert torch.equal(pool_triton(k, block_size, num_blocks, tables.extents), padded)
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks_module, "_POOL_CHUNK", 150 * 24)
+            assert torch.equal(pool_keys(k, block_size), want)
+            assert torch.equal(pool_keys(k, block_size, tables.extents), padded)
 
 
 def test_later_keys_never_matter() -> None:
