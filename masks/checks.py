@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from moba_flex.masks.exporting import is_traced
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.router import Routing
 
@@ -169,7 +170,7 @@ def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
 
 def longest_sequence(kv_len: int, cu_seqlens: Tensor | None, key_mask: Tensor | None) -> int:
     """Return the keys of the longest document or row; `kv_len` where nobody may look."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return kv_len
     if cu_seqlens is not None:
         return max(_values(cu_seqlens.diff()), default=kv_len)
@@ -368,7 +369,7 @@ def _values(x: Tensor) -> list[int]:
 
 def _readable(x: Tensor) -> bool:
     """Whether one may look at what `x` holds: it is known, and no graph is made or captured."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+    if is_traced() or isinstance(x, FakeTensor) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -22,6 +22,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op
 from triton.runtime._async_compile import active_mode
 
+from moba_flex.masks.exporting import is_traced
 from moba_flex.masks.gradients import is_transformed, only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,7 +139,7 @@ def kernel_op(
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether a graph, a mode, a transform or a tensor's own class sees the ops on `args`."""
     return (
-        torch.compiler.is_compiling()
+        is_traced()
         or torch._C._len_torch_dispatch_stack() > 0
         or is_transformed()
         or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)

@@ -22,7 +22,9 @@ from triton.runtime import _async_compile
 from triton.runtime._async_compile import active_mode
 from triton.runtime.jit import JITFunction
 
+from moba_flex import moba_attention
 from moba_flex.masks import kernel_op as module
+from moba_flex.masks.exporting import is_exporting, is_traced
 from moba_flex.masks.kernel_op import kernel_op, launch
 
 LOOKED_UP: list[tuple[tuple[int, ...], dict[str, Any]]] = []
@@ -351,6 +353,38 @@ def test_a_plain_call_is_seen_by_its_thread_alone() -> None:
         assert module._running.call is None
         x = torch.randn(5)
         torch.testing.assert_close(add_twice(x, 3), x + 6)
+
+
+def compile_graph(pause: Callable[[], None]) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        pause()
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+
+
+def export_graph(pause: Callable[[], None]) -> None:
+    class Pausing(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert is_exporting()
+            pause()
+            return x + 1
+
+    torch.export.export(Pausing(), (torch.ones(3),), strict=False)
+
+
+@pytest.mark.parametrize("make_graph", [compile_graph, export_graph])
+def test_a_graph_that_another_thread_makes_changes_nothing(make_graph: Any) -> None:
+    x = torch.randn(1, 1, 12, 8)
+    wrong = torch.tensor([0, 9, 3, 12], dtype=torch.int32)
+    with elsewhere(make_graph):
+        assert not is_traced()
+        assert not is_exporting()
+        assert not module._is_watched((x,))
+        grad = torch.func.grad(lambda x: squared(x).sum())(x)
+        torch.testing.assert_close(grad, 2 * x)
+        with pytest.raises(ValueError, match="cu_seqlens must not decrease"):
+            moba_attention(x, x, x, block_size=4, top_k=2, cu_seqlens=wrong)
 
 
 def test_modes_see_an_op() -> None:
