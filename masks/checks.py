@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
 from moba_flex.masks.blocks import LONGEST
+from moba_flex.masks.exporting import is_traced
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
@@ -304,7 +305,7 @@ def check_tables(
 
 def longest_sequence(kv_len: int, cu_seqlens: Tensor | None, key_mask: Tensor | None) -> int:
     """Return the keys of the longest document or row; `kv_len` where nobody may look."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return kv_len
     if cu_seqlens is not None:
         return max(_values(cu_seqlens.diff()), default=kv_len)
@@ -532,7 +533,7 @@ def _values(x: Tensor) -> list[int]:
 
 def is_readable(x: Tensor) -> bool:
     """Whether one may look at what `x` holds: it is known, and no graph is made or captured."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+    if is_traced() or isinstance(x, FakeTensor) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Call = tuple[tuple[str, str | int | bool], ...]
@@ -14,12 +15,25 @@ Call = tuple[tuple[str, str | int | bool], ...]
 _calls: ContextVar[Counter[Call] | None] = ContextVar("calls", default=None)
 
 
+def is_traced() -> bool:
+    """Say whether the calling thread makes a graph.
+
+    While one thread makes a graph, `torch.compiler.is_compiling` says yes in all of them: its flag
+    belongs to the process. The context of a graph that is being made belongs to its thread.
+    """
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace what follows
+        return True
+    return torch.compiler.is_compiling() and TracingContext.try_get() is not None
+
+
 def is_exporting() -> bool:
     """Say whether `torch.export` is looking on.
 
     In a graph of torch.compile the answer of PyTorch 2.11 is always yes.
     """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.compiler.is_exporting() and is_traced()
 
 
 def holds(condition: bool) -> bool:

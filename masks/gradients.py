@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch._library.custom_ops import CustomOpDef
 
+from moba_flex.masks.exporting import is_traced
+
 Save = Callable[..., None]
 Formula = Callable[..., Any]
 
@@ -50,7 +52,7 @@ def with_gradient(
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` runs, in eager code."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 

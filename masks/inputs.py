@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from moba_flex.masks.exporting import is_traced
+
 
 def numbers_beside(x: Tensor, numbers: tuple[int, ...]) -> Tensor:
     """Return numbers as an int64 tensor `[n]` on the device of `x`, copied there once."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return torch.tensor(numbers, device=x.device)
     if type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
         return _kept_numbers(numbers, x.device)

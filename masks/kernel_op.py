@@ -22,6 +22,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op
 from triton.runtime._async_compile import active_mode
 
+from moba_flex.masks.exporting import is_traced
 from moba_flex.masks.gradients import is_transformed, only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,8 +51,9 @@ class _Call:
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Call the function."""
-        outer, _running.call = _running.call, self
+        outer = _running.call
         try:
+            _running.call = self
             with set_wrap_triton_enabled(False):
                 return function(*args)
         finally:
@@ -137,7 +139,7 @@ def kernel_op(
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether a graph, a mode, a transform or a tensor's own class sees the ops on `args`."""
     return (
-        torch.compiler.is_compiling()
+        is_traced()
         or torch._C._len_torch_dispatch_stack() > 0
         or is_transformed()
         or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)
@@ -161,9 +163,9 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         call = _Call()
         with _compiling_side_by_side(args[0]):
             result = call.run(function, args)
-        if call.awaited:
+        while call.awaited:
             for kernel in call.awaited:
-                kernel.result()  # raises the error of what could not be compiled
+                kernel.result()  # raises what failed in a caller's own threads
             call = _Call()
             result = call.run(function, args)
         if call.record:
@@ -176,7 +178,11 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Loaders(ThreadPoolExecutor):
-    """Threads that load what they compile. A first launch would, after compiling a stub for it."""
+    """Threads that load what they compile. A first launch would, after compiling a stub for it.
+
+    What fails yields None, and the calling thread compiles it again and raises: Triton 3.7 would
+    keep a future that failed for good, be the reason a full disk or another that passes.
+    """
 
     def __init__(self, example: Tensor) -> None:
         super().__init__()
@@ -184,10 +190,13 @@ class _Loaders(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def load() -> Any:
-            with torch.cuda.device_of(self._example):
-                kernel = fn(*args, **kwargs)
-                kernel[1, 1, 1]
-                return kernel
+            try:
+                with torch.cuda.device_of(self._example):
+                    kernel = fn(*args, **kwargs)
+                    kernel[1, 1, 1]
+                    return kernel
+            except Exception:
+                return None
 
         return super().submit(load)
 
@@ -198,8 +207,11 @@ def _compiling_side_by_side(example: Tensor) -> Iterator[None]:
     if active_mode.get() is not None:
         yield
         return
-    with _Loaders(example) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-        yield
+    try:
+        with _Loaders(example) as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        active_mode.set(None)  # which Triton does not where an interrupt ends its wait
 
 
 def _layout(x: Any) -> Any:

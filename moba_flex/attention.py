@@ -28,7 +28,7 @@ from moba_flex.masks.checks import (
     check_transforms,
     longest_sequence,
 )
-from moba_flex.masks.exporting import holds, is_exporting
+from moba_flex.masks.exporting import holds, is_exporting, is_traced
 from moba_flex.masks.inputs import cast_by_autocast
 from moba_flex.masks.layout import Layout, Tables, make_tables
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
@@ -418,7 +418,7 @@ def _execute(
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         if statically_known_true(q.numel() == 0):
             out, out_lse = _nothing(q, k, v)
-        elif flex and not torch.compiler.is_compiling():
+        elif flex and not is_traced():
             grads = torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad
             sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
             given = tuple(name for name, x in tensors.items() if x is not None)

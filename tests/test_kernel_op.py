@@ -1,19 +1,30 @@
 """Functions that launch kernels: what sees an op, and what is remembered of a launch."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, get_ident
+from contextlib import contextmanager
+from threading import Barrier, Event, get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import wrap_triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import _async_compile
 from triton.runtime._async_compile import active_mode
+from triton.runtime.jit import JITFunction
 
+from moba_flex import moba_attention
 from moba_flex.masks import kernel_op as module
+from moba_flex.masks.exporting import is_exporting, is_traced
 from moba_flex.masks.kernel_op import kernel_op, launch
 
 LOOKED_UP: list[tuple[tuple[int, ...], dict[str, Any]]] = []
@@ -25,21 +36,28 @@ class Kernel:
     """Stands for a Triton kernel: notes down what is looked up, and what is launched.
 
     Attributes:
-        compiled: Tiles that it is compiled for.
+        compiled: By tile, what it is compiled to or, as Triton 3.7 has it, what compiles it.
         compile: Called with the tile to compile for.
     """
 
     arg_names = ("x", "out", "number", "TILE")
-    compiled: set[int]
+    compiled: dict[int, Any]
     compile: Callable[[int], Any]
 
     def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> Any:
         LOOKED_UP.append((grid, options))
-        tile = options["TILE"]
-        mode = active_mode.get()
-        if tile not in self.compiled and mode is not None:
-            return mode.submit(tile, lambda: self.finish(tile), lambda _: self.compiled.add(tile))
-        return Compiled() if tile in self.compiled else self.finish(tile)
+        tile, mode = options["TILE"], active_mode.get()
+        if self.compiled.get(tile) is None:
+            self.compiled[tile] = (
+                self.finish(tile)
+                if mode is None
+                else mode.submit(
+                    tile,
+                    lambda: self.finish(tile),
+                    lambda compiled: self.compiled.update({tile: compiled}),
+                )
+            )
+        return self.compiled[tile]
 
     def finish(self, tile: int) -> Any:
         self.compile(tile)
@@ -66,6 +84,41 @@ class Compiled:
 
 
 KERNEL = Kernel()
+
+
+class NoGPU:
+    """A driver of Triton for a GPU that there is not: kernels are compiled, and none is run."""
+
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 2, 3, 4, 1024),  # a module, a function, numbers
+        get_device_properties=lambda _: {"max_shared_mem": 232448},
+    )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: LAUNCHED.append(args[:3])
+
+
+def fill(out_ptr, NUMBER: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(out_ptr, NUMBER)
+
+
+FILL = JITFunction(fill)  # compiled for real: `triton.jit` might make one to interpret
+
+
+@kernel_op("moba_flex_test::filled")
+def filled(x: Tensor, number: int) -> Tensor:
+    out = torch.empty_like(x)
+    launch(wrap_triton(FILL), (1,), out, NUMBER=number)
+    return out
 
 
 @kernel_op("moba_flex_test::add_twice")
@@ -121,7 +174,13 @@ def fresh() -> None:
     LAUNCHED.clear()
     LOADED_BY.clear()
     module._known.clear()
-    KERNEL.compiled = set(range(10))
+    KERNEL.compiled = dict.fromkeys(range(10), Compiled())
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile for a GPU that there is not."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
 
 
 def test_the_second_call_looks_nothing_up() -> None:
@@ -166,11 +225,11 @@ def test_what_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_compiled_and_loaded_side_by_side(compiled: set[int]) -> None:
     missing = 2 - len(compiled)
     together = Barrier(missing)
-    KERNEL.compiled = compiled
+    KERNEL.compiled = dict.fromkeys(compiled, Compiled())
     KERNEL.compile = lambda _: together.wait(timeout=30)
     x = torch.randn(5)
     torch.testing.assert_close(add_twice(x, 3), x + 6)
-    assert KERNEL.compiled == {4, 5}
+    assert set(KERNEL.compiled) == {4, 5}
     assert sum(thread != get_ident() for thread in LOADED_BY) == missing
     assert LAUNCHED[-2:] == [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5)]
     LOOKED_UP.clear()
@@ -180,7 +239,7 @@ def test_kernels_are_compiled_and_loaded_side_by_side(compiled: set[int]) -> Non
 
 def test_functions_within_a_function_are_part_of_it() -> None:
     together = Barrier(4)
-    KERNEL.compiled = set()
+    KERNEL.compiled = {}
     KERNEL.compile = lambda _: together.wait(timeout=30)
     x = torch.randn(5)
     for _ in range(2):
@@ -193,7 +252,7 @@ def test_what_cannot_be_compiled_raises_its_error() -> None:
     def fail(tile: int) -> None:
         raise RuntimeError(f"no tile of {tile}")
 
-    KERNEL.compiled, KERNEL.compile = {4}, fail
+    KERNEL.compiled, KERNEL.compile = {4: Compiled()}, fail
     x = torch.randn(5)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no tile of 5"):
@@ -202,12 +261,130 @@ def test_what_cannot_be_compiled_raises_its_error() -> None:
     torch.testing.assert_close(add_twice(x, 3), x + 6)
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_triton_forgets_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("No space left on device")
+
+    x = torch.randn(5)
+    filled(x, 1)
+    assert LAUNCHED == [(1, 1, 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(FILL, "compile", fail)
+        with pytest.raises(OSError, match="No space left"):
+            filled(x, 2)
+    filled(x, 2)
+    assert LAUNCHED == 2 * [(1, 1, 1)]
+
+
+def test_an_interrupt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(futures: Any) -> None:
+        raise KeyboardInterrupt
+
+    KERNEL.compiled, KERNEL.compile = {}, lambda _: None
+    x = torch.randn(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(_async_compile, "as_completed", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            add_twice(x, 3)
+    assert active_mode.get() is None
+    torch.testing.assert_close(add_twice(x, 3), x + 6)
+    torch.testing.assert_close(add_twice(x, 4), x + 8)
+
+
 def test_a_callers_own_threads_compile() -> None:
-    KERNEL.compiled, KERNEL.compile = set(), lambda _: None
+    KERNEL.compiled, KERNEL.compile = {}, lambda _: None
     x = torch.randn(5)
     with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
         torch.testing.assert_close(add_twice(x, 3), x + 6)
-    assert KERNEL.compiled == {4, 5}
+    assert set(KERNEL.compiled) == {4, 5}
+
+
+def test_threads_make_first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, of layouts of their own and of one that they share; few are remembered."""
+    monkeypatch.setattr(module, "_MOST_LAYOUTS", 3)
+    KERNEL.compiled, KERNEL.compile = {}, lambda _: None
+    together = Barrier(6)
+
+    def call(thread: int) -> None:
+        together.wait(timeout=30)
+        for number in range(40):
+            x = torch.randn(5 if number % 2 else 5 + thread)
+            torch.testing.assert_close(add_four_times(x, number), x + 4 * number + 4)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(call, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@contextmanager
+def elsewhere(function: Callable[[Callable[[], None]], Any]) -> Iterator[None]:
+    """Call a function in another thread, which waits where it calls its argument."""
+    there, done = Event(), Event()
+
+    def pause() -> None:
+        there.set()
+        assert done.wait(timeout=60)
+
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(function, pause)
+        try:
+            assert there.wait(timeout=60)
+            yield
+        finally:
+            done.set()
+        result.result()
+
+
+def test_a_plain_call_is_seen_by_its_thread_alone() -> None:
+    def call(pause: Callable[[], None]) -> None:
+        KERNEL.compile = lambda tile: pause() if tile == 24 else None
+        x = torch.randn(5)
+        torch.testing.assert_close(add_twice(x, 23), x + 46)
+
+    KERNEL.compiled = {}
+    with elsewhere(call):
+        assert is_wrap_triton_enabled()
+        assert active_mode.get() is None
+        assert module._running.call is None
+        x = torch.randn(5)
+        torch.testing.assert_close(add_twice(x, 3), x + 6)
+
+
+def compile_graph(pause: Callable[[], None]) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        pause()
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+
+
+def export_graph(pause: Callable[[], None]) -> None:
+    class Pausing(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert is_exporting()
+            pause()
+            return x + 1
+
+    torch.export.export(Pausing(), (torch.ones(3),), strict=False)
+
+
+@pytest.mark.parametrize("make_graph", [compile_graph, export_graph])
+def test_a_graph_that_another_thread_makes_changes_nothing(make_graph: Any) -> None:
+    x = torch.randn(1, 1, 12, 8)
+    wrong = torch.tensor([0, 9, 3, 12], dtype=torch.int32)
+    with elsewhere(make_graph):
+        assert not is_traced()
+        assert not is_exporting()
+        assert not module._is_watched((x,))
+        grad = torch.func.grad(lambda x: squared(x).sum())(x)
+        torch.testing.assert_close(grad, 2 * x)
+        with pytest.raises(ValueError, match="cu_seqlens must not decrease"):
+            moba_attention(x, x, x, block_size=4, top_k=2, cu_seqlens=wrong)
 
 
 def test_modes_see_an_op() -> None:
