@@ -16,11 +16,14 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from moba_flex import (
     Routing,
     create_moba_block_mask,
+    make_tables,
     moba_attention,
     moba_attention_reference,
     route,
 )
+from moba_flex.masks.blocks import pool_keys
 from tests import fuzz
+from tests.case import MEMORY, lay_out
 from tests.helpers import (
     Case,
     assert_gate_is_right,
@@ -30,7 +33,7 @@ from tests.helpers import (
     chosen_blocks,
 )
 from tests.test_masks import assert_kernels_sort_alike
-from tests.test_router import has_exact_ties, launch_kernel
+from tests.test_router import has_exact_ties, launch_kernel, means_in_order
 
 pytestmark = pytest.mark.cuda
 
@@ -173,6 +176,23 @@ def test_kernel_chooses_what_the_contract_says(case: Case) -> None:
     assert_gate_is_right(case, q, k, chosen)
     if has_exact_ties(case):
         assert torch.equal(chosen, moba_attention_reference(q, k, v, **case.gate).blocks)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32, torch.float64])
+def test_block_keys_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    for block_size in range(1, 131):
+        kv_len, head_dim = 3 * block_size + block_size // 2, 16 + block_size
+        k = torch.randn(2, 3, kv_len, head_dim) * torch.randn(2, 3, kv_len, head_dim).exp()
+        k = lay_out(k.to(dtype), MEMORY[block_size % len(MEMORY)])
+        want, there = means_in_order(k, block_size), lay_out(k.cuda(), MEMORY[block_size % 3])
+        assert torch.equal(pool_keys(k, block_size), want)
+        assert torch.equal(pool_keys(there, block_size).cpu(), want)
+        starts = torch.tensor([0, block_size + 1, block_size + 1, kv_len - 1])
+        tables = make_tables(kv_len, kv_len, block_size, True, cu_seqlens=starts)
+        assert tables is not None
+        extents = tables.extents
+        want = pool_keys(k, block_size, extents)
+        assert torch.equal(pool_keys(there, block_size, extents.cuda()).cpu(), want)
 
 
 @settings(max_examples=10 * settings().max_examples, phases=PHASES)
