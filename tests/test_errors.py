@@ -611,6 +611,21 @@ MORE_MESSAGES = {
     ],
     "test_export.py": [
         "device must be cpu or cuda, got meta",
+        "path must be a file, got a folder: 'x.pt2'",
+        "path must be writable, got 'x.pt2': Not a directory",
+        "path must be writable, got 'x.pt2': the file is protected",
+        "machine must have a C++ compiler to make packages, got none: a reason: "
+        "install g++, or name another one in the environment variable CXX",
+        "example must be a Tensor or a sequence of tensors, got NoneType",
+        "example must hold tensors that are not empty, got shape (2, 0, 64)",
+        "example must have at most 1024 in dimension 0, got shape (1025, 1, 64): "
+        "take a smaller one, the package serves 1024 all the same",
+        "module and example must be on one device, got cpu and meta: pass device",
+        "module must take any batch, got one whose x takes 1 to 2: pass dynamic_batch=False",
+        "module must take inputs whose sizes are equal or free, got y of size s0 + 1: "
+        "pass dynamic_length=False",
+        "path must be a package that PyTorch can load, got 'x.pt2': a reason: "
+        "export it again on this machine",
         "outputs of the package must have the shapes of the module's, got others",
         "outputs of the package must be finite where the module's are",
         "path must end in .pt2, got .onnx: ONNX has no operator for attention over blocks "
