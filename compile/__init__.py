@@ -46,6 +46,9 @@ one, that test fails and the detour can go.
 - Lengths that are slices of padded ones stay expressions, each of which slows down the compiler in
   all that follows (`..._stay_expressions`): exported code takes rows by index, and the number of
   tiles is read from a tensor.
+- torch.export has torch.compile trace a `while_loop`, which asks the sizes of one export whether
+  they are those of an earlier one, and so pins them: loops are forgotten before each export
+  (`_forget_loops`, `export.py`).
 - `map` over a number of chunks that varies does not compile (`..._map_over_a_length_...`):
   `while_loop` does.
 - 2.11 miscompiles the exported gate of float64 inputs: packages hold 16-bit or float32 attention.

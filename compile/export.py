@@ -7,34 +7,43 @@ their place, with the same result.
 """
 
 import os
-import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._library.triton import triton_ops_to_kernels
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
-from moba_flex.compile.package import Metadata, Package, Spec, load
+from moba_flex.compile.outside import check_device, check_output, reason, whole_file
+from moba_flex.compile.package import Metadata, Package, Spec, length_dim, load
 from moba_flex.masks.exporting import recorded
 
 __all__ = ["Package", "check_path", "export", "load", "worst_error"]
 
-_MOST_TOKENS = 2**20
+MOST_TOKENS = 2**20
+_MOST_ROWS = 2**10
+
+# What is changed in PyTorch and in Python's warnings for an export concerns the whole process.
+_exporting = threading.Lock()
 
 
 def export(
     module: nn.Module,
-    example: Tensor | Sequence[Tensor],
+    example: Tensor | Iterable[Tensor],
     *,
     path: str | os.PathLike[str],
     dynamic_length: bool = True,
+    dynamic_batch: bool = False,
     device: str | torch.device | None = None,
 ) -> Path:
     """Compile a module that calls `moba_attention` into a package.
@@ -45,15 +54,19 @@ def export(
     contiguous tensors: `load` makes them so, the others trust that they are.
 
     A dynamic length is dimension 2 of inputs of 4 dimensions, `[B, H, length, D]`, and dimension 1
-    of others, `[B, length, ...]`; a package then serves every length from 1 to 2**20. Inputs whose
-    lengths the module does not need to be equal keep lengths of their own, so that fewer queries
-    than keys are served too.
+    of others, `[B, length, ...]`; a package then serves every length from 1 to 2**20. A dynamic
+    batch is dimension 0 of inputs of 2 dimensions and more, from 1 to 2**10. Inputs whose sizes
+    the module does not need to be equal keep sizes of their own, so that fewer queries than keys
+    are served too. Inputs of one dimension keep their size.
+
+    Only one export runs at a time; others wait.
 
     Args:
         module: The module, in eval mode.
         example: Its inputs, or the only one.
         path: Where to write the package; ends in `.pt2`.
         dynamic_length: Whether the package takes other lengths than those of `example`.
+        dynamic_batch: Whether it takes other batch sizes than those of `example`.
         device: "cpu" or "cuda", which module and inputs are moved to; if None, they stay.
 
     Returns:
@@ -64,29 +77,32 @@ def export(
         ValueError: The module cannot be exported; the message says what to do.
     """
     target = check_path(path)
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    _check_module(module, inputs)
+    inputs = _check_example(example, dynamic_length, dynamic_batch)
+    _check_module(module)
     if device is not None:
+        device = check_device(device)
         module, inputs = module.to(device), tuple(x.to(device) for x in inputs)
+    place = _check_places(module, inputs)
+    check_compiler()
     # A package reads its inputs as the example's lay, whatever it is given.
     inputs = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
-    place = inputs[0].device
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {place.type}")
+    if dynamic_batch and any(x.dim() > 1 and x.shape[0] == 1 for x in inputs):
+        # Of one row the trace takes for granted that there is one.
+        inputs = tuple(_enlarged(x, 0, 1) for x in inputs)
 
-    program, attention = _trace(module, inputs, dynamic_length)
-    specs = _specs(program)
-    block_size = max(int(call["block_size"]) for call in attention)
-    if any(most <= block_size for spec in specs for _, _, most in spec.varying):
-        # Of an example of one block the trace takes for granted that there is one.
-        longer = tuple(_lengthened(x, 2 * block_size) for x in inputs)
-        program, attention = _trace(module, longer, dynamic_length)
+    with _exporting:
+        program, attention = _trace(module, inputs, dynamic_length, dynamic_batch)
         specs = _specs(program)
-    _check_ops(program)
-    metadata = Metadata.of(attention, specs, place)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        fresh = os.path.join(folder, "fresh.pt2")
+        block_size = max(int(call["block_size"]) for call in attention)
+        if any(most <= block_size for spec in specs for _, _, most in spec.varying):
+            # Of an example of one block the trace takes for granted that there is one.
+            longer = tuple(_enlarged(x, length_dim(x), 2 * block_size) for x in inputs)
+            program, attention = _trace(module, longer, dynamic_length, dynamic_batch)
+            specs = _specs(program)
+        if dynamic_batch:
+            _check_batch(specs)
+        _check_ops(program)
+        metadata = Metadata.of(attention, specs, place)
         configs = {
             "aot_inductor.metadata": metadata.to_strings(),
             # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
@@ -95,12 +111,11 @@ def export(
             # and queries of the gate are, and other blocks would be chosen.
             "emulate_precision_casts": True,
         }
-        with warnings.catch_warnings(), writers_told_apart():
+        with whole_file(target) as fresh, warnings.catch_warnings(), writers_told_apart():
             warnings.simplefilter("ignore", FutureWarning)  # of what PyTorch itself does
             torch._inductor.aoti_compile_and_package(
-                program, package_path=fresh, inductor_configs=configs
+                program, package_path=os.fspath(fresh), inductor_configs=configs
             )
-        os.replace(fresh, target)  # a package at `path` is a whole one
     return target
 
 
@@ -160,7 +175,7 @@ def _leaves(outputs: Any) -> list[Tensor]:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """Raise unless a package can have this name.
+    """Raise unless a package can be written to `path`.
 
     Raises:
         ValueError: It cannot.
@@ -173,38 +188,105 @@ def check_path(path: str | os.PathLike[str]) -> Path:
         )
     if target.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {str(path)!r}")
+    check_output("path", target)
     return target
 
 
-def _check_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def check_compiler() -> None:
+    """Raise unless there is a C++ compiler, which packages for CPU and for CUDA are made with.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise ValueError(
+            f"machine must have a C++ compiler to make packages, got none: {reason(error)}: "
+            "install g++, or name another one in the environment variable CXX"
+        ) from error
+
+
+def _check_example(
+    example: Tensor | Iterable[Tensor], dynamic_length: bool, dynamic_batch: bool
+) -> tuple[Tensor, ...]:
+    """Return the inputs as a tuple, checked."""
+    if not isinstance(example, Iterable):  # as a Tensor is
+        raise TypeError(
+            f"example must be a Tensor or a sequence of tensors, got {type(example).__name__}"
+        )
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if not inputs:
+        raise ValueError("example must hold a tensor, got none")
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"example must hold tensors, got {type(x).__name__}")
+        if x.numel() == 0:
+            raise ValueError(
+                f"example must hold tensors that are not empty, got shape {tuple(x.shape)}"
+            )
+        for dim, most in _varying(x, dynamic_length, dynamic_batch).items():
+            if x.shape[dim] > most:
+                raise ValueError(
+                    f"example must have at most {most} in dimension {dim}, got shape "
+                    f"{tuple(x.shape)}: take a smaller one, the package serves {most} all the same"
+                )
+    return inputs
+
+
+def _check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     if module.training:
         raise ValueError("module must be in eval mode, got training mode: call module.eval()")
-    for x in inputs:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"example must hold tensors, got {type(x).__name__}")
-    if not inputs:
-        raise ValueError("example must hold a tensor, got none")
+
+
+def _check_places(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.device:
+    """Return the device of all inputs and parameters."""
+    place = inputs[0].device
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {place.type}")
+    for x in (*inputs, *module.parameters()):
+        if x.device != place:
+            raise ValueError(
+                f"module and example must be on one device, got {place} and {x.device}: "
+                "pass device"
+            )
+    return place
+
+
+def _varying(x: Tensor, dynamic_length: bool, dynamic_batch: bool) -> dict[int, int]:
+    """Return which dimensions of an input vary, and up to what."""
+    if x.dim() <= 1:
+        return {}
+    batch = {0: _MOST_ROWS} if dynamic_batch else {}
+    return batch | ({length_dim(x): MOST_TOKENS} if dynamic_length else {})
 
 
 def _trace(
-    module: nn.Module, inputs: tuple[Tensor, ...], dynamic_length: bool
+    module: nn.Module, inputs: tuple[Tensor, ...], dynamic_length: bool, dynamic_batch: bool
 ) -> tuple[ExportedProgram, list[dict[str, Any]]]:
     """Return the graph, and the options of the calls of `moba_attention` in it."""
-    shapes = None
-    if dynamic_length:
-        length = Dim.DYNAMIC(min=1, max=_MOST_TOKENS)
-        shapes = tuple({length_dim(x): length} if x.dim() > 1 else None for x in inputs)
+    shapes = tuple(
+        {
+            dim: Dim.DYNAMIC(min=1, max=most)
+            for dim, most in _varying(x, dynamic_length, dynamic_batch).items()
+        }
+        or None
+        for x in inputs
+    )
     # Else PyTorch takes a size of 1 for another kind of size, and lengths for 2 or more.
     sizes = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    _forget_loops()
     with torch.no_grad(), sizes, recorded() as calls:
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         except torch._dynamo.exc.UserError as error:
-            reason = str(error).splitlines()[0]
+            asked = {"length": dynamic_length, "batch": dynamic_batch}
+            names = [name for name, varies in asked.items() if varies]
             raise ValueError(
-                f"module must take any length, got: {reason}: pass dynamic_length=False"
+                f"module must take any {' and '.join(names)}, got: {str(error).splitlines()[0]}: "
+                f"pass {' or '.join(f'dynamic_{name}=False' for name in names)}"
             ) from error
     if not calls:
         raise ValueError(
@@ -214,18 +296,36 @@ def _trace(
     return program, [dict(call) | {"calls": number} for call, number in calls.items()]
 
 
-def _lengthened(x: Tensor, tokens: int) -> Tensor:
-    """Return an input that is so much longer, if it has a length; its values play no part."""
+def _forget_loops() -> None:
+    """Let PyTorch forget the loops that it compiled for exports before this one.
+
+    torch.export has torch.compile trace a `while_loop`, which asks why those of before do not
+    serve: a size that is to vary is asked whether it is the size of then, and becomes it.
+    """
+    for code in while_loop.__code__.co_consts:
+        if isinstance(code, CodeType):
+            torch._dynamo.eval_frame.remove_from_cache(code)
+
+
+def _enlarged(x: Tensor, dim: int, more: int) -> Tensor:
+    """Return an input that is larger, if its size may vary; its values play no part."""
     if x.dim() <= 1:
         return x
     shape = list(x.shape)
-    shape[length_dim(x)] += tokens
+    shape[dim] += more
     return x.new_zeros(shape)
 
 
-def length_dim(x: Tensor) -> int:
-    """Return which dimension of an input is its length."""
-    return 2 if x.dim() == 4 else 1
+def _check_batch(specs: list[Spec]) -> None:
+    """Raise if the graph takes some batch sizes alone."""
+    for spec in specs:
+        size = spec.shape[0]
+        if len(spec.shape) > 1 and (isinstance(size, int) or size[1:] != (1, _MOST_ROWS)):
+            only = size if isinstance(size, int) else f"{size[1]} to {size[2]}"
+            raise ValueError(
+                f"module must take any batch, got one whose {spec.name} takes {only}: "
+                "pass dynamic_batch=False"
+            )
 
 
 def _check_ops(program: ExportedProgram) -> None:
@@ -254,6 +354,11 @@ def _specs(program: ExportedProgram) -> list[Spec]:
         for size in x.shape:
             if isinstance(size, int):
                 sizes.append(size)
+            elif str(size) not in ranges:
+                raise ValueError(
+                    "module must take inputs whose sizes are equal or free, got "
+                    f"{node.name} of size {size}: pass dynamic_length=False"
+                )
             else:
                 bounds = ranges[str(size)]
                 sizes.append((str(size), int(bounds.lower), int(bounds.upper)))

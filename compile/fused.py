@@ -10,7 +10,7 @@ of the key/value heads at a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -123,7 +123,21 @@ def _share(group: int, block_size: int, picks: int) -> int:
 
 def _lists_at_once(lists: int, picks: int) -> int:
     """Lists whose parts are held at a time: three times as many values as q has, or one list's."""
+    if isinstance(lists, torch.SymInt):
+        return ceil_div(lists, ceil_div(max(1, picks), 3))
     return max(1, min(lists, 3 * lists // max(1, picks)))
+
+
+def _first_lists(lists: int, at_once: int, picks: int) -> Sequence[int]:
+    """First list of each launch. A graph for any batch size has one number of launches for all.
+
+    There the last launch does `at_once` lists, too, though the one before it may have done some of
+    them: kernels write the same once more. A launch of no list would be an error.
+    """
+    if isinstance(lists, torch.SymInt):
+        launches = range(ceil_div(max(1, picks), 3))
+        return [torch.sym_min(i * at_once, lists - at_once) for i in launches]
+    return range(0, lists, at_once)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -224,9 +238,10 @@ class _Problem(NamedTuple):
 
     def launches(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
         """Yield for each launch the number of its lists, and the sizes that kernels take."""
-        for first_list in range(0, self.lists, self.at_once):
+        any_batch = isinstance(self.lists, torch.SymInt)
+        for first_list in _first_lists(self.lists, self.at_once, self.picks):
             yield (
-                min(self.at_once, self.lists - first_list),
+                self.at_once if any_batch else min(self.at_once, self.lists - first_list),
                 (
                     first_list,
                     self.num_kv_heads,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_flex.compile.outside import check_device, reason
+
 _KEY = "moba_flex"
 _FORMAT = 2
 _Device = torch.device  # within `Metadata`, "torch" is an attribute
@@ -151,7 +153,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
             f"machine must have a CUDA device for {os.fspath(path)!r}, got none: "
             "export the module for cpu"
         )
-    place = torch.device(metadata.device if device is None else device)
+    place = check_device(metadata.device if device is None else device)
     if place.type != metadata.device:
         raise ValueError(
             f"device must be {metadata.device} for {os.fspath(path)!r}, got {place}: "
@@ -168,8 +170,14 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
             f"got {has}: "
             "export the module on a machine like this"
         )
-    with torch.cuda.device(index):  # which loading sets
-        run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
+    try:
+        with torch.cuda.device(index):  # which loading sets
+            run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
+    except Exception as error:
+        raise ValueError(
+            f"path must be a package that PyTorch can load, got {os.fspath(path)!r}: "
+            f"{reason(error)}: export it again on this machine"
+        ) from error
     return Package(run, metadata, place)
 
 
@@ -191,9 +199,9 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
                 for name in archive.namelist()
                 if "/data/aotinductor/" in name and name.endswith("_metadata.json")
             ]
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except Exception as error:  # damage has many classes, those of zlib and struct among them
         raise ValueError(
-            f"path must be a whole .pt2 package, got {str(path)!r}: {error}: "
+            f"path must be a whole .pt2 package, got {str(path)!r}: {reason(error)}: "
             "copy or export it again"
         ) from error
     if damaged is not None:
@@ -227,12 +235,29 @@ def _check_input(x: Tensor, spec: Spec, device: torch.device, sizes: dict[str, i
         least, most = (want, want) if isinstance(want, int) else want[1:]
         if not least <= size <= most:
             need = least if least == most else f"{least} to {most}"
-            raise ValueError(f"{spec.name} must have size {need} in dimension {dim}, got {size}")
+            raise ValueError(
+                f"{spec.name} must have size {need} in dimension {dim}, got {size}"
+                f"{_remedy(x, dim) if isinstance(want, int) else ''}"
+            )
         if not isinstance(want, int) and sizes.setdefault(want[0], size) != size:
             raise ValueError(
                 f"{spec.name} must have size {sizes[want[0]]} in dimension {dim}, like the inputs "
                 f"before it, got {size}"
             )
+
+
+def _remedy(x: Tensor, dim: int) -> str:
+    """Say how a package is made that takes other sizes in this dimension, if one can be."""
+    if x.dim() > 1 and dim == 0:
+        return ": export with dynamic_batch=True"
+    if x.dim() > 1 and dim == length_dim(x):
+        return ": export with dynamic_length=True"
+    return ""
+
+
+def length_dim(x: Tensor) -> int:
+    """Return which dimension of an input is its length."""
+    return 2 if x.dim() == 4 else 1
 
 
 def _size(size: Any) -> int | tuple[str, int, int]:

@@ -2,14 +2,16 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
 
 from moba_flex import cli_export
-from moba_flex.cli_export import at_least, need
+from moba_flex.cli_door import TRACEBACK, Parser, guarded, integer, need, say
+from moba_flex.compile.export import MOST_TOKENS
+from moba_flex.compile.outside import check_output, reason, whole_file
 from moba_flex.compile.package import own_version
 
 _EVAL = """\
@@ -26,25 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 for an error in what the user gave.
+        The exit code: 0; 2 after an error; 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"moba-flex {arguments.command}: error: {reason}", file=sys.stderr)
-        return 2
+    return guarded(_parser(), list(sys.argv[1:] if argv is None else argv))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="moba-flex", description="Mixture of Block Attention for PyTorch FlexAttention."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="moba-flex",
+        description="Mixture of Block Attention for PyTorch FlexAttention.",
+        epilog=f"Errors are one line; with {TRACEBACK}=1 in the environment, with a traceback.",
     )
     parser.add_argument("--version", action="version", version=f"moba-flex {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -72,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         help="text file, UTF-8 (default: the help topics of Python)",
     )
     source.add_argument(
-        "--seq-len", type=at_least(2), metavar="N", default=4096, help="tokens of the text to use"
+        "--seq-len",
+        type=integer(2, MOST_TOKENS),
+        metavar="N",
+        default=4096,
+        help="tokens of the text to use",
     )
     gate = job.add_argument_group("gate, one or more values each")
     for option, least, default, meaning in (
@@ -87,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--local-blocks", 0, [0], "blocks right before the own one, as --sink-blocks"),
     ):
         gate.add_argument(
-            option, type=at_least(least), nargs="+", metavar="N", default=default, help=meaning
+            option, type=integer(least), nargs="+", metavar="N", default=default, help=meaning
         )
     place = job.add_argument_group("machine and output")
     place.add_argument(
@@ -118,11 +115,16 @@ def _eval(arguments: argparse.Namespace) -> int:
         arguments.block_size, arguments.sink_blocks, arguments.local_blocks, arguments.top_k
     )
     configs = [MoBAConfig(size, top_k, sink, local) for size, sink, local, top_k in grid]
-    if text is not None and not text.is_file():
+    if not configs:  # argparse takes `--top-k=--` for no value
+        raise ValueError("options of the gate must have values, got one without")
+    if text is not None and not os.path.isfile(text):
         raise ValueError(f"--text must be a file, got {str(text)!r}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out must be a folder, got {str(arguments.out)!r}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out: Path = arguments.out
+    if os.path.exists(out) and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got {str(out)!r}")
+    files = out / "moba_eval.json", out / "moba_eval.png"
+    for file in files:
+        check_output("--out", file)
 
     import huggingface_hub
     import torch
@@ -135,19 +137,28 @@ def _eval(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device = evaluate.check_device(options["device"])
     dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
-    model, tokenizer = evaluate.load_model(options["model"], device, getattr(torch, dtype))
-    ids = evaluate.read_tokens(tokenizer, text, arguments.seq_len).to(device)
+    name: str | None = options["model"]
+    evaluate.check_sizes(pretrained.load_config(name), arguments.seq_len, configs)
+    ids = evaluate.read_tokens(pretrained.load_tokenizer(name), text, arguments.seq_len)
     found = evaluate.evaluate(
-        model,
-        ids,
+        pretrained.load_model(name, dtype=getattr(torch, dtype)).to(device),
+        ids.to(device),
         configs,
-        model_name=pretrained.NAME if options["model"] is None else Path(options["model"]).name,
+        model_name=pretrained.NAME if name is None else Path(name).resolve().name,
         text_name="Python's help topics" if text is None else text.name,
     )
-    print(report.table(found))
-    report.save_json(found, arguments.out / "moba_eval.json")
-    report.save_plot(found, arguments.out / "moba_eval.png")
-    print(f"\nwrote {arguments.out / 'moba_eval.json'} and {arguments.out / 'moba_eval.png'}")
+    # Files first: the terminal may be gone. What cannot be written keeps nothing else from it.
+    failed = []
+    for file, save in zip(files, (report.save_json, report.save_plot), strict=True):
+        try:
+            with whole_file(file) as fresh:
+                save(found, fresh)
+        except Exception as error:
+            failed.append(f"{file}: {reason(error)}")
+    say(report.table(found))
+    if failed:
+        raise OSError(f"results must be written to files, got {'; '.join(failed)}")
+    say(f"\nwrote {files[0]} and {files[1]}")
     return 0
 
 

@@ -1,12 +1,21 @@
 """The commands `moba-flex export` and `moba-flex run`."""
 
 import argparse
-import importlib.util
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from moba_flex.cli_door import integer, need, say
+from moba_flex.compile.export import (
+    MOST_TOKENS,
+    check_compiler,
+    check_path,
+    export,
+    worst_error,
+)
+from moba_flex.compile.outside import reason
+from moba_flex.compile.package import Package, load
 
 _EXPORT = """\
 Compile a language model with Mixture of Block Attention into one .pt2 file that PyTorch runs
@@ -27,7 +36,11 @@ def add_commands(commands: Any) -> None:
     job.add_argument("--text", required=True, metavar="TEXT", help="what to continue")
     _add_model(job, "folder or Hugging Face id of the tokenizer")
     job.add_argument(
-        "--tokens", type=at_least(1), metavar="N", default=20, help="tokens to add (default: 20)"
+        "--tokens",
+        type=integer(1, MOST_TOKENS),
+        metavar="N",
+        default=20,
+        help="tokens to add (default: 20)",
     )
 
 
@@ -40,6 +53,7 @@ def _add_export(commands: Any) -> None:
     job.set_defaults(run=_export)
     _add_model(job, "folder or Hugging Face id of a causal language model")
     job.add_argument("--out", type=Path, required=True, metavar="PT2", help="file to write")
+    # No text has more tokens, or blocks.
     for option, least, default, meaning in (
         ("--block-size", 1, 64, "keys in a block"),
         ("--top-k", 1, 8, "blocks a query attends to, its own included"),
@@ -49,7 +63,7 @@ def _add_export(commands: Any) -> None:
     ):
         job.add_argument(
             option,
-            type=at_least(least),
+            type=integer(least, MOST_TOKENS),
             metavar="N",
             default=default,
             help=f"{meaning} (default: {default})",
@@ -76,31 +90,32 @@ def _add_model(job: argparse.ArgumentParser, meaning: str) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     need("hf", "transformers", "tqdm")
-    from moba_flex.compile.export import check_path, export
     from moba_flex.config import MoBAConfig
 
     # What can be wrong is found before the model loads.
     path = check_path(arguments.out)
     gate = arguments.block_size, arguments.top_k, arguments.sink_blocks, arguments.local_blocks
     config = MoBAConfig(*gate)
+    check_compiler()
 
     import torch
     import transformers
 
-    from moba_flex import evaluate
+    from moba_flex import evaluate, pretrained
     from moba_flex.integrations.prefill import Prefill
     from moba_flex.integrations.transformers import apply
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device = evaluate.check_device(arguments.device)
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    model, _ = evaluate.load_model(arguments.model, device, getattr(torch, dtype))
+    pretrained.load_config(arguments.model)
+    model = pretrained.load_model(arguments.model, dtype=getattr(torch, dtype)).to(device)
     prefill = Prefill(apply(model, config)).eval()
     example = torch.zeros(1, arguments.seq_len, dtype=torch.int64, device=device)
     began = time.perf_counter()
     export(prefill, example, path=path, dynamic_length=not arguments.static)
     seconds, size = time.perf_counter() - began, path.stat().st_size / 1e6
-    print(f"wrote {path}: {size:.0f} MB in {seconds:.0f} s")
+    say(f"wrote {path}: {size:.0f} MB in {seconds:.0f} s")
     if not arguments.no_check:
         _check(prefill, path, arguments)
     return 0
@@ -109,8 +124,6 @@ def _export(arguments: argparse.Namespace) -> int:
 def _check(model: Any, path: Path, arguments: argparse.Namespace) -> None:
     """Run package and model at other lengths, or if there is one, with other tokens."""
     import torch
-
-    from moba_flex.compile.export import load, worst_error
 
     weight = next(model.parameters())
     package, seq_len = load(path, device=weight.device), arguments.seq_len
@@ -121,7 +134,7 @@ def _check(model: Any, path: Path, arguments: argparse.Namespace) -> None:
     for length in lengths:
         ids = torch.randint(vocabulary, (1, length), generator=generator).to(weight.device)
         error = worst_error(model, package, [ids])
-        print(f"{length} tokens: off by {error:.1e} of the model's largest logit")
+        say(f"{length} tokens: off by {error:.1e} of the model's largest logit")
         if not error <= most:
             raise ValueError(
                 f"the package must be within {most:.1e} of the model, got {error:.1e} at {length} "
@@ -131,8 +144,10 @@ def _check(model: Any, path: Path, arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     need("hf", "transformers")
-    from moba_flex.compile.package import load
-
+    try:
+        arguments.text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--text must be UTF-8, got {arguments.text!r}") from error
     package = load(arguments.package)
 
     import torch
@@ -141,47 +156,39 @@ def _run(arguments: argparse.Namespace) -> int:
     from moba_flex import pretrained
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    name = arguments.model
-    tokenizer = pretrained.load_tokenizer() if name is None else _tokenizer(name)
+    tokenizer = pretrained.load_tokenizer(arguments.model)
     ids = tokenizer(arguments.text, return_tensors="pt").input_ids.to(package.device)
     if ids.shape[1] == 0:
         raise ValueError("--text must have at least one token, got none")
+    _check_room(package, ids.shape[1], arguments.tokens)
     began = time.perf_counter()
-    for _ in range(arguments.tokens):
-        ids = torch.cat((ids, package(ids).argmax(-1, keepdim=True)), 1)
+    try:
+        for _ in range(arguments.tokens):
+            ids = torch.cat((ids, package(ids).argmax(-1, keepdim=True)), 1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"package must take these tokens and return logits [1, V], got {reason(error)}: "
+            "is --model the model that was exported?"
+        ) from error
     seconds = time.perf_counter() - began
-    print(tokenizer.decode(ids[0], skip_special_tokens=True))
+    say(tokenizer.decode(ids[0], skip_special_tokens=True))
     print(f"{arguments.tokens} tokens in {seconds:.2f} s", file=sys.stderr)
     return 0
 
 
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (KeyError, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"--model must have a tokenizer, got {name!r}: {reason}") from error
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a parser of ints of `least` or more."""
-
-    def parse(value: str) -> int:
-        if not value.lstrip("-").isdecimal() or int(value) < least:
-            raise argparse.ArgumentTypeError(f"must be an int of at least {least}, got {value!r}")
-        return int(value)
-
-    return parse
-
-
-def need(extra: str, *packages: str) -> None:
-    """Raise if a package of an extra is missing.
-
-    Raises:
-        ImportError: It is.
-    """
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f'{package} is missing: pip install "moba-flex[{extra}]"')
+def _check_room(package: Package, length: int, tokens: int) -> None:
+    """Raise if the package does not take texts of all lengths that are needed."""
+    shapes = [spec.shape for spec in package.metadata.inputs]
+    if [len(shape) for shape in shapes] != [2]:
+        raise ValueError(
+            f"package must take token ids [1, length] alone, got one that takes {shapes}: "
+            "make it with moba-flex export"
+        )
+    size = shapes[0][1]
+    least, most = (size, size) if isinstance(size, int) else size[1:]
+    last = length + tokens - 1
+    if not least <= length <= last <= most:
+        raise ValueError(
+            f"--text and --tokens must make lengths from {least} to {most} for this package, got "
+            f"{length} to {last}"
+        )

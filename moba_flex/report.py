@@ -84,8 +84,10 @@ def save_plot(report: Report, path: Path) -> None:
                 note = str(run.config.top_k)
                 right.annotate(note, at, (0, 5), textcoords="offset points", ha="center", size=8)
     right.axhline(dense.perplexity, color="black", linestyle="--", linewidth=1, label="dense")
+    title = f"{report.model}, {report.tokens} tokens, no training\n(numbers: top_k)"
+    # A name is no formula, and may hold bytes that are no text.
+    right.set_title(title.encode(errors="backslashreplace").decode(), parse_math=False)
     right.set(
-        title=f"{report.model}, {report.tokens} tokens, no training\n(numbers: top_k)",
         xlabel="density, % of query-key pairs",
         ylabel="perplexity (log scale)",
         yscale="log",

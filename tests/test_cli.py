@@ -1,7 +1,10 @@
 """Tests of the command `moba-flex`."""
 
+import io
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moba_flex import cli
+from moba_flex import cli, cli_export
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -107,6 +110,22 @@ def test_eval_takes_another_dtype_and_an_out_folder_to_make(home: Path) -> None:
     [
         (["--top-k", "0"], "argument --top-k: must be an int of at least 1, got '0'"),
         (["--top-k", "many"], "argument --top-k: must be an int of at least 1, got 'many'"),
+        (["--top-k", "٣"], "argument --top-k: must be an int of at least 1, got '٣'"),
+        (["--top-k", "²"], "argument --top-k: must be an int of at least 1, got '²'"),
+        (["--top-k", ""], "argument --top-k: must be an int of at least 1, got ''"),
+        (["--top-k=--5"], "argument --top-k: must be an int of at least 1, got '--5'"),
+        (["--top-k=--"], "options of the gate must have values, got one without"),
+        (["--top-k", str(2**63)], f"argument --top-k: must be an int of at most {2**63 - 1}, got"),
+        (["--top-k", "9" * 5000], f"argument --top-k: must be an int of at most {2**63 - 1}, got"),
+        (["--seq-len", "1048577"], "argument --seq-len: must be an int of at most 1048576, got"),
+        (["--device", ""], "device must be cpu or a CUDA device of this machine, got ''"),
+        (
+            ["--text", "/proc/self/mem"],
+            "text must be readable, got '/proc/self/mem': Input/output",
+        ),
+        (["--text", "x" * 5000], "--text must be a file, got 'xxx"),
+        (["--out", "SHORT/folder"], "--out must be writable, got"),
+        (["--out", "/proc/folder"], "--out must be writable, got '/proc/folder/moba_eval.json': "),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--top-k", "1", "--sink-blocks", "1"], "top_k must be at least 1 + sink_blocks"),
@@ -138,11 +157,264 @@ def test_eval_refuses_in_one_line(
     if argv[:2] == ["--seq-len", "301"]:
         (home / "text.txt").write_text((home / "text.txt").read_text() + " w1" * 20)
     names = {"SHORT": str(home / "short.txt"), "BINARY": str(home / "binary.txt")}
+    names["SHORT/folder"] = names["SHORT"] + "/folder"
     assert run_tiny(home, *(names.get(argument, argument) for argument in argv)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("moba-flex")
     assert f"error: {message}" in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def cut_weights(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:3000])
+
+
+def point_to_weights(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def set_config(**options: Any) -> Any:
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | options))
+
+    return change
+
+
+def change_weights(model: Path, name: str, **values: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weight = weights.pop(name)
+    if values:
+        weights[name] = torch.full_like(weight, values["value"])
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def shrink_vocabulary(model: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config: Any = LlamaConfig.from_pretrained(model)
+    config.vocab_size = 20
+    LlamaForCausalLM(config).save_pretrained(model)
+
+
+WHOLE = "are its files whole, and no git-lfs pointers?"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_weights, f"model must be a folder or Hub id of a causal LM, got .* {WHOLE}"),
+        (point_to_weights, f"model must be a folder or Hub id of a causal LM, got .* {WHOLE}"),
+        (lambda x: (x / "model.safetensors").write_bytes(b""), "model must be a folder .* whole"),
+        (lambda x: (x / "model.safetensors").unlink(), "model must be a folder .* no file named"),
+        (lambda x: (x / "config.json").write_text("[]"), "model must be a folder .* whole"),
+        (lambda x: (x / "config.json").write_text("{"), "model must be a folder .* valid JSON"),
+        (set_config(num_attention_heads=0), "model must be a folder .* ZeroDivisionError"),
+        (
+            set_config(hidden_size=64),
+            "model must have the weights that config.json asks for, got another for 21 of them, "
+            r"lm_head.weight of shape \(50, 32\) for \(50, 64\) the first: copy or save both",
+        ),
+        (
+            set_config(num_hidden_layers=3),
+            "model must have the weights that config.json asks for, got none for 9 of them, ",
+        ),
+        (
+            lambda x: change_weights(x, "model.norm.weight"),
+            "got none for 1 of them, model.norm.weight the first: copy or save both",
+        ),
+        (
+            lambda x: change_weights(x, "model.norm.weight", value=math.nan),
+            "perplexity must be finite, got nan with dense attention: are the model's",
+        ),
+        (set_config(num_hidden_layers=-1), "model must have layers that attend, got none: is it"),
+        (shrink_vocabulary, "tokenizer must have at most the model's 20 tokens, got token 49: is"),
+        (
+            lambda x: (x / "tokenizer.json").unlink(),
+            "--model must have a tokenizer, got .*, a folder without tokenizer.json: .* copy or",
+        ),
+        (
+            lambda x: (x / "tokenizer.json").write_text("{}"),
+            "--model must have a tokenizer, got .*: KeyError: 'added_tokens': copy or",
+        ),
+    ],
+)
+def test_eval_says_what_is_wrong_with_a_model(
+    damage: Any, message: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    capsys.readouterr()
+    assert run_tiny(home, "--model", tmp_path / "model", "--top-k", 2, "--sink-blocks", 0) == 2
+    printed = capsys.readouterr()
+    *bars, line = printed.err.strip().splitlines()
+    assert re.search(f"^moba-flex eval: error: .*{message}", line), line
+    assert "Traceback" not in printed.err
+    assert not any("rror" in bar for bar in bars)
+    assert printed.out == ""
+
+
+def test_eval_finds_first_what_it_cannot_write(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from moba_flex import pretrained
+
+    monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: pytest.fail("it loaded"))
+    (tmp_path / "moba_eval.png").mkdir()
+    assert run_tiny(home, "--out", tmp_path) == 2
+    assert "error: --out must be a file, got a folder: " in capsys.readouterr().err
+    assert run_tiny(home, "--out", tmp_path / "new", "--seq-len", 257) == 2
+    assert "--seq-len must be at most 256 for this model, got 257" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+class Full(io.StringIO):
+    """What /dev/full is."""
+
+    def flush(self) -> None:
+        """Fail, if there is anything to write."""
+        if self.getvalue():
+            raise OSError(28, "No space left on device")
+
+
+def test_eval_keeps_its_results_where_stdout_fails(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = ("--top-k", 3, "--sink-blocks", 0, "--out", home / "kept")
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert run_tiny(home, *gate) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "moba-flex eval: error: stdout must be writable, got No space left on device"
+    assert sorted(x.name for x in (home / "kept").iterdir()) == ["moba_eval.json", "moba_eval.png"]
+    monkeypatch.setattr(sys, "stdout", None)  # as of a process whose stdout is closed
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert run_tiny(home, *gate) == 0
+
+
+def test_eval_keeps_what_can_be_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moba_flex import report
+
+    def fail(found: object, path: Path) -> None:
+        path.write_text("half")
+        raise OSError("no space")
+
+    out = home / "half"
+    out.mkdir()
+    (out / "moba_eval.json").write_text("old")
+    monkeypatch.setattr(report, "save_json", fail)
+    assert run_tiny(home, "--top-k", 3, "--sink-blocks", 0, "--out", out) == 2
+    printed = capsys.readouterr()
+    assert "perplexity" in printed.out
+    message = f"results must be written to files, got {out / 'moba_eval.json'}: OSError: no space"
+    assert message in printed.err.splitlines()[-1]
+    assert (out / "moba_eval.json").read_text() == "old"
+    assert sorted(x.name for x in out.iterdir()) == ["moba_eval.json", "moba_eval.png"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "moba-flex eval: interrupted"),
+        (RuntimeError("a\nb"), 2, "error: RuntimeError: a b (MOBA_FLEX_TRACEBACK=1 shows where)"),
+        (AssertionError(), 2, "error: AssertionError (MOBA_FLEX_TRACEBACK=1 shows where)"),
+        (BaseException("panic"), 2, "error: BaseException: panic (MOBA_FLEX_TRACEBACK=1 shows wh"),
+        (RuntimeError("x" * 9999), 2, "xxx ... (MOBA_FLEX_TRACEBACK=1 shows where)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "error: memory must hold model and text, got RuntimeError: DefaultCPUAllocator: can't "
+            "allocate memory: take fewer tokens or a smaller model",
+        ),
+    ],
+    ids=str,
+)
+def test_whatever_happens_is_one_line(
+    error: BaseException,
+    code: int,
+    line: str,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from moba_flex import evaluate
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluate, "read_tokens", fail)
+    assert run_tiny(home) == code
+    (told,) = capsys.readouterr().err.splitlines()
+    assert line in told
+    if code == 2:
+        monkeypatch.setenv("MOBA_FLEX_TRACEBACK", "1")
+        assert run_tiny(home) == code
+        assert capsys.readouterr().err.startswith("Traceback")
+
+
+class Counted(io.StringIO):
+    """Text, and how much of it was read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> str:
+        """Read and count."""
+        text = super().read(size)
+        self.count += len(text)
+        return text
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_eval_reads_no_more_text_than_it_needs(
+    spaces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are those of the whole text, also of a tokenizer whose tokens span words."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from moba_flex import evaluate
+
+    text = "".join(topics.values())
+    text = text if spaces else "".join(text.split())
+    bpe = Tokenizer(models.BPE())
+    bpe.train_from_iterator(text[:5000].splitlines(), trainers.BpeTrainer(vocab_size=400))
+    kind: Any = PreTrainedTokenizerFast
+    tokenizer = kind(tokenizer_object=bpe)
+    long = " " * 3000 + text[:100_000]  # its first tokens are many characters each
+    for content in (text[:100_000], long):
+        whole = torch.tensor([tokenizer(content).input_ids])
+        for length in (2, 3, 50, 301):
+            file = Counted(content)
+            monkeypatch.setattr(evaluate, "_opened", lambda _, file=file: file)
+            ids = evaluate.read_tokens(tokenizer, None, length)
+            assert torch.equal(ids, whole[:, :length])
+            assert file.count <= max(8000, 30 * length)
+
+
+def test_run_refuses_what_a_package_does_not_take() -> None:
+    from moba_flex.compile.package import Metadata, Package, Spec
+
+    def package(*shapes: Any) -> Package:
+        specs = [Spec("x", shape, "int64") for shape in shapes]
+        metadata = Metadata("", "", "cpu", "", [], specs)
+        return Package(None, metadata, torch.device("cpu"))
+
+    cli_export._check_room(package((1, ("s", 1, 9))), 5, 5)
+    cli_export._check_room(package((1, 5)), 5, 1)
+    with pytest.raises(ValueError, match=r"must make lengths from 1 to 9 for this .* got 5 to 10"):
+        cli_export._check_room(package((1, ("s", 1, 9))), 5, 6)
+    with pytest.raises(ValueError, match=r"must make lengths from 5 to 5 for this .* got 5 to 6"):
+        cli_export._check_room(package((1, 5)), 5, 2)
+    with pytest.raises(ValueError, match=r"package must take token ids \[1, length\] alone"):
+        cli_export._check_room(package((1, 2, 5, 4)), 5, 2)
 
 
 def test_eval_refuses_models_without_the_attention_interface(
@@ -250,6 +522,11 @@ def test_export_then_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["export"], "the following arguments are required: --out"),
         (["run", "nowhere.pt2", "--text", "x"], "path must be a file, got 'nowhere.pt2'"),
         (["run", "m.pt2", "--text", "x", "--tokens", "0"], "argument --tokens: must be an int"),
+        (["run", "m.pt2", "--text", "\udcff"], "--text must be UTF-8, got '\\udcff'"),
+        (["run", "/dev/full", "--text", "x"], "path must be a file, got '/dev/full'"),
+        (["export", "--out", "/proc/m.pt2"], "path must be writable, got '/proc/m.pt2': "),
+        (["export", "--out", "m.pt2", "--device", "x"], "device must be cpu or a CUDA device of"),
+        (["export", "--out", "m.pt2", "--seq-len", "1" + "0" * 12], "argument --seq-len: must be"),
     ],
 )
 def test_export_and_run_refuse_in_one_line(
@@ -263,17 +540,13 @@ def test_export_and_run_refuse_in_one_line(
 def test_export_fails_where_the_package_differs(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import moba_flex.compile.export  # noqa: F401
-
-    module = sys.modules["moba_flex.compile.export"]
-
     def fake(model: object, example: object, *, path: Path, **options: object) -> Path:
         path.write_bytes(b"package")
         return path
 
-    monkeypatch.setattr(module, "export", fake)
-    monkeypatch.setattr(module, "load", lambda path, device: None)
-    monkeypatch.setattr(module, "worst_error", lambda *_: 0.5)
+    monkeypatch.setattr(cli_export, "export", fake)
+    monkeypatch.setattr(cli_export, "load", lambda path, device: None)
+    monkeypatch.setattr(cli_export, "worst_error", lambda *_: 0.5)
     command = ("export", "--model", home / "model", "--device", "cpu", "--out", home / "bad.pt2")
     assert run(*command) == 2
     assert "error: the package must be within 3.5e-04 of the model" in capsys.readouterr().err

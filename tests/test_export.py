@@ -1,13 +1,18 @@
 """Packages: what is in them is MoBA, at any length, with neither moba_flex nor Python."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.cpp_builder import cpp_compiler_search
 from torch._inductor.utils import IndentedBuffer
 from torch.utils._ordered_set import OrderedSet
 from torch.utils.cpp_extension import CUDA_HOME
@@ -82,7 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def attention_package(folder: Path) -> Path:
-    return export(made(Attention), tokens(300), path=folder / "attention.pt2")
+    path = folder / "attention.pt2"
+    return export(made(Attention), tokens(300), path=path, dynamic_batch=True)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +152,8 @@ def run_alone(
 
 
 @pytest.mark.slow
-def test_attention_of_any_length(attention_package: Path) -> None:
-    inputs = [(tokens(length),) for length in UNSEEN]
+def test_attention_of_any_length_and_batch(attention_package: Path) -> None:
+    inputs = [(tokens(length, batch),) for length in UNSEEN for batch in (1, 2, 5)]
     assert max(run_alone(attention_package, inputs, made(Attention))) < 1e-5
 
 
@@ -220,8 +227,11 @@ def test_language_model_alone(dynamic: bool, tmp_path: Path) -> None:
     def ids(length: int, seed: int) -> Tensor:
         return torch.randint(61, (1, length), generator=torch.Generator().manual_seed(seed))
 
-    path = export(module, ids(300, 0), path=tmp_path / "m.pt2", dynamic_length=dynamic)
+    varying: dict[str, Any] = {"dynamic_length": dynamic, "dynamic_batch": dynamic}
+    path = export(module, ids(300, 0), path=tmp_path / "m.pt2", **varying)
     inputs = [(ids(length, 1),) for length in (UNSEEN if dynamic else (300,))]
+    if dynamic:  # of an example of one row
+        inputs += [(ids(333 * batch, 2).view(batch, 333),) for batch in (2, 5)]
     with torch.no_grad():
         largest = [module(*x).abs().max().item() for x in inputs]
     errors = run_alone(path, inputs, module)
@@ -255,9 +265,8 @@ def test_package_says_what_it_is(attention_package: Path, static_package: Path) 
     assert call["plan"] == "routed"
     assert (call["block_size"], call["top_k"], call["calls"]) == (32, 4, 1)
     (spec,) = metadata.inputs
-    assert (spec.name, spec.dtype, spec.shape[0], spec.shape[2]) == ("x", "float32", 2, 64)
-    assert isinstance(spec.shape[1], tuple)
-    assert spec.shape[1][1:] == (1, 2**20)
+    assert (spec.name, spec.dtype, spec.shape[2]) == ("x", "float32", 64)
+    assert [bounds for _, *bounds in spec.varying] == [[1, 2**10], [1, 2**20]]
     assert load(static_package).metadata.inputs[0].shape == (2, 300, 64)
 
 
@@ -265,7 +274,7 @@ def test_package_says_what_it_is(attention_package: Path, static_package: Path) 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (tokens(50, batch=3), ValueError, "x must have size 2 in dimension 0, got 3"),
+        (tokens(50)[:0], ValueError, "x must have size 1 to 1024 in dimension 0, got 0"),
         (tokens(50).double(), TypeError, "x must be torch.float32, got torch.float64"),
         (tokens(50)[0], ValueError, "x must have 3 dimensions, got shape"),
         (tokens(50).to("meta"), ValueError, "x must be on cpu, got meta"),
@@ -281,6 +290,18 @@ def test_package_refuses_inputs(
         package(wrong)
     with pytest.raises(TypeError, match="inputs must be 1, got 2"):
         package(tokens(50), tokens(50))
+
+
+@pytest.mark.slow
+def test_package_names_the_option_that_takes_other_sizes(static_package: Path) -> None:
+    package = load(static_package)
+    for wrong, message in (
+        (tokens(300, batch=3), "size 2 in dimension 0, got 3: export with dynamic_batch=True"),
+        (tokens(50), "size 300 in dimension 1, got 50: export with dynamic_length=True"),
+        (tokens(300)[..., :63], "size 64 in dimension 2, got 63"),
+    ):
+        with pytest.raises(ValueError, match=f"^x must have {message}$"):
+            package(wrong)
 
 
 @pytest.mark.slow
@@ -306,14 +327,18 @@ def test_load_refuses_other_machines(
         patch.setattr(torch, "__version__", "2.99.0")
         with pytest.raises(ValueError, match=r"PyTorch must be .* for .*, got 2.99.0: export"):
             load(attention_package)
-    with pytest.raises(ValueError, match=r"device must be cpu for .*, got cuda:1: export the"):
-        load(attention_package, device="cuda:1")
+    with pytest.raises(ValueError, match=r"device must be cpu or a CUDA device of this mach.*'x'"):
+        load(attention_package, device="x")
+    assert load(attention_package, device="cpu:0").device == torch.device("cpu")
     if packages._capability(torch.device("cpu")) != "DEFAULT":
         monkeypatch.setattr(packages, "_capability", lambda _: "DEFAULT")
         with pytest.raises(ValueError, match=r"cpu must have .* for .*, got DEFAULT: export"):
             load(attention_package)
     made = packages.read_metadata(attention_package)
     monkeypatch.setattr(packages, "read_metadata", lambda _: replace(made, device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"device must be cuda for .*, got cpu: export the"):
+        load(attention_package, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"machine must have a CUDA device for .*, got none"):
         load(attention_package)
@@ -369,6 +394,11 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+class FixedBatch(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + x.new_zeros(2, 1, 1))
+
+
 class WithPython(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(double(x))
@@ -381,9 +411,55 @@ class WithPython(Attention):
         (Attention, {"path": "m.zip"}, ValueError, "path must end in .pt2, got 'm.zip'"),
         (Attention, {"example": ()}, ValueError, "example must hold a tensor, got none"),
         (Attention, {"example": (3,)}, TypeError, "example must hold tensors, got int"),
-        (Attention, {"device": "meta"}, ValueError, "device must be cpu or cuda, got meta"),
+        (Attention, {"example": None}, TypeError, "example must be a Tensor .* got NoneType"),
+        (
+            Attention,
+            {"example": tokens(0)},
+            ValueError,
+            r"not empty, got shape \(2, 0, 64",
+        ),
+        (Attention, {"example": tokens(5, 0)}, ValueError, r"not empty, got shape \(0, 5, 64"),
+        (
+            Attention,
+            {"example": torch.zeros(1, 1, 64).expand(1, 2**20 + 1, 64)},
+            ValueError,
+            r"example must have at most 1048576 in dimension 1, got shape \(1, 1048577, 64",
+        ),
+        (
+            Attention,
+            {"example": torch.zeros(1, 1, 64).expand(1025, 1, 64), "dynamic_batch": True},
+            ValueError,
+            "example must have at most 1024 in dimension 0",
+        ),
+        (Attention, {"device": "meta"}, ValueError, "device must be cpu or a CUDA .* got 'meta'"),
+        (Attention, {"device": "abacus"}, ValueError, "must be cpu or a CUDA .* got 'abacus'"),
+        (
+            Attention,
+            {"device": f"cuda:{torch.cuda.device_count()}"},
+            ValueError,
+            "device must be cpu or a CUDA device of this machine, got 'cuda:",
+        ),
+        (Attention, {"example": tokens(9).to("meta")}, ValueError, "be cpu or cuda, got meta"),
+        (
+            Attention,
+            {"example": (tokens(9), tokens(9).to("meta"))},
+            ValueError,
+            "module and example must be on one device, got cpu and meta: pass device",
+        ),
         (Plain, {}, ValueError, "module must call moba_attention, got a module that does not"),
         (Fixed, {}, ValueError, r"module must take any length, got: .* pass dynamic_length=False"),
+        (
+            FixedBatch,
+            {"dynamic_batch": True},
+            ValueError,
+            r"must take any length and batch, got: .* pass dynamic_length=False or dynamic_b",
+        ),
+        (
+            FixedBatch,
+            {"dynamic_batch": True, "dynamic_length": False},
+            ValueError,
+            r"module must take any batch, got: .* pass dynamic_batch=False",
+        ),
         (WithPython, {}, ValueError, "module must use ops that run without Python, got moba_flex"),
     ],
 )
@@ -407,6 +483,77 @@ def test_export_refuses_modules(tmp_path: Path) -> None:
         export(Attention(), tokens(300), path=tmp_path / "m.pt2")
     with pytest.raises(TypeError, match=r"q must be .* got torch.float64: convert"):
         export(made(Attention).double(), tokens(300).double(), path=tmp_path / "m.pt2")
+
+
+def test_export_finds_first_what_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.pt2")
+    for path, message in (
+        (tmp_path / "folder.pt2", "path must be a file, got a folder: "),
+        (tmp_path / "pipe.pt2", "path must be a file, got a device or a pipe: "),
+        (tmp_path / "file" / "m.pt2", "path must be writable, got .*: Not a directory"),
+        (tmp_path / ("m" * 300 + ".pt2"), "path must be writable, got .*: File name too long"),
+        ("/proc/m.pt2", "path must be writable, got '/proc/m.pt2': "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(made(Plain), tokens(300), path=path)  # which would be refused once traced
+
+
+def test_export_finds_first_that_there_is_no_compiler(tmp_path: Path) -> None:
+    cpp_compiler_search.cache_clear()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("/none/c++",)}),
+        pytest.raises(ValueError, match=r"must have a C\+\+ compiler .* got none: .* CXX"),
+    ):
+        export(made(Plain), tokens(300), path=tmp_path / "m.pt2")
+
+
+def test_exports_of_two_threads_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They change PyTorch for as long as they run."""
+    running = []
+
+    def compile_slowly(program: object, *, package_path: str, **options: object) -> None:
+        running.append(threading.get_ident())
+        time.sleep(0.2)
+        assert running == [threading.get_ident()]
+        Path(package_path).write_text("package")
+        running.clear()
+
+    def trace(*_: object) -> Any:
+        assert not running
+        return SimpleNamespace(graph=SimpleNamespace(nodes=[])), [{"block_size": 32}]
+
+    module = sys.modules[export.__module__]
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_slowly)
+    monkeypatch.setattr(module, "_trace", trace)
+    monkeypatch.setattr(module, "_specs", lambda _: [])
+    before = CppWrapperCpu.codegen_int_array_var
+    with ThreadPoolExecutor(3) as threads:
+        made_by = [
+            threads.submit(export, made(Attention), tokens(9), path=tmp_path / f"{i}.pt2")
+            for i in range(3)
+        ]
+        assert [x.result().read_text() for x in made_by] == ["package"] * 3
+    assert CppWrapperCpu.codegen_int_array_var is before
+
+
+def test_an_export_that_fails_leaves_the_package_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(program: object, *, package_path: str, **options: object) -> None:
+        Path(package_path).write_text("half")
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    path = tmp_path / "m.pt2"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="no space"):
+        export(made(Attention), tokens(9), path=path, dynamic_length=False)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_dense_is_never_silent() -> None:
@@ -435,8 +582,11 @@ def test_cuda_packages(
 ) -> None:
     module = made(kind).to("cuda", dtype)
     example = tokens(300).to("cuda", dtype)
-    package = export(module, example, path=tmp_path / "m.pt2", dynamic_length=dynamic)
+    varying: dict[str, Any] = {"dynamic_length": dynamic, "dynamic_batch": dynamic}
+    package = export(module, example, path=tmp_path / "m.pt2", **varying)
     inputs = [tokens(length).to(example) for length in (UNSEEN if dynamic else (300,))]
+    if dynamic:
+        inputs += [tokens(333, batch).to(example) for batch in (1, 5)]
     most = 1e-4
     if dtype != torch.float32:  # roundings move choices between blocks that are nearly as good
         exact = made(kind).to("cuda", dtype).float()
@@ -510,6 +660,9 @@ def test_cuda_graph_holds_kernels_for_any_length() -> None:
     assert queries not in others
     assert len(set(others)) == 1  # keys, values and key_mask have one length
     assert found["plan"] == "fused"
+    batch, *others = found["batches"]
+    assert others == [batch] * 3  # queries, keys, values and key_mask have one batch size
+    assert found["of_a_batch"] == [1, 2**10]
     # PyTorch 2.11 compiles no scan of so many values that it takes 64 bits to number them.
     assert found["scans"]
     assert max(found["scans"]) < 2**31
@@ -533,7 +686,7 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    x = tokens(777).mT.contiguous().mT
+    x = tokens(777, batch=3).mT.contiguous().mT
     files = [str(tmp_path / name) for name in ("inputs.pt", "outputs.pt")]
     torch.save([x], files[0])
     program = str(build / "run_package")
@@ -543,7 +696,7 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert json.loads(first)["attention"][0]["top_k"] == 4
-    assert second == "float [2, 777, 64]"
+    assert second == "float [3, 777, 64]"
     (out,) = torch.load(files[1])
     with torch.no_grad():
         torch.testing.assert_close(out, made(Attention)(x))

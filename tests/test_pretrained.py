@@ -76,6 +76,19 @@ def test_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.Monke
     assert pretrained.cache_dir() == Path.home() / ".cache" / "moba_flex"
 
 
+def test_says_what_to_do_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MOBA_FLEX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(
+        OSError, match=r"must have a folder to be kept in, got .* MOBA_FLEX_CACHE to"
+    ):
+        pretrained.fetch()
+
+
 @pytest.mark.parametrize("package", ["transformers", "gguf", "accelerate"])
 def test_names_a_missing_package(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(

@@ -25,10 +25,10 @@ class Parts(nn.Module):
 
 
 class Padded(nn.Module):
-    """Attention of rows with padding."""
+    """Attention of rows with padding, in several launches."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-        return moba_attention(q, k, v, block_size=64, top_k=4, key_mask=key_mask)
+        return moba_attention(q, k, v, block_size=64, top_k=9, key_mask=key_mask)
 
 
 def most(size: int | torch.SymInt, program: ExportedProgram) -> int:
@@ -51,16 +51,21 @@ if __name__ == "__main__":
             return cumsum(x, *args, **options)
 
         with patch.object(Tensor, "cumsum", noted):
-            program, calls = _trace(Parts().eval(), (q, k, v), True)
-        padded, _ = _trace(Padded().eval(), (q, k, v, key_mask), True)
+            program, calls = _trace(Parts().eval(), (q, k, v), True, False)
+        padded, _ = _trace(Padded().eval(), (q, k, v, key_mask), True, False)
+        rows = tuple(torch.cat((x, x)) for x in (q, k, v, key_mask))
+        batched, _ = _trace(Padded().eval(), rows, True, True)
     _check_ops(program)
     _check_ops(padded)
     targets = [node.target for node in program.graph.nodes]
+    batches = [spec.varying[0] for spec in _specs(batched)]
     lengths = {size for spec in _specs(program) for size in spec.varying}
     found = {
         "ops": [str(x).rsplit(".", 1)[0] for x in targets if "moba_flex." in str(x)],
         "lengths": [bounds for _, *bounds in lengths],
         "padded": [symbol for spec in _specs(padded) for symbol, _, _ in spec.varying],
+        "batches": [symbol for symbol, *_ in batches],
+        "of_a_batch": batches[0][1:],
         "scans": [most(size, program) for size in scans],
         "plan": calls[0]["plan"],
     }

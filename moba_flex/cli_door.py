@@ -1,0 +1,160 @@
+"""The door of the command `moba-flex`: whatever happens inside, a user reads one line."""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import IO, Any, cast
+
+from moba_flex.compile.outside import reason
+
+TRACEBACK = "MOBA_FLEX_TRACEBACK"
+"""The environment variable that, if set, shows where an error comes from."""
+
+_MOST = 2**63 - 1  # what PyTorch takes
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        """Exit."""
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+
+def guarded(parser: Parser, argv: list[str]) -> int:
+    """Parse arguments, run the command that they name, and turn what goes wrong into one line.
+
+    Returns:
+        The exit code: 0; 2 after an error; 130 after Ctrl-C.
+    """
+    name = parser.prog
+    with _streams():
+        try:
+            try:
+                arguments = parser.parse_args(argv)
+            except SystemExit:
+                say("")  # tells whether what was printed, help for one, has arrived
+                raise
+            name = f"{name} {arguments.command}"
+            return int(arguments.run(arguments))
+        except SystemExit:
+            raise
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            return 130
+        except BaseException as error:  # PanicException of pyo3 is no Exception
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            print(f"{name}: error: {_told(error)}", file=sys.stderr)
+            return 2
+
+
+def say(text: str) -> None:
+    """Print text to stdout, now.
+
+    Raises:
+        OSError: It cannot be written there.
+    """
+    # What the terminal cannot show is shown by its number.
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except OSError as error:
+        _mute(sys.stdout)
+        raise OSError(f"stdout must be writable, got {error.strerror}") from error
+
+
+def integer(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """Return a parser of ints from `least` to `most`."""
+
+    def parse(value: str) -> int:
+        digits = value.lstrip("0") or value[-1:]
+        number = -1
+        if re.fullmatch("[0-9]+", digits):  # other scripts have digits, too
+            number = int(digits[: len(str(most)) + 1])
+        if least <= number <= most:
+            return number
+        need = f"at most {most}" if number > most else f"at least {least}"
+        shown = value if len(value) <= 40 else f"{value[:40]}..."
+        raise argparse.ArgumentTypeError(f"must be an int of {need}, got {shown!r}")
+
+    return parse
+
+
+def need(extra: str, *packages: str) -> None:
+    """Raise if a package of an extra is missing.
+
+    Raises:
+        ImportError: It is.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'{package} is missing: pip install "moba-flex[{extra}]"')
+
+
+def _told(error: BaseException) -> str:
+    """Return what a user needs to know of an error."""
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        return (
+            f"memory must hold model and text, got {reason(error)}: "
+            "take fewer tokens or a smaller model"
+        )
+    if _is_ours(error) and str(error):
+        return " ".join(str(error).split())
+    return f"{reason(error)} ({TRACEBACK}=1 shows where)"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised in moba_flex, so that its message says what to do."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "")
+    return module.split(".")[0] in ("moba_flex", "__main__")
+
+
+class _Lossy:
+    """A stream that loses what cannot be written: notes and progress bars stop no run."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or do not."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            _mute(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do not."""
+        self.write("")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Let stdout and stderr be there, even if they are closed, and stderr never fail."""
+    with contextlib.ExitStack() as stack:
+        null = stack.enter_context(open(os.devnull, "w"))
+        if sys.stdout is None:
+            stack.enter_context(contextlib.redirect_stdout(null))
+        stack.enter_context(contextlib.redirect_stderr(cast(IO[str], _Lossy(sys.stderr or null))))
+        yield
+
+
+def _mute(stream: IO[str]) -> None:
+    """Let a stream take what is left in it, which Python would try to write again at exit."""
+    with contextlib.suppress(OSError, ValueError):  # no file of the system is below it
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
