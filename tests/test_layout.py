@@ -1,5 +1,7 @@
 """Tables of documents and padding against loops over them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,8 +20,8 @@ def layouts(draw: st.DrawFn) -> Case:
         docs = draw(lengths)
         q_docs = [draw(st.integers(0, n)) for n in docs] if draw(st.booleans()) else docs
         tail = draw(st.sampled_from([(0, 0), (3, 3), (0, 7), (4, 30)]))
-        documents = {"docs": tuple(docs), "q_docs": tuple(q_docs), "tail": tail}
-        return Case(block_size=block_size, causal=causal, **documents)
+        case = Case(block_size=block_size, causal=causal)
+        return replace(case, docs=tuple(docs), q_docs=tuple(q_docs), tail=tail)
     kv_len = draw(st.integers(1, 50))
     pads = st.tuples(st.integers(0, 60), st.integers(0, 60))
     return Case(
