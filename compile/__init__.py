@@ -13,6 +13,11 @@ one, that test fails and the detour can go.
   tile too late (`masks/tiles.py`, `settled`).
 - Code compiled in one place counts towards one limit of recompilations, whatever its options, and
   a kept graph overwrites saved tensors (`flex.py`).
+- 2.13 counts the graphs of `fullgraph=True` in a global, so that calls in several threads fail at
+  random (pytorch/pytorch#185138): compiled calls ask for no graph break in another way (`flex.py`).
+- `x.contiguous()` in a graph is laid out as the compiler likes, and FlexAttention on CPU reads it as
+  contiguous (`..._reads_a_copy_as_contiguous`): strides are asked for (`contiguous`,
+  `masks/inputs.py`).
 - FlexAttention on CUDA takes the lists of a BlockMask to lie one after the other, but a compiler
   may lay out what it computes in any order, and a view of one head has stride 0: sequences of a
   batch would take other sequences' lists, silently (`test_lists_follow_each_other`,

@@ -345,6 +345,20 @@ def test_limit_flex_attention_on_cpu_has_no_backward() -> None:
 
 
 @torch.no_grad()
+def test_limit_flex_attention_on_cpu_reads_a_copy_as_contiguous() -> None:
+    """So `attend` asks for strides."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flex_attention(q.contiguous(), k, v)
+
+    q, k, v = torch.randn(3, 1, 1, 128, 16)
+    turned = q.mT.contiguous().mT
+    want = nn.functional.scaled_dot_product_attention(q, k, v)
+    found = torch.compile(run, fullgraph=True)(turned, k, v)
+    assert not torch.allclose(found, want, atol=1e-3), "lifted: `x.contiguous()` is enough"
+
+
+@torch.no_grad()
 def test_limit_mask_mod_reads_what_a_scatter_has_not_yet_written() -> None:
     """So what `create_moba_block_mask` captures is a result of `topk`."""
 
