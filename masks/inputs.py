@@ -37,6 +37,20 @@ class _Contiguous(torch.autograd.Function):
         return grad
 
 
+def all_finite(*tensors: Tensor) -> bool:
+    """Say whether tensors hold nothing but finite numbers, by their sums if those are finite."""
+    return all(
+        bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+        or bool(x.isfinite().all())
+        for x in tensors
+    )
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return `x` with 0 for what is not finite."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
 def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
     """Return tensors in the dtype that autocast gives to `scaled_dot_product_attention`."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"

@@ -272,7 +272,7 @@ def turned(x: Tensor) -> Tensor:
 )
 @torch.no_grad()
 def test_masked_plan_in_a_graph_takes_vectors_in_pieces(lay_out: Callable[..., Tensor]) -> None:
-    """FlexAttention's C++ template reads what the compiler laid out in another order as it lies."""
+    """FlexAttention on CPU takes what lies in another order as if it lay in its own."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any = "masked") -> Tensor:
         q, k, v = (lay_out(x) for x in (q, k, v))
