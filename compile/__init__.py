@@ -13,6 +13,13 @@ one, that test fails and the detour can go.
   tile too late (`masks/tiles.py`, `settled`).
 - Code compiled in one place counts towards one limit of recompilations, whatever its options, and
   a kept graph overwrites saved tensors (`flex.py`).
+- 2.13 counts the graphs of `fullgraph=True` in a global, so that calls in several threads fail at
+  random (pytorch/pytorch#185138): graph breaks are refused inside the function (`flex.py`).
+- `x.contiguous()` in a graph is laid out as the compiler likes, and FlexAttention on CPU reads it
+  as contiguous (`..._reads_a_copy_as_contiguous`): strides are asked for (`masks/inputs.py`).
+- Flash attention on CPU gives zeros for rows of NaN if there are fewer than 16 keys
+  (pytorch/pytorch#141128, `..._hides_nan_among_few_keys`), and multiplies what it masks by zero:
+  it is given finite numbers, and rows that see others are computed apart (`cpu.py`).
 - FlexAttention on CUDA takes the lists of a BlockMask to lie one after the other, but a compiler
   may lay out what it computes in any order, and a view of one head has stride 0: sequences of a
   batch would take other sequences' lists, silently (`test_lists_follow_each_other`,

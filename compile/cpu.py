@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.compile.parts import cut
+from moba_flex.compile.modded import attend_by_products, gradients_by_products
+from moba_flex.compile.parts import cut, seen_by, shapes_of_attention, shapes_of_gradients
 from moba_flex.masks.gradients import with_gradient
-from moba_flex.masks.inputs import dense_vectors
+from moba_flex.masks.inputs import all_finite, dense_vectors, finite
+from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -25,14 +27,19 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _EXTRA = 16
 
 
-def _hidden(k: Tensor, v: Tensor) -> Tensor | None:
-    """Say which keys must not meet queries that do not see them: those that are not finite.
+def _spoilt(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor | None:
+    """Say which queries are not finite or see a key or a value that is not, bool `[B, Hq, Q]`.
 
-    Flash attention multiplies what it masks by zero, which would leave NaN.
+    None if all are finite. Flash attention multiplies what it masks by zero, which would leave NaN
+    in other rows, and takes rows of NaN for rows of zeros if there are fewer than 16 keys
+    (pytorch/pytorch#141128). So it is given finite numbers, and these rows are computed apart.
     """
-    if k.sum().isfinite() and v.sum().isfinite():
+    if all_finite(q, k, v):
         return None
-    return ~(k.isfinite().all(3) & v.isfinite().all(3)).all(1)
+    bad_q, bad_k, bad_v = (~x.isfinite().all(3) for x in (q, k, v))
+    tables = routing.places
+    real = tables.queries[1] < tables.num_blocks
+    return seen_by(routing, bad_k | bad_v) | (bad_q & real.unsqueeze(1))
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,13 +78,17 @@ def attend_cpu(
         Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
     """
     routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
+    spoilt = _spoilt(q, k, v, routing)
+    if spoilt is not None:
+        apart = attend_by_products(q, k, v, routing, Mods(), scale)
+        q, k, v = map(finite, (q, k, v))
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     v_dim, width = v.shape[3], max(q.shape[3], v.shape[3])
     q, k, v = q.contiguous(), *dense_vectors(k, v)
     q, k, v = (_widen(x, width) for x in (q, k, v))
     out = torch.zeros(q.shape, dtype=exact)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=exact)
-    for part in cut(routing, k.shape[1], _hidden(k, v)):
+    for part in cut(routing, k.shape[1]):
         places = part.queries, part.keys, part.keys
         inputs = (place.take(x) for place, x in zip(places, (q, k, v), strict=True))
         attended = _flash(*inputs, 0.0, part.causal, scale=scale)
@@ -85,21 +96,18 @@ def attend_cpu(
             attended = _merge(part.queries.take(out), part.queries.take(lse), *attended)
         part.queries.put(out, attended[0])
         part.queries.put(lse, attended[1])
-    return out[..., :v_dim].to(q.dtype).contiguous(), lse
+    out = out[..., :v_dim].to(q.dtype).contiguous()
+    if spoilt is not None:
+        out, lse = (
+            torch.where(spoilt.unsqueeze(3), apart[0], out),
+            torch.where(spoilt, apart[1], lse),
+        )
+    return out, lse
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
     """Append zeros to vectors: flash attention takes queries, keys and values of one head_dim."""
     return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
-
-
-@attend_cpu.register_fake
-def shapes_of_attention(
-    q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, not computed, of an op that attends."""
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
 
 
 @torch.library.custom_op("moba_flex::attend_cpu_backward", mutates_args=(), device_types="cpu")
@@ -119,9 +127,40 @@ def attend_cpu_backward(
     extents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `attend_cpu` with respect to `q`, `k` and `v`."""
+    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
+    results = grad, grad_lse, out, lse
+    spoilt = _spoilt(q, k, v, routing)
+    if spoilt is None:
+        return _by_flash(*results, q, k, v, routing, scale)
+    whole = _by_flash(*_without(spoilt, *results), *map(finite, (q, k, v)), routing, scale)
+    grad, grad_lse, out, lse = _without(~spoilt, *results)
+    apart = gradients_by_products(grad, grad_lse, q, k, v, out, lse, routing, Mods(), scale)
+    dq, dk, dv = (x + y for x, y in zip(whole, apart, strict=True))
+    return dq, dk, dv
+
+
+def _without(
+    rows: Tensor, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return gradients and results that leave some rows `[B, Hq, Q]` without any share."""
+    grad, out = (x.masked_fill(rows.unsqueeze(3), 0.0) for x in (grad, out))
+    grad_lse = None if grad_lse is None else grad_lse.masked_fill(rows, 0.0)
+    return grad, grad_lse, out, lse.masked_fill(rows, torch.inf)
+
+
+def _by_flash(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     dims = q.shape[3], k.shape[3], v.shape[3]
     width = max(dims)
-    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     extra = 0 if grad_lse is None else _EXTRA
     grad, q, k, v, out = (_widen(x, width + extra) for x in (grad, q, k, v, out))
     if grad_lse is not None:
@@ -131,7 +170,7 @@ def attend_cpu_backward(
     q, grad, out, lse = (x.contiguous() for x in (q, grad, out, lse))
     k, v = dense_vectors(k, v)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-    for part in cut(routing, k.shape[1], _hidden(k, v)):
+    for part in cut(routing, k.shape[1]):
         part_q, part_grad, part_out, part_lse = (part.queries.take(x) for x in (q, grad, out, lse))
         # Over the heads of a group flash attention would sum in the dtype of k: eight heads of
         # bfloat16 lose two bits.
@@ -149,12 +188,8 @@ def attend_cpu_backward(
     return dq, dk, dv
 
 
-@attend_cpu_backward.register_fake
-def shapes_of_gradients(
-    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `q`, `k` and `v`, not computed, of such an op's backward."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+attend_cpu.register_fake(shapes_of_attention)
+attend_cpu_backward.register_fake(shapes_of_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

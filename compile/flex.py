@@ -1,22 +1,27 @@
 """The one door to FlexAttention, and its compilation on behalf of eager callers."""
 
 import functools
+import inspect
 import itertools
+import threading
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
-from torch._functorch._aot_autograd import graph_compile
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
+from moba_flex.masks.inputs import contiguous
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
 
 _serial = itertools.count()
 _MOST_GRAPHS = 64
+_HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+_calls = threading.Lock()
 
 
 def attend(
@@ -44,8 +49,8 @@ def attend(
         Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` in float32, empty if not asked for.
     """
     # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
-    # / (H * D) keys.
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    # / (H * D) keys. And its C++ template takes vectors to lie in one piece.
+    q, k, v = (contiguous(x) for x in (q, k, v))
     options = _kernel_options(q, v, score_mod is not None) if q.is_cuda else None
     result = flex_attention(
         q,
@@ -124,24 +129,29 @@ def compiled(
         score_mod: ScoreMod | None,
         mask_mod: MaskMod | None,
     ) -> Any:
-        if score_mod is None and mask_mod is None and softcap is None:
-            return function(q, k, v, **tensors, **options)
-        mods = Mods(score_mod, mask_mod, softcap)
-        return function(q, k, v, mods=mods, **tensors, **options)
+        # As `fullgraph` does, which threads must not use at the same time: PyTorch 2.13 counts its
+        # graphs in a global (pytorch/pytorch#185138).
+        with torch._dynamo.error_on_graph_break(True):
+            if score_mod is None and mask_mod is None and softcap is None:
+                return function(q, k, v, **tensors, **options)
+            mods = Mods(score_mod, mask_mod, softcap)
+            return function(q, k, v, mods=mods, **tensors, **options)
 
     # PyTorch counts recompilations by code object, and learns from its name what varies from call
     # to call: a code object and a name for each kind of call leave both to lengths and batch
     # sizes.
     code = bound.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, globals(), closure=bound.__closure__)
-    # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
-    graph = repeatable(
-        torch.compile(
-            own,
-            fullgraph=True,
-            dynamic=False if static else None,
-            options={"comprehensive_padding": False},
-        )
+    # Lengths of less than a tile or of fewer than `top_k` blocks make more graphs than PyTorch's
+    # limit of 8 lets pass.
+    limit: dict[str, Any] = {"recompile_limit": _MOST_GRAPHS} if _HAS_LIMIT else {}
+    graph = torch.compile(
+        own,
+        dynamic=False if static else None,
+        backend=repeatable,
+        # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
+        options={"comprehensive_padding": False},
+        **limit,
     )
 
     def call(
@@ -153,24 +163,34 @@ def compiled(
         mask_mod: MaskMod | None = None,
         **tensors: Any,
     ) -> Any:
-        # Lengths of less than a tile or of fewer than `top_k` blocks make more graphs than
-        # PyTorch's limit of 8 lets pass.
-        with dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
+        # Made ready here, all layouts share a graph.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if _HAS_LIMIT:
+            return graph(q, k, v, tensors, score_mod, mask_mod)
+        # One call at a time: there threads share PyTorch's settings.
+        with _calls, dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
             return graph(q, k, v, tensors, score_mod, mask_mod)
 
     return call
 
 
-def repeatable(graph: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an eager caller of a compiled function keep its graph and go backward twice.
+def repeatable(
+    graph: torch.fx.GraphModule, example: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Do what PyTorch's backend "inductor" does, for callers that go backward twice.
 
-    Backward would overwrite ("donate") saved tensors. PyTorch's setting against that fails: up to
-    2.13 a backward that keeps the graph takes "not looked for" for "some are overwritten". So here
-    they are looked for, and none are found.
+    It is a backend of `torch.compile`. Backward would overwrite ("donate") saved tensors, and
+    refuse to keep them. PyTorch's setting against that fails: up to 2.13 a backward that keeps the
+    graph takes "not looked for" for "some are overwritten". So here none are found.
     """
+    compiled: Callable[..., Any] = compile_fx(
+        graph, example, inner_compile=_donating_nothing, config_patches=options
+    )
+    return compiled
 
-    def call(*args: Any) -> Any:
-        with patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: []):
-            return graph(*args)
 
-    return call
+def _donating_nothing(*args: Any, **options: Any) -> Any:
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+    return compile_fx_inner(*args, **options)

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from moba_flex.compile.cpu import shapes_of_attention, shapes_of_gradients
-from moba_flex.compile.parts import Part, cut
+from moba_flex.compile.parts import Part, cut, shapes_of_attention, shapes_of_gradients
 from moba_flex.masks.gradients import only_once, with_gradient
-from moba_flex.masks.inputs import dense_vectors
+from moba_flex.masks.inputs import all_finite, dense_vectors, finite
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
 
@@ -97,13 +96,13 @@ class _Piece(NamedTuple):
         place = x[self.batch, self.heads, : self.num_keys]
         place.add_(value.view(place.shape))
 
-    def hide_later(self, scores: Tensor) -> None:
-        """Hide from each query the keys after it, if the part is causal."""
+    def hide_later(self, scores: Tensor, value: float) -> None:
+        """Write `value` for the keys after each query, if the part is causal."""
         if self.causal:
             first = self.rows.start
             length = self.num_keys - first
             rows = scores.view(scores.shape[0], -1, length, self.num_keys)
-            rows[..., first:].masked_fill_(_later(length), -math.inf)
+            rows[..., first:].masked_fill_(_later(length), value)
 
 
 @functools.lru_cache(maxsize=4)
@@ -242,12 +241,14 @@ class _Scores:
 
         return changed.detach() * _LOG2E, back
 
-    def hide(self, scores: Tensor, piece: _Piece, *pairs: Tensor) -> Tensor:
-        """Set to -inf, in place, what a query does not see."""
-        piece.hide_later(scores)
+    def hide(
+        self, scores: Tensor, piece: _Piece, *pairs: Tensor, value: float = -math.inf
+    ) -> Tensor:
+        """Write `value`, in place, for what a query does not see."""
+        piece.hide_later(scores, value)
         if self.mods.mask_mod is not None:
             sees = _over_pairs(self.mods.mask_mod, 0)(*self._indices(*pairs))
-            scores.masked_fill_(~sees, -math.inf)
+            scores.masked_fill_(~sees, value)
         return scores
 
     def _indices(self, number: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -297,19 +298,20 @@ def _captured(mod: Callable[..., Tensor]) -> list[Tensor]:
     return list(captures.found.values())
 
 
-def _forward(
+def attend_by_products(
     q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Do what `attend_modded` does, without a gradient.
+
+    What is not finite acts on the queries that see it as in one softmax, and on no others.
+    """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    limits, v_dim = torch.finfo(exact), v.shape[3]
-    spoiled = not v.sum(dtype=exact).isfinite()
-    if spoiled:
-        # A weight of 0 times what is not finite is NaN: a column says who sees such a value.
-        bad = ~v.isfinite().all(3, keepdim=True)
-        v = torch.cat((v.nan_to_num(0.0, 0.0, 0.0), bad), dim=3)
-    q, k, v = q.contiguous(), *dense_vectors(k, v)
+    limits = torch.finfo(exact)
+    q, (k, v) = q.contiguous(), dense_vectors(k, v)
+    spoils = None if all_finite(q, k, v) else _Spoils(q, k, v, exact)
     scores_of = _Scores(mods, scale, (q.shape[0], q.shape[1], q.shape[2]))
-    by_query, by_key = [q, *scores_of.numbers()], [k, v, *scores_of.places(k)]
+    by_query = [q, *scores_of.numbers()]
+    by_key = [k, finite(v) if spoils else v, *scores_of.places(k)]
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=exact)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=exact)
     for part in cut(routing, k.shape[1]):
@@ -318,10 +320,16 @@ def _forward(
         part_q, *part_number = (_grouped(part, x, part_k) for x in by_query)
         part_out = q.new_empty(*part_q.shape[:4], v.shape[3], dtype=exact)
         part_lse = q.new_empty(part_q.shape[:4], dtype=exact)
+        if spoils:
+            part_marks = part.keys.take(spoils.marks)
+            part_counts = part_q.new_empty(*part_q.shape[:4], part_marks.shape[3], dtype=exact)
         for piece in _pieces(part_q, part_k, part.causal):
             pairs = [piece.queries(x) for x in part_number] + [piece.keys(x) for x in part_key]
             scores = scores_of.cap(piece.queries(part_q).to(exact), piece.keys(part_k))
             scores = scores_of.hide(scores_of.change(scores, *pairs), piece, *pairs)
+            if spoils:
+                seen = scores_of.hide(torch.ones_like(scores), piece, *pairs, value=0.0)
+                piece.put(part_counts, spoils.count(seen, scores, piece.keys(part_marks)))
             largest = None
             if not scores_of.small:
                 largest = scores.amax(2, keepdim=True)
@@ -331,6 +339,8 @@ def _forward(
             attended = torch.bmm(weight, piece.keys(part_v))
             piece.put(part_out, attended.div_(total.clamp(min=limits.tiny)))
             logarithm = total.log2_() if largest is None else total.log2_().add_(largest)
+            if spoils and largest is not None:  # infinity less infinity is NaN
+                logarithm.masked_fill_(largest == math.inf, math.inf)
             piece.put(part_lse, logarithm.div_(_LOG2E))
         part_out, part_lse = part_out.flatten(1, 2), part_lse.flatten(1, 2)
         if not part.first:
@@ -340,9 +350,53 @@ def _forward(
             part_out, part_lse = torch.lerp(part.queries.take(out), part_out, gain), merged
         part.queries.put(out, part_out)
         part.queries.put(lse, part_lse)
-    if spoiled:
-        out = out[..., :v_dim].masked_fill(out[..., v_dim:] > 0, math.nan)
+        if spoils:
+            part.queries.add(spoils.counts, part_counts.flatten(1, 2))
+    if spoils:
+        spoils.spread(out, lse)
     return out.to(q.dtype), lse
+
+
+class _Spoils:
+    """What each query sees that is not finite.
+
+    A weight of 0 times infinity would be NaN, so that weights meet no such value. And a softmax of
+    scores that are all -inf is NaN, but not in a part: others may hold more.
+
+    Attributes:
+        marks: Of each key where its value is NaN, inf and -inf, whether the key itself is not
+            finite, and 1, `[B, Hkv, KV, 3 * Dv + 2]`.
+        counts: Sums of the marks that each query sees, `[B, Hq, Q, 3 * Dv + 2]`.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, exact: torch.dtype) -> None:
+        self._bad_query = ~q.isfinite().all(3)
+        bad_key = ~k.isfinite().all(3, keepdim=True)
+        marks = v.isnan(), v == math.inf, v == -math.inf, bad_key, torch.ones_like(bad_key)
+        self.marks = torch.cat(marks, dim=3).to(exact)
+        self.counts = q.new_zeros(*q.shape[:3], self.marks.shape[3], dtype=exact)
+
+    def count(self, seen: Tensor, scores: Tensor, marks: Tensor) -> Tensor:
+        """Return the counts of some queries, `[p, r, 3 * Dv + 2]`.
+
+        Args:
+            seen: 1 for each key that a query sees, else 0, `[p, r, m]`.
+            scores: Their scores.
+            marks: Of these keys, `[p, m, 3 * Dv + 2]`.
+        """
+        counts = torch.bmm(seen, marks)
+        _, up, down = marks[..., :-2].chunk(3, dim=2)
+        nothing = seen * (scores == -math.inf)  # of what is infinite
+        counts[..., : up.shape[2]] += torch.bmm(nothing, up + down)
+        return counts
+
+    def spread(self, out: Tensor, lse: Tensor) -> None:
+        """Write to results what is not finite."""
+        bad_keys, keys = self.counts[..., -2:].unbind(3)
+        nan, up, down = (x > 0 for x in self.counts[..., :-2].chunk(3, dim=3))
+        spoilt = (bad_keys > 0) | (self._bad_query & (keys > 0))
+        out += torch.where(up, math.inf, 0.0) - torch.where(down, math.inf, 0.0)
+        out.masked_fill_(nan | (spoilt & (lse == -math.inf)).unsqueeze(3), math.nan)
 
 
 def _grouped(part: Part, x: Tensor, keys: Tensor) -> Tensor:
@@ -350,7 +404,7 @@ def _grouped(part: Part, x: Tensor, keys: Tensor) -> Tensor:
     return part.queries.take(x).unflatten(1, (keys.shape[1], -1))
 
 
-def _backward(
+def gradients_by_products(
     grad: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -364,24 +418,25 @@ def _backward(
     captured: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Return the gradients of q, k and v and of the captured tensors."""
-    exact = lse.dtype
-    # A query that sees what is not finite has no finite share; for others it must not be.
-    k, v = (x if x.sum(dtype=exact).isfinite() else x.nan_to_num(0.0, 0.0, 0.0) for x in (k, v))
+    exact, sound = lse.dtype, all_finite(q, k, v)
     q, grad, k, v = q.contiguous(), grad.contiguous(), *dense_vectors(k, v)
+    # A score of a query that sees what is not finite has no finite share. A share of 0 must meet
+    # nothing but finite vectors.
+    clean_q, clean_k, clean_v = (q, k, v) if sound else map(finite, (q, k, v))
     scores_of = _Scores(mods, scale, (q.shape[0], q.shape[1], q.shape[2]))
     # A score's share is weight * (grad @ v - delta): the derivative of the softmax.
     delta = (grad.to(exact) * out.to(exact)).sum(3)
     if grad_lse is not None:
         delta = delta - grad_lse
     shift = torch.where(lse == -math.inf, math.inf, lse * _LOG2E)
-    by_query = [q, grad, delta, shift, *scores_of.numbers()]
-    by_key = [k, v, *scores_of.places(k)]
+    by_query = [q, clean_q, grad, delta, shift, *scores_of.numbers()]
+    by_key = [k, clean_k, clean_v, *scores_of.places(k)]
     dq, dk, dv = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
     others = [torch.zeros_like(x) for x in captured]
     for part in cut(routing, k.shape[1]):
-        part_k, part_v, *part_key = (part.keys.take(x) for x in by_key)
-        part_k, part_v = part_k.to(exact), part_v.to(exact)
-        part_q, part_grad, part_delta, part_shift, *part_number = (
+        raw_k, part_k, part_v, *part_key = (part.keys.take(x) for x in by_key)
+        raw_k, part_k, part_v = raw_k.to(exact), part_k.to(exact), part_v.to(exact)
+        raw_q, part_q, part_grad, part_delta, part_shift, *part_number = (
             _grouped(part, x, part_k) for x in by_query
         )
         part_dq = q.new_empty(part_q.shape, dtype=exact)
@@ -390,15 +445,21 @@ def _backward(
             pairs = [piece.queries(x) for x in part_number] + [piece.keys(x) for x in part_key]
             some_q, some_grad = (piece.queries(x).to(exact) for x in (part_q, part_grad))
             some_k, some_v = piece.keys(part_k), piece.keys(part_v)
-            capped = scores_of.cap(some_q, some_k)
+            capped = scores_of.cap(piece.queries(raw_q).to(exact), piece.keys(raw_k))
+            if not sound:
+                capped = scores_of.hide(capped, piece, *pairs, value=0.0)
             scores, back = scores_of.change_with_gradient(capped, captured, *pairs)
             scores = scores_of.hide(scores, piece, *pairs)
             weight = scores.sub_(piece.queries(part_shift).unsqueeze(2)).exp2_()
+            if not sound:
+                weight = scores_of.hide(weight, piece, *pairs, value=0.0)
             piece.add_keys(part_dv, torch.bmm(weight.mT, some_grad))
             some_delta = piece.queries(part_delta).unsqueeze(2)
             dscore = scores_of.scratch.of("grad", weight, *weight.shape)
             torch.baddbmm(some_delta, some_grad, some_v.mT, beta=-1, out=dscore)
             dscore.mul_(weight)
+            if not sound:
+                dscore = scores_of.hide(dscore, piece, *pairs, value=0.0)
             dscore, *shares = back(dscore)
             for x, share in zip(others, shares, strict=True):
                 x.add_(share)
@@ -425,7 +486,7 @@ class _AttendModded(torch.autograd.Function):
         scale: float,
         *captured: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, routing, mods, scale)
+        return attend_by_products(q, k, v, routing, mods, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -442,7 +503,7 @@ def _gradients_outside(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -
     q, k, v, out, lse, *captured = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
     routing, mods, scale = ctx.options
-    dq, dk, dv, *others = _backward(
+    dq, dk, dv, *others = gradients_by_products(
         grad, grad_lse, q, k, v, out, lse, routing, mods, scale, captured
     )
     return dq, dk, dv, None, None, None, *others
@@ -463,7 +524,7 @@ def attend_softcap(
 ) -> tuple[Tensor, Tensor]:
     """Do what `moba_flex.compile.cpu.attend_cpu` does, with scores under a soft cap."""
     routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
-    return _forward(q, k, v, routing, Mods(softcap=softcap), scale)
+    return attend_by_products(q, k, v, routing, Mods(softcap=softcap), scale)
 
 
 @torch.library.custom_op("moba_flex::attend_softcap_backward", mutates_args=(), device_types="cpu")
@@ -486,7 +547,7 @@ def attend_softcap_backward(
     """Return the gradients of `attend_softcap` with respect to `q`, `k` and `v`."""
     routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
     mods = Mods(softcap=softcap)
-    dq, dk, dv = _backward(grad, grad_lse, q, k, v, out, lse, routing, mods, scale)
+    dq, dk, dv = gradients_by_products(grad, grad_lse, q, k, v, out, lse, routing, mods, scale)
     return dq, dk, dv
 
 

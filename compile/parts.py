@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +78,12 @@ class Part(NamedTuple):
     first: bool = False
 
 
-def cut(routing: Routing, num_kv_heads: int, hidden: Tensor | None = None) -> Iterator[Part]:
+def cut(routing: Routing, num_kv_heads: int) -> Iterator[Part]:
     """Cut attention into parts: queries and their own blocks, blocks and who chose them.
 
     Args:
         routing: The choice of blocks.
         num_kv_heads: Number of key/value heads, `Hkv`.
-        hidden: Keys that a causal part must not hold beside queries that do not see them, bool
-            `[B, KV]`; None for none.
     """
     blocks, batch = routing.blocks, routing.blocks.shape[0]
     tables = routing.places
@@ -95,9 +93,7 @@ def cut(routing: Routing, num_kv_heads: int, hidden: Tensor | None = None) -> It
         # Of all rows alike, or of this one.
         some = slice(0, batch) if rows == 1 else slice(row, row + 1)
         own = tables.queries[:, row], tables.extents[:, row], covered[row]
-        yield from _own_parts(
-            some, *own, None if hidden is None else hidden[some].any(0), routing.causal
-        )
+        yield from _own_parts(some, *own, routing.causal)
     if blocks.shape[3] == 0:
         return
     others = blocks.masked_fill(covered[:, None, :, None], tables.num_blocks)
@@ -131,7 +127,6 @@ def _own_parts(
     queries: Tensor,
     extents: Tensor,
     covered: Tensor,
-    hidden: Tensor | None,
     causal: bool,
 ) -> Iterator[Part]:
     """Cut attention of queries to their own blocks into parts, equal ones together.
@@ -141,7 +136,6 @@ def _own_parts(
         queries: Of these rows, of `Tables`, `[4, Q]`.
         extents: Likewise, `[2, N]`.
         covered: Which queries see all from the oldest block on, bool `[Q]`.
-        hidden: Which keys nobody may hold who does not see them, bool `[KV]`.
         causal: Whether a query sees only keys at its position and before.
     """
     position, own, oldest, newest = queries.long()
@@ -155,8 +149,6 @@ def _own_parts(
     starts[1:] = low.diff() != 0
     if not causal:  # of a routing of the caller's own, one query may see more than the next
         starts[1:] |= high.diff() != 0
-    if hidden is not None:
-        starts |= hidden[position]
     start = starts.nonzero().squeeze(1)
     sizes = F.pad(start, (0, 1), value=place.shape[0]).diff()
     columns = (place[start], sizes, low[start], high[start], position[start])
@@ -200,3 +192,45 @@ def _chosen_block(b: int, h: int, group: int, start: int, stop: int, rows: Tenso
         Place(lambda x: x[b, h * group : (h + 1) * group].view(1, 1, -1, *x.shape[3:]), rows),
         Place(lambda x: x[b : b + 1, h : h + 1, start:stop]),
     )
+
+
+def seen_by(routing: Routing, keys: Tensor) -> Tensor:
+    """Say which queries see one of some keys: bool `[B, Hq, Q]`.
+
+    Args:
+        routing: The choice of blocks.
+        keys: Which keys, bool `[B, Hkv, KV]`.
+    """
+    tables, batch, num_kv_heads = routing.places, *keys.shape[:2]
+    before = F.pad(keys.long().cumsum(2), (1, 0))  # so many of them lie before each key
+
+    def among(start: Tensor, stop: Tensor) -> Tensor:
+        """Say in which ranges `[R, n]` one lies, `[B, Hkv, n]`."""
+        at = (x.unsqueeze(1).expand(batch, num_kv_heads, -1) for x in (start, stop))
+        first, last = (before.gather(2, x) for x in at)
+        return last > first
+
+    start, stop = tables.extents.long()
+    by_block = F.pad(among(start, stop), (0, 1))
+    chosen = routing.blocks.unflatten(1, (num_kv_heads, -1))
+    seen = by_block.gather(2, chosen.flatten(2).long()).view(chosen.shape).any(4)
+    position, own = tables.queries[:2].long()
+    start, stop = (F.pad(x, (0, 1)).gather(1, own) for x in (start, stop))
+    if routing.causal:
+        stop = torch.minimum(stop, position + 1)
+    return (seen | among(start, stop).unsqueeze(2)).flatten(1, 2)
+
+
+def shapes_of_attention(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, not computed, of an op that attends."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
+
+
+def shapes_of_gradients(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `q`, `k` and `v`, not computed, of such an op's backward."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -79,9 +79,11 @@ def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
     """Whether `scaled_dot_product_attention` serves.
 
     It returns no lse, and masks from top left. On CPU a later key that is not finite would spoil
-    queries that do not see it.
+    queries that do not see it, and few keys would hide from others what is not.
     """
-    return not lse and (not causal or (q.shape[2] == k.shape[2] and not _as_on_cpu(q)))
+    if _as_on_cpu(q) and (causal or not is_exporting()):
+        return False
+    return not lse and (not causal or q.shape[2] == k.shape[2])
 
 
 def _as_on_cpu(q: Tensor) -> bool:

@@ -1,6 +1,8 @@
 """What callers pass, made ready."""
 
 from functools import lru_cache
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,45 @@ def _kept_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 def dense_vectors(*tensors: Tensor) -> list[Tensor]:
     """Return tensors `[B, H, length, D]` whose vectors lie in one piece, as kernels take them."""
     return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """Return `x`, contiguous in compiled graphs too.
+
+    There `x.contiguous()` is no more than a wish: the compiler lays out the copy in the order of
+    `x`, and kernels that ask for no order get that one. Strides that are asked for are kept.
+    """
+    if not is_traced():
+        return x.contiguous()
+    made: Tensor = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Contiguous(torch.autograd.Function):
+    """Asks for strides without the gradient of `as_strided`, which copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        strides = [prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+        return x.contiguous().as_strided(x.shape, strides)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Say whether tensors hold nothing but finite numbers, by their sums if those are finite."""
+    return all(
+        bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+        or bool(x.isfinite().all())
+        for x in tensors
+    )
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return `x` with 0 for what is not finite."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:

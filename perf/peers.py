@@ -111,7 +111,7 @@ def flex_causal(shape: Shape, device: torch.device) -> Attention:
 
 def _compiled(attend: Attention) -> Attention:
     # Backward is timed many times.
-    return repeatable(torch.compile(attend, fullgraph=True, dynamic=False))
+    return torch.compile(attend, fullgraph=True, dynamic=False, backend=repeatable)
 
 
 def sdpa_flash(shape: Shape, device: torch.device) -> Attention:

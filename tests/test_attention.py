@@ -263,6 +263,23 @@ def test_what_is_not_finite_stays_with_those_who_see_it(
             assert torch.equal(x[:, :, :80], y[:, :, :80])
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "q*", "k*", "v*"])
+@pytest.mark.parametrize("mods", [{}, {"softcap": 3.0}, {"score": "relative", "mask": "window:9"}])
+def test_what_is_not_finite_shows_to_those_who_see_it(
+    name: str, value: str, mods: dict[str, Any]
+) -> None:
+    """Also where parts have fewer keys than PyTorch's kernel needs to see it, and in gradients."""
+    for block_size, more in ((1, {}), (8, {"docs": (3, 0, 20, 17)}), (24, {"causal": False})):
+        sizes = {"batch": 2, "num_kv_heads": 2, "group": 2, "q_len": 40, "kv_len": 40}
+        case = Case(
+            **sizes, block_size=block_size, top_k=2, plants=(f"{name}={value}",), **more, **mods
+        )
+        assert_matches_oracle("planted", case, attention(case, "routed"))
+        dense = replace(case, top_k=40, lse=False)
+        assert_matches_oracle("planted, dense", dense, attention(dense, "dense", lse=False))
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 @pytest.mark.parametrize("plan", ["routed", "dense"])
 def test_scales_that_are_not_positive(scale: float, plan: Any) -> None:

@@ -1,13 +1,18 @@
 """One graph, for any length; and the ops that make it so."""
 
 import math
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd import graph_compile
 from torch._inductor.exc import InductorError
 from torch._inductor.ir import as_storage_and_layout
 from torch._inductor.kernel.flex import flex_attention as flex_lowering
@@ -199,6 +204,87 @@ def test_backward_of_a_compiled_function_runs_twice(keep_first: bool) -> None:
     first = torch.autograd.grad(out, inputs, retain_graph=True)
     for x, y in zip(first, torch.autograd.grad(out, inputs), strict=True):
         assert torch.equal(x, y)
+
+
+def test_threads_call_compiled_functions_and_leave_pytorch_as_it_was() -> None:
+    """First calls too, of graphs that they share and of others, forward and backward twice."""
+
+    def settings() -> tuple[Any, ...]:
+        names = "recompile_limit", "cache_size_limit"
+        return (
+            graph_compile.collect_bw_donated_buffer_idxs,
+            functorch_config.donated_buffer,
+            *(getattr(dynamo_config, name) for name in names),
+        )
+
+    def mix(q: Tensor, k: Tensor, v: Tensor, *, times: int) -> Tensor:
+        return times * (q.sin() * k).cos() @ v.mT
+
+    before, wrong, interval = settings(), list[object](), sys.getswitchinterval()
+
+    def call(number: int) -> None:
+        try:
+            for length in (8, 9, 10, 11) * 20:
+                inputs = [torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3)]
+                run = flex.compiled(mix, ("threads",), times=1 + number % 2)
+                out, want = run(*inputs), mix(*inputs, times=1 + number % 2)
+                grads = [
+                    torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (want, out)
+                ]
+                grads.append(torch.autograd.grad(out.sum(), inputs))
+                for got in zip(*grads, strict=True):
+                    for x in got[1:]:
+                        torch.testing.assert_close(x, got[0])
+        except Exception as error:  # a thread's own would be lost
+            wrong.append(error)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert settings() == before
+
+
+def test_compiled_functions_are_one_graph() -> None:
+    def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return q
+
+    x = torch.ones(3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        flex.compiled(broken, ("broken",))(x, x, x)
+
+
+def turned(x: Tensor) -> Tensor:
+    """Return `x` with its last two dimensions the other way round in memory."""
+    return x.mT.contiguous().mT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lay_out", [turned, lambda x: 2 * turned(x), lambda x: turned(2 * x), lambda x: 2 * x]
+)
+@torch.no_grad()
+def test_masked_plan_in_a_graph_takes_vectors_in_pieces(lay_out: Callable[..., Tensor]) -> None:
+    """FlexAttention on CPU takes what lies in another order as if it lay in its own."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any = "masked") -> Tensor:
+        q, k, v = (lay_out(x) for x in (q, k, v))
+        return moba_attention(q, k, v, block_size=8, top_k=2, plan=plan)
+
+    inputs = [turned(x) for x in qkv(40)]
+    found = torch.compile(attend, fullgraph=True)(*inputs)
+    torch.testing.assert_close(found, attend(*inputs, plan="routed"))
+    torch.testing.assert_close(
+        moba_attention(*inputs, block_size=8, top_k=2, plan="masked"),
+        moba_attention(*inputs, block_size=8, top_k=2),
+    )
 
 
 def test_flex_attention_never_runs_uncompiled() -> None:

@@ -346,6 +346,28 @@ def test_limit_flex_attention_on_cpu_has_no_backward() -> None:
 
 
 @torch.no_grad()
+def test_limit_flex_attention_on_cpu_reads_a_copy_as_contiguous() -> None:
+    """So `attend` asks for strides."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flex_attention(q.contiguous(), k, v)
+
+    q, k, v = torch.randn(3, 1, 1, 128, 16)
+    turned = q.mT.contiguous().mT
+    want = nn.functional.scaled_dot_product_attention(q, k, v)
+    found = torch.compile(run, fullgraph=True)(turned, k, v)
+    assert not torch.allclose(found, want, atol=1e-3), "lifted: `x.contiguous()` is enough"
+
+
+def test_limit_flash_attention_on_cpu_hides_nan_among_few_keys() -> None:
+    """So rows that see what is not finite are computed apart."""
+    for length, hidden in ((15, True), (16, False)):
+        q, k, v = torch.randn(3, 1, 1, length, 16)
+        out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q * torch.nan, k, v)[0]
+        assert not out.any() if hidden else out.isnan().all(), "lifted: NaN shows"
+
+
+@torch.no_grad()
 def test_limit_mask_mod_reads_what_a_scatter_has_not_yet_written() -> None:
     """So what `create_moba_block_mask` captures is a result of `topk`."""
 
