@@ -16,7 +16,12 @@ one, that test fails and the detour can go.
 - 2.13 counts the graphs of `fullgraph=True` in a global, so that calls in several threads fail at
   random (pytorch/pytorch#185138): graph breaks are refused inside the function (`flex.py`).
 - `x.contiguous()` in a graph is laid out as the compiler likes, and FlexAttention on CPU reads it
-  as contiguous (`..._reads_a_copy_as_contiguous`): strides are asked for (`masks/inputs.py`).
+  as contiguous (`..._reads_a_copy_as_contiguous`): strides are asked for (`masks/inputs.py`). Nor
+  does it know where in its memory a view begins (`..._forgets_where_a_view_begins`): there it gets
+  copies.
+- FlexAttention on CPU gives zeros for rows of NaN (`..._hides_nan`), multiplies what it masks by
+  zero, and does not compile with operations on its output (`..._with_what_follows`): an op looks
+  for what is not finite, and makes whole rows NaN that see it (`cpu.py`).
 - Flash attention on CPU gives zeros for rows of NaN if there are fewer than 16 keys
   (pytorch/pytorch#141128, `..._hides_nan_among_few_keys`), and multiplies what it masks by zero:
   it is given finite numbers, and rows that see others are computed apart (`cpu.py`).

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_flex.compile.modded import attend_by_products, gradients_by_products
-from moba_flex.compile.parts import cut, seen_by, shapes_of_attention, shapes_of_gradients
+from moba_flex.compile.parts import cut, shapes_of_attention, shapes_of_gradients, spoilt_by
 from moba_flex.masks.gradients import with_gradient
 from moba_flex.masks.inputs import all_finite, dense_vectors, finite
 from moba_flex.masks.mods import Mods
@@ -28,18 +28,13 @@ _EXTRA = 16
 
 
 def _spoilt(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor | None:
-    """Say which queries are not finite or see a key or a value that is not, bool `[B, Hq, Q]`.
+    """Say which queries are not finite or see a key or a value that is not; None if all are.
 
-    None if all are finite. Flash attention multiplies what it masks by zero, which would leave NaN
-    in other rows, and takes rows of NaN for rows of zeros if there are fewer than 16 keys
-    (pytorch/pytorch#141128). So it is given finite numbers, and these rows are computed apart.
+    Flash attention multiplies what it masks by zero, which would leave NaN in other rows, and
+    takes rows of NaN for rows of zeros if there are fewer than 16 keys (pytorch/pytorch#141128).
+    So it is given finite numbers, and these rows are computed apart.
     """
-    if all_finite(q, k, v):
-        return None
-    bad_q, bad_k, bad_v = (~x.isfinite().all(3) for x in (q, k, v))
-    tables = routing.places
-    real = tables.queries[1] < tables.num_blocks
-    return seen_by(routing, bad_k | bad_v) | (bad_q & real.unsqueeze(1))
+    return None if all_finite(q, k, v) else spoilt_by(q, k, v, routing)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,3 +201,50 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
 
 
 attend_parts = with_gradient(attend_cpu, setup_context=_save, backward=_backward)
+
+
+@torch.library.custom_op("moba_flex::show_spoilt", mutates_args=(), device_types="cpu")
+def show_spoilt(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    queries: Tensor | None = None,
+    extents: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Return what FlexAttention gave for values made finite, with NaN where that is a lie.
+
+    On CPU it gives zeros for rows of NaN. No compiler looks into an op: FlexAttention's template
+    there takes no operation behind it into its loops, and does not compile with one.
+
+    Args:
+        out: Its output, `[B, Hq, Q, Dv]`.
+        q: Queries, as they were given, like all that follow.
+        k: Keys.
+        v: Values.
+        blocks: Chosen blocks, as of `attend_cpu`, like all that follow.
+        block_size: Keys per block.
+        causal: Whether a query sees only keys at its position and before.
+        queries: Of `Tables`.
+        extents: Likewise.
+        seen: Whether a query sees, under a `mask_mod`, a key or a value that is not finite, and
+            whether it sees any: not 0 if so, `[B, Hq, Q, 2 or more]`.
+    """
+    if all_finite(q, k, v):
+        return out.clone()
+    if seen is None:
+        spoilt = spoilt_by(
+            q, k, v, Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
+        )
+    else:
+        spoilt = (seen[..., 0] > 0) | (~q.isfinite().all(3) & (seen[..., 1] > 0))
+    return out.masked_fill(spoilt.unsqueeze(3), torch.nan)
+
+
+@show_spoilt.register_fake
+def _shape_of_output(out: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(out)

@@ -221,6 +221,14 @@ def seen_by(routing: Routing, keys: Tensor) -> Tensor:
     return (seen | among(start, stop).unsqueeze(2)).flatten(1, 2)
 
 
+def spoilt_by(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor:
+    """Say which queries are not finite or see a key or a value that is not: bool `[B, Hq, Q]`."""
+    bad_q, bad_k, bad_v = (~x.isfinite().all(3) for x in (q, k, v))
+    tables = routing.places
+    real = tables.queries[1] < tables.num_blocks
+    return seen_by(routing, bad_k | bad_v) | (bad_q & real.unsqueeze(1))
+
+
 def shapes_of_attention(
     q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.compile.cpu import attend_parts
+from moba_flex.compile.cpu import attend_parts, show_spoilt
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.compile.modded import attend_modded
@@ -14,6 +14,7 @@ from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.blocks import LONGEST
 from moba_flex.masks.exporting import is_exporting, record
+from moba_flex.masks.inputs import finite
 from moba_flex.masks.layout import Tables
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import regroup
@@ -127,7 +128,18 @@ def masked(
     """Attend in natural order; FlexAttention skips the tiles that no query chose."""
     mods = mods or Mods()
     mask = routing_to_block_mask(routing, mods.mask_mod)
-    return attend(q, k, v, mask, scale, lse=lse, score_mod=mods.on_scores())
+    if not _as_on_cpu(q):
+        return attend(q, k, v, mask, scale, lse=lse, score_mod=mods.on_scores())
+    out, no_lse = attend(q, k, finite(v), mask, scale, lse=lse, score_mod=mods.on_scores())
+    bad_key = None
+    if mods.mask_mod is not None:
+        # What a query sees under it, FlexAttention knows: of equal weights none is 0.
+        bad_key = ~(k.isfinite().all(3, keepdim=True) & v.isfinite().all(3, keepdim=True))
+        marks = torch.cat((bad_key, torch.ones_like(bad_key)), dim=3).to(q.dtype)
+        bad_key = attend(q * 0, k * 0, F.pad(marks, (0, 14)), mask, scale, lse=False)[0]
+    blocks, block_size = routing.blocks, routing.block_size
+    options = block_size, routing.causal, *(routing.tables or (None, None))
+    return show_spoilt(out, q, k, v, blocks, *options, bad_key), no_lse
 
 
 def routed(

@@ -34,15 +34,27 @@ def dense_vectors(*tensors: Tensor) -> list[Tensor]:
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """Return `x`, contiguous in compiled graphs too.
+    """Return `x` as FlexAttention takes it: contiguous, in compiled graphs too.
 
     There `x.contiguous()` is no more than a wish: the compiler lays out the copy in the order of
-    `x`, and kernels that ask for no order get that one. Strides that are asked for are kept.
+    `x`, and kernels that ask for no order get that one. Strides that are asked for are kept. On
+    CPU they are not enough: FlexAttention's template forgets where in its memory a view begins.
     """
     if not is_traced():
         return x.contiguous()
-    made: Tensor = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
+    made: Tensor = copy_cpu(x) if x.device.type == "cpu" else _Contiguous.apply(x)
     return made
+
+
+@torch.library.custom_op("moba_flex::copy_cpu", mutates_args=(), device_types="cpu")
+def copy_cpu(x: Tensor) -> Tensor:
+    """Copy `x` to memory of its own, which no compiler lays out."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@copy_cpu.register_fake
+def _shape_of_copy(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 class _Contiguous(torch.autograd.Function):

@@ -1,9 +1,11 @@
 """One graph, for any length; and the ops that make it so."""
 
+import itertools
 import math
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from moba_flex.masks.layout import padded_tables
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, lay_out_keys, own_block_mask, routed_block_mask
-from tests.helpers import Case, run_script
+from tests.helpers import Case, assert_matches_oracle, attention, run_script
 
 LENGTHS = [200, 333, 512, 700, 1024, 1111]
 
@@ -268,23 +270,50 @@ def turned(x: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lay_out", [turned, lambda x: 2 * turned(x), lambda x: turned(2 * x), lambda x: 2 * x]
+    "lay_out",
+    [
+        lambda q, k, v: (turned(q), turned(k), turned(v)),
+        lambda q, k, v: (2 * turned(q), turned(2 * k), 2 * v),
+        lambda q, k, v: (2 * q, k, 2 * v),
+        lambda q, k, v: torch.stack((q, k, v)).unbind(),
+        lambda q, k, v: torch.cat((q, k, v), 3).chunk(3, 3),
+    ],
 )
 @torch.no_grad()
-def test_masked_plan_in_a_graph_takes_vectors_in_pieces(lay_out: Callable[..., Tensor]) -> None:
-    """FlexAttention on CPU takes what lies in another order as if it lay in its own."""
+def test_masked_plan_in_a_graph_takes_any_layout(lay_out: Callable[..., Any]) -> None:
+    """And anything may follow it."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any = "masked") -> Tensor:
-        q, k, v = (lay_out(x) for x in (q, k, v))
-        return moba_attention(q, k, v, block_size=8, top_k=2, plan=plan)
+    def attend(*inputs: Tensor, plan: Any = "masked") -> Tensor:
+        out = moba_attention(*lay_out(*inputs), block_size=8, top_k=2, plan=plan)
+        return 2 * out.relu()
 
-    inputs = [turned(x) for x in qkv(40)]
-    found = torch.compile(attend, fullgraph=True)(*inputs)
-    torch.testing.assert_close(found, attend(*inputs, plan="routed"))
-    torch.testing.assert_close(
-        moba_attention(*inputs, block_size=8, top_k=2, plan="masked"),
-        moba_attention(*inputs, block_size=8, top_k=2),
-    )
+    plain = torch.randn(3, 1, 2, 40, 16).unbind()
+    for inputs in ([turned(x) for x in plain], plain):
+        found = torch.compile(attend, fullgraph=True)(*inputs)
+        torch.testing.assert_close(found, attend(*inputs, plan="routed"))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_masked_plan_takes_any_layout() -> None:
+    """Called from eager code it makes them alike, and shares a graph."""
+    for order in itertools.permutations(range(4)):
+        back = [order.index(i) for i in range(4)]
+        inputs = [x.permute(order).contiguous().permute(back) for x in qkv(40)]
+        found = moba_attention(*inputs, block_size=8, top_k=2, plan="masked")
+        torch.testing.assert_close(found, moba_attention(*inputs, block_size=8, top_k=2))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mods", [{}, {"mask": "window:9", "score": "alibi"}])
+@torch.no_grad()
+def test_masked_plan_shows_what_is_not_finite(mods: dict[str, Any]) -> None:
+    base = Case(2, 2, 2, 40, 40, block_size=8, top_k=2, grads="", lse=False, **mods)
+    for plant in ("q=nan", "k=nan", "v=nan", "k*=inf", "v*=-inf"):
+        case = replace(base, plants=(plant,))
+        run = attention(case, "masked")
+        assert_matches_oracle("masked, planted", case, run, backward=False)
 
 
 def test_flex_attention_never_runs_uncompiled() -> None:

@@ -26,6 +26,7 @@ from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
 from moba_flex.compile import cpu, modded
 from moba_flex.masks import router
 from moba_flex.masks.exporting import is_exporting
+from moba_flex.masks.inputs import copy_cpu
 from moba_flex.masks.layout import document_tables
 from tests.helpers import DEVICES, Case, needs_interpreter
 
@@ -229,7 +230,10 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         by_head = None if queries is None else torch.randint(2, 5, (6,))
         gate = (q.detach(), k.detach(), 16, 3, 1, 0, True, by_head, queries, extents)
         yield router.gate_cpu, gate
+        yield copy_cpu, (q.detach().mT,)
         blocks = router.gate_cpu(*gate)
+        saved = (x.detach() for x in (q, q, k, v))
+        yield cpu.show_spoilt, (*saved, blocks, 16, True, queries, extents)
         for forward, backward, options in (
             (cpu.attend_cpu, cpu.attend_cpu_backward, (16, True, 0.3)),
             (modded.attend_softcap, modded.attend_softcap_backward, (16, True, 0.3, 20.0)),
@@ -276,7 +280,7 @@ def test_every_op_is_checked() -> None:
         if name.startswith("moba_flex::")
     }
     known = {"gate_cpu", "attend_cpu", "attend_cpu_backward"}
-    known |= {"attend_softcap", "attend_softcap_backward"}
+    known |= {"attend_softcap", "attend_softcap_backward", "copy_cpu", "show_spoilt"}
     if pytest.importorskip("triton"):
         known |= {"gate_triton", "sort_pairs_triton", "attend_fused", "attend_fused_backward"}
     assert registered == {f"moba_flex::{name}" for name in known}
@@ -357,6 +361,37 @@ def test_limit_flex_attention_on_cpu_reads_a_copy_as_contiguous() -> None:
     want = nn.functional.scaled_dot_product_attention(q, k, v)
     found = torch.compile(run, fullgraph=True)(turned, k, v)
     assert not torch.allclose(found, want, atol=1e-3), "lifted: `x.contiguous()` is enough"
+
+
+@torch.no_grad()
+def test_limit_flex_attention_on_cpu_forgets_where_a_view_begins() -> None:
+    """So it is given copies that no compiler lays out, also of what is contiguous."""
+
+    def run(q: Tensor, kv: Tensor) -> Any:
+        return flex_attention(2 * q, kv[1], 2 * kv[0])
+
+    q, kv = torch.randn(1, 1, 128, 16), torch.randn(2, 1, 1, 128, 16)
+    want = nn.functional.scaled_dot_product_attention(2 * q, kv[1], 2 * kv[0])
+    found = torch.compile(run, fullgraph=True)(q, kv)
+    assert not torch.allclose(found, want, atol=1e-3), "lifted: strides are enough on CPU"
+
+
+@torch.no_grad()
+def test_limit_flex_attention_on_cpu_does_not_compile_with_what_follows() -> None:
+    """So the plan "masked" ends in an op there."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return 2 * flex_attention(q, k, v)  # type: ignore[operator]
+
+    with pytest.raises(InductorError, match="epilogue"):
+        torch.compile(run, fullgraph=True)(*torch.randn(3, 1, 1, 128, 16))
+
+
+@torch.no_grad()
+def test_limit_flex_attention_on_cpu_hides_nan() -> None:
+    """So the plan "masked" looks for it afterwards."""
+    q, k, v = torch.randn(3, 1, 1, 128, 16)
+    assert not flex(None)(torch.nan * q, k, v).any(), "lifted: NaN shows"
 
 
 def test_limit_flash_attention_on_cpu_hides_nan_among_few_keys() -> None:
