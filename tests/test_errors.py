@@ -439,11 +439,10 @@ def own_mask_function() -> Any:
 
 
 def compiled_packed() -> Any:
-    """Call what a compiled model calls."""
-    pytest.importorskip("transformers")
-    from moba_flex.integrations.layout import layout_of
-
-    return layout_of(x(), x(), torch.eye(8, dtype=torch.int32)[:1], {})
+    """Call a compiled model with two documents in a row."""
+    model: Any = torch.compile(llama(), backend="eager", fullgraph=True)
+    positions = torch.arange(8)[None] % 4
+    return model(torch.ones_like(positions), position_ids=positions, use_cache=False)
 
 
 def nobody_knows_which_layer() -> Any:

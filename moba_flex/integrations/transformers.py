@@ -14,6 +14,7 @@ as it is. What cannot be computed exactly, such as dropout or a mask of the call
 ValueError that says what to do instead; nothing falls back silently.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_flex.attention import moba_attention
 from moba_flex.config import MoBAConfig
-from moba_flex.integrations.layout import Layout, layout_of, mask, one_row, within_documents
+from moba_flex.integrations.layout import Layout, layout_of, listen, mask, one_row
 from moba_flex.masks.blocks import ceil_div
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -71,31 +72,44 @@ def register(default: MoBAConfig | None = None) -> None:
     _register()
 
 
-def apply(model: Model, config: MoBAConfig) -> Model:
+def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     """Switch a model to Mixture of Block Attention, in place.
 
-    The options go into `model.config.moba_flex`, so that `save_pretrained` keeps them: reload with
-    `from_pretrained(..., attn_implementation="moba_flex")` after `register()`. Of a multimodal
-    model the text part is switched.
+    The options go into `model.config.moba_flex`, so that `save_pretrained` keeps them. A saved
+    model comes back with dense attention: `apply(from_pretrained(...))` switches it again. Of a
+    multimodal model the text part is switched.
+
+    Hooks on the model note what its callers say of packed documents. `from_pretrained(...,
+    attn_implementation="moba_flex")` after `register()` sets none: then layers know of documents
+    what the model hands on to them, and those of a model that hands on nothing refuse to run.
 
     Args:
         model: A decoder that uses the attention interface of transformers.
-        config: The options.
+        config: The options; None for those that a saved model carries.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `config` is no MoBAConfig.
-        ValueError: The model has cross-attention, does not use the attention interface, or has
-            other layers or heads than the options name.
+        TypeError: `model` is no model of transformers, or `config` no MoBAConfig.
+        ValueError: The model has cross-attention or a sparse attention of its own, does not use
+            the attention interface, or lacks layers or heads that the options name, or numbers of
+            its layers by which to find them.
     """
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(
+            f"model must be a model of transformers, got {type(model).__name__}: "
+            "call apply before the model is wrapped, or with what is wrapped"
+        )
+    text = model.config.get_text_config()
+    if config is None:
+        config = _options(text)
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
     _check_decoder(model.config)
     _register()
-    text = model.config.get_text_config()
     config.check_model(text.num_hidden_layers, text.num_attention_heads)
+    _check_layers(model, text, config)
     # Without this flag a model may take the name and go on with an attention of its own.
     if model._supports_attention_backend:
         parts = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
@@ -106,6 +120,8 @@ def apply(model: Model, config: MoBAConfig) -> Model:
             "call moba_attention in its attention layer instead"
         )
     setattr(text, NAME, config.to_dict())
+    for decoder in _decoders(model, text):
+        listen(decoder)
     return model
 
 
@@ -145,6 +161,43 @@ def _check_decoder(model_config: PreTrainedConfig) -> None:
             raise ValueError(f"model must be a decoder without cross-attention, got {name}=True")
 
 
+def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) -> None:
+    """Raise unless the attention layers of a model are such that `config` can be followed."""
+    layers = [x for x in model.modules() if getattr(x, "config", None) is text and _attends(x)]
+    for layer in layers:
+        if getattr(layer, "indexer", None) is not None:
+            raise ValueError(
+                "model must have no sparse attention of its own, got "
+                f"{type(layer).__name__} with an indexer: use attn_implementation='sdpa'"
+            )
+    for name in ("dense_layers", "head_top_k"):
+        if not getattr(config, name):
+            continue
+        for layer in layers:
+            if not isinstance(getattr(layer, "layer_idx", None), int):
+                raise ValueError(
+                    f"{name} must be empty for a model whose layers have no layer_idx, got some "
+                    f"for {type(layer).__name__}: leave it out"
+                )
+
+
+def _decoders(model: nn.Module, text: PreTrainedConfig) -> list[nn.Module]:
+    """Return the innermost models within a model that `text` describes."""
+    models = [
+        x
+        for x in model.modules()
+        if isinstance(x, PreTrainedModel) and x.config.get_text_config() is text
+    ]
+    outer = {id(x) for x in models for y in models if y is not x and y in set(x.modules())}
+    return [x for x in models if id(x) not in outer]
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module asks transformers for an attention function."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -173,6 +226,11 @@ def _attention(
             )
 
     layer_idx: int | None = getattr(module, "layer_idx", None)
+    if layer_idx is None and config.dense_layers:
+        raise ValueError(
+            "dense_layers must be empty for layers without layer_idx, got "
+            f"{config.dense_layers}: leave it out"
+        )
     q_len, kv_len = query.shape[2], key.shape[2]
     dense = layer_idx is not None and config.is_dense(layer_idx, model_config.num_hidden_layers)
     dense = dense or (q_len != kv_len and config.cached == "dense")
@@ -181,34 +239,28 @@ def _attention(
             f"queries must be as many as keys, got {q_len} queries and {kv_len} keys of a cache: "
             "pass use_cache=False, or set cached='dense' to attend to all keys in such calls"
         )
-    pairs = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
-    layout = layout_of(query, key, None if pairs is not None else attention_mask, kwargs)
-    if pairs is not None:
-        # Not every model tells transformers of documents when that makes the mask of a window.
-        if sliding_window is not None and "cu_seqlens" in layout:
-            pairs = within_documents(pairs, layout["cu_seqlens"])
-        layout = {}
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = softcap is None and s_aux is None
-    if dense and plain and not layout:
-        return sdpa_attention_forward(
-            module, query, key, value, pairs, dropout, scaling, is_causal, **kwargs
-        )
-
     if sliding_window is not None and not dense:
         raise ValueError(
             f"layer {layer_idx} must have full attention, got sliding_window={sliding_window}: "
             "name it in dense_layers to leave it as it is"
         )
+    if dropout and not (dense and plain):
+        raise _dropout_error(dropout)
+    layout, pairs = layout_of(query, key, attention_mask, kwargs, sliding_window)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if dense and plain and not layout:
+        return sdpa_attention_forward(
+            module, query, key, value, pairs, dropout, scaling, is_causal, **kwargs
+        )
+
     if pairs is not None and not dense:
         raise ValueError(
             "attention_mask must be None or [B, KV], "
             f"got a mask of shape {tuple(pairs.shape)}: use attn_implementation='sdpa'"
         )
     if dropout:
-        raise ValueError(
-            f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
-        )
+        raise _dropout_error(dropout)
     if dense and (pairs is not None or q_len != kv_len):
         out = _attend_to_pairs(query, key, value, pairs, scaling, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
@@ -232,7 +284,14 @@ def _attention(
     out, aux = moba_attention(query, key, value, **options)
     if s_aux is not None:
         out = _with_sinks(out, aux.lse, s_aux)
-    return out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1), None
+    out = out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1)
+    return out.contiguous(), None
+
+
+def _dropout_error(dropout: float) -> ValueError:
+    return ValueError(
+        f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
+    )
 
 
 def gate_of(config: MoBAConfig, layer_idx: int | None, device: torch.device) -> dict[str, Any]:
