@@ -1,5 +1,6 @@
 """How one model uses Mixture of Block Attention, as plain data."""
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -36,13 +37,15 @@ class MoBAConfig:
     head_top_k: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("block_size", "top_k", "sink_blocks", "local_blocks"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         check_gate(self.block_size, self.top_k, self.sink_blocks, self.local_blocks)
         if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
             raise TypeError(
                 f"dense_layers must be a tuple of ints, got {type(self.dense_layers).__name__}"
             )
         # JSON knows lists only.
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        object.__setattr__(self, "dense_layers", tuple(map(_plain, self.dense_layers)))
         for layer in self.dense_layers:
             if isinstance(layer, bool) or not isinstance(layer, int):
                 raise TypeError(f"dense_layers must hold ints, got {type(layer).__name__}")
@@ -54,6 +57,8 @@ class MoBAConfig:
     def _checked_head_top_k(self) -> tuple[tuple[int, ...], ...]:
         """Return `head_top_k` as tuples."""
         rows: Any = self.head_top_k
+        if isinstance(rows, (list, tuple)):
+            rows = [[*map(_plain, x)] if isinstance(x, (list, tuple)) else x for x in rows]
         for row in [rows, *rows] if isinstance(rows, (list, tuple)) else [rows]:
             if not isinstance(row, (list, tuple)):
                 raise TypeError(
@@ -116,3 +121,9 @@ class MoBAConfig:
             ValueError: An option is out of range.
         """
         return cls(**options)
+
+
+def _plain(number: Any) -> Any:
+    """Return the int that NumPy's or another one stands for, so that JSON can hold it."""
+    plain = isinstance(number, bool) or not hasattr(number, "__index__")
+    return number if plain else operator.index(number)

@@ -49,14 +49,10 @@ class _Enter:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype != torch.bool:
-            _require(
-                (mask == 0) | (mask == 1),
-                "attention_mask must hold zeros and ones, got other numbers: number documents by "
-                "seq_idx, or pass position_ids that restart",
-            )
         _running.signals = _signals(given)
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            _running.signals["attention_mask"] = mask
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -101,6 +97,15 @@ def mask(
     signals = _running.signals
     if signals is not None and not _fits(signals, q_length):
         signals = None
+    if signals is not None:
+        signals = {name: x.to(device) for name, x in signals.items()}
+        if "attention_mask" in signals:
+            numbers = signals.pop("attention_mask")
+            _require(
+                (numbers == 0) | (numbers == 1),
+                "attention_mask must hold zeros and ones, got other numbers: number documents by "
+                "seq_idx, or pass position_ids that restart",
+            )
     sizes = batch_size, q_length
     real = None if attention_mask is None else attention_mask[:, -q_length:]
     # A tensor is the offset of a StaticCache, which has as many keys as queries only if empty.
@@ -127,13 +132,13 @@ def mask(
         )
         return pairs if pairs is not None or cached or signals is None else _nothing(device)
 
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        # Packed documents come as and_masks(...); what comes in other ways cannot be looked into.
-        if use_vmap or getattr(mask_function, "__name__", "") != "and_mask":
-            raise ValueError(
-                "attention must be plain causal or bidirectional, got a mask function of the "
-                "model's own: use attn_implementation='sdpa'"
-            )
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    # Packed documents come as and_masks(...); what comes in other ways cannot be looked into.
+    if not plain and (use_vmap or getattr(mask_function, "__name__", "") != "and_mask"):
+        raise ValueError(
+            "attention must be plain causal or bidirectional, got a mask function of the "
+            "model's own: use attn_implementation='sdpa'"
+        )
     if real is not None and is_readable(real) and bool(real.all()):
         real = None
     if real is not None:

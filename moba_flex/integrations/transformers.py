@@ -49,7 +49,7 @@ The rows of a batch of packed documents come as one, `B` being 1.
 _default: MoBAConfig | None = None
 _observers: list[Observer] = []
 
-# What else transformers may hand to an attention function. None of it may be ignored.
+# What else transformers may hand to an attention function, and what is needed instead.
 _UNSUPPORTED = {
     "sinks": "learned sinks as s_aux alone",
     "position_bias": "no position bias on the scores",
@@ -57,8 +57,27 @@ _UNSUPPORTED = {
     "indices": "no other sparse attention",
     "block_indices": "no other sparse attention",
     "cache": "no paged cache",
+    "block_table": "no paged cache",
     "output_attentions": "output_attentions=False, for attention weights are never formed",
 }
+
+# What layers are told to other ends than attention, or what says again what is known. Anything
+# else may not be ignored.
+_IGNORED = {
+    *("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("use_cache", "cache_position", "past_key_values", "past_key_value", "cache_params"),
+    *("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs", "position_embeddings"),
+    *("labels", "shift_labels", "num_items_in_batch", "ignore_index", "vocab_size"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+    *("debug_io", "deterministic", "kernel_options"),
+}
+_IGNORED_OF_MEDIA = (
+    *("pixel_", "image_", "images_", "video_", "vision_", "visual_", "spatial_", "deepstack_"),
+    *("audio_", "input_features", "input_values", "feature_", "mm_"),
+)
+
+# Parts of attention layers that choose keys, or change scores, by a mask that they look into.
+_OWN_SPARSE = ("indexer", "compressor", "prepare_dynamic_mask")
 
 
 def register(default: MoBAConfig | None = None) -> None:
@@ -165,11 +184,12 @@ def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) 
     """Raise unless the attention layers of a model are such that `config` can be followed."""
     layers = [x for x in model.modules() if getattr(x, "config", None) is text and _attends(x)]
     for layer in layers:
-        if getattr(layer, "indexer", None) is not None:
-            raise ValueError(
-                "model must have no sparse attention of its own, got "
-                f"{type(layer).__name__} with an indexer: use attn_implementation='sdpa'"
-            )
+        for part in _OWN_SPARSE:
+            if getattr(layer, part, None) is not None:
+                raise ValueError(
+                    "model must have no sparse attention of its own, got "
+                    f"{type(layer).__name__}.{part}: use attn_implementation='eager'"
+                )
     for name in ("dense_layers", "head_top_k"):
         if not getattr(config, name):
             continue
@@ -219,8 +239,11 @@ def _attention(
     model_config: Any = module.config
     config = _options(model_config)
     _check_decoder(model_config)
-    for name, need in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+    for name, given in kwargs.items():
+        if given is None or given is False or name in _IGNORED:
+            continue
+        if not name.startswith(_IGNORED_OF_MEDIA):
+            need = _UNSUPPORTED.get(name, "no arguments that it does not know")
             raise ValueError(
                 f"attention must have {need}, got {name}: use attn_implementation='eager'"
             )
