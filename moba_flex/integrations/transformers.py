@@ -262,6 +262,11 @@ def _attention(
             f"queries must be as many as keys, got {q_len} queries and {kv_len} keys of a cache: "
             "pass use_cache=False, or set cached='dense' to attend to all keys in such calls"
         )
+    if "CrossAttention" in type(module).__name__ and (not dense or q_len == kv_len):
+        raise ValueError(
+            f"attention must be self-attention, got {type(module).__name__}: "
+            "use attn_implementation='sdpa'"
+        )
     plain = softcap is None and s_aux is None
     if sliding_window is not None and not dense:
         raise ValueError(
