@@ -326,8 +326,8 @@ def test_chunks_count_from_each_document() -> None:
     }
     torch.manual_seed(0)
     config = transformers.Llama4TextConfig(**{**SIZES, **options})
-    model: Any = transformers.Llama4ForCausalLM(config).eval()
-    apply(model, MoBAConfig(8, 2, dense_layers=(0, 2)))
+    model: Any = transformers.Llama4ForCausalLM(config)
+    apply(model.eval(), MoBAConfig(8, 2, dense_layers=(0, 2)))
     want = apart(model, tokens(1))
     for cache in (False, True):
         got = model(tokens(1), position_ids=TWO, use_cache=cache).logits

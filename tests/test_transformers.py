@@ -381,8 +381,8 @@ def test_refuses_cross_attention() -> None:
 def test_refuses_layers_of_cross_attention() -> None:
     layers = {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}}
     config = transformers.MllamaTextConfig(**{**SIZES, **layers})
-    model: Any = apply(transformers.MllamaForCausalLM(config).eval(), SMALL)
-    model(tokens())
+    model: Any = apply(transformers.MllamaForCausalLM(config), SMALL)
+    model.eval()(tokens())
     with pytest.raises(ValueError, match="must be self-attention, got MllamaTextCrossAttention"):
         model(tokens(), cross_attention_states=torch.randn(2, LENGTH, 32))
 
@@ -405,7 +405,7 @@ def test_refuses_what_is_no_model_of_transformers(wrap: Any) -> None:
 def test_refuses_models_with_a_sparse_attention_of_their_own(name: str) -> None:
     with torch.device("meta"):
         config = getattr(transformers, f"{name}Config")(num_hidden_layers=1)
-        model = transformers.AutoModel.from_config(config)
+        model = getattr(transformers, f"{name}Model")(config)
     with pytest.raises(ValueError, match="must have no sparse attention of its own, got"):
         apply(model, SMALL)
 
@@ -413,11 +413,11 @@ def test_refuses_models_with_a_sparse_attention_of_their_own(name: str) -> None:
 @pytest.mark.parametrize("options", [{"dense_layers": (0,)}, {"head_top_k": ((2,) * 4,) * 3}])
 def test_refuses_to_guess_which_layer_one_is(options: dict[str, Any]) -> None:
     sizes: Any = {"vocab_size": 61, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
-    model = transformers.DistilBertModel(transformers.DistilBertConfig(**sizes)).eval()
+    model: Any = transformers.DistilBertModel(transformers.DistilBertConfig(**sizes))
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"{name} must be empty for a model whose layers have no"):
         apply(model, MoBAConfig(8, 2, **options))
-    apply(model, SMALL)(tokens())
+    apply(model.eval(), SMALL)(tokens())
 
 
 def test_its_output_is_contiguous() -> None:

@@ -98,7 +98,10 @@ def mask(
     if signals is not None and not _fits(signals, q_length):
         signals = None
     if signals is not None:
-        signals = {name: x.to(device) for name, x in signals.items()}
+        # Accelerate moves what a model is given only after the hook.
+        signals = {
+            name: x.to(device) if isinstance(x, Tensor) else x for name, x in signals.items()
+        }
         if "attention_mask" in signals:
             numbers = signals.pop("attention_mask")
             _require(
@@ -231,7 +234,8 @@ def _nothing(device: torch.device | str) -> Tensor:
 
 def _fits(signals: Signals, length: int) -> bool:
     """Whether these are of a call of `length` tokens, and not of one that was interrupted."""
-    return all(signals[name].shape[-1] == length for name in _SIGNALS[:2] if name in signals)
+    told = (signals.get(name) for name in _SIGNALS[:2])
+    return all(x.shape[-1] == length for x in told if isinstance(x, Tensor))
 
 
 def _require(condition: Tensor, message: str) -> None:
@@ -321,8 +325,10 @@ def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Ten
     return marks
 
 
-def _marks_of(name: str, x: Tensor, sizes: tuple[int, int]) -> Tensor:
+def _marks_of(name: str, x: Any, sizes: tuple[int, int]) -> Tensor:
     """Return where position_ids do not go on, or where seq_idx changes, bool `[B, L]`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.dim() == 3 and x.shape[0] == 4:
         x = x[0]  # positions in the text, before those of three parts
     if x.dim() not in (2, 3) or x.shape[-1] != sizes[1] or x.shape[-2] not in (1, sizes[0]):
@@ -380,10 +386,10 @@ def _refuse_documents_beside_cache(
 
 def _refuse_other_keys(signals: Signals) -> None:
     """Raise if documents have other keys than queries, of which the mask of a window knows not."""
-    queries, keys = signals.get("cu_seq_lens_q"), signals.get("cu_seq_lens_k")
-    if queries is not keys:
+    queries: Tensor | None = signals.get("cu_seq_lens_q")
+    if queries is not None:
         _require(
-            queries == keys,
+            queries.eq(signals["cu_seq_lens_k"]),
             "cu_seq_lens_q must equal cu_seq_lens_k in a layer with a window, got other places",
         )
 

@@ -273,8 +273,8 @@ def _attention(
             f"layer {layer_idx} must have full attention, got sliding_window={sliding_window}: "
             "name it in dense_layers to leave it as it is"
         )
-    if dropout and not (dense and plain):
-        raise _dropout_error(dropout)
+    if not (dense and plain):
+        _check_dropout(dropout)
     layout, pairs = layout_of(query, key, attention_mask, kwargs, sliding_window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dense and plain and not layout:
@@ -287,8 +287,7 @@ def _attention(
             "attention_mask must be None or [B, KV], "
             f"got a mask of shape {tuple(pairs.shape)}: use attn_implementation='sdpa'"
         )
-    if dropout:
-        raise _dropout_error(dropout)
+    _check_dropout(dropout)
     if dense and (pairs is not None or q_len != kv_len):
         out = _attend_to_pairs(query, key, value, pairs, scaling, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
@@ -316,10 +315,11 @@ def _attention(
     return out.contiguous(), None
 
 
-def _dropout_error(dropout: float) -> ValueError:
-    return ValueError(
-        f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
-    )
+def _check_dropout(dropout: float) -> None:
+    if dropout:
+        raise ValueError(
+            f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
+        )
 
 
 def gate_of(config: MoBAConfig, layer_idx: int | None, device: torch.device) -> dict[str, Any]:
