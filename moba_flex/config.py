@@ -19,7 +19,8 @@ class MoBAConfig:
         local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
         head_top_k: `top_k` of each head in each layer, a row of numbers for each layer; None for
             `top_k` everywhere. None may exceed `top_k`.
-        dense_layers: Layers that keep dense attention; negative numbers count from the last.
+        dense_layers: Layers that keep dense attention, as the model's config counts them; negative
+            numbers count from the last.
         cached: What a call with cached keys does, one with more keys than queries: "refuse"
             raises, "dense" attends to all keys.
 

@@ -480,6 +480,16 @@ def layer_of_its_own(name: str, **options: Any) -> Any:
     return _attention(module, x(1, 4, 8, 8), x(1, 2, 8, 8), x(1, 2, 8, 8), None)
 
 
+def apply_to_several() -> Any:
+    """Apply to a model of several decoders."""
+    transformers = pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import apply
+
+    with torch.device("meta"):
+        model = transformers.BltForCausalLM(transformers.BltConfig())
+    return apply(model, MoBAConfig(**GATE))
+
+
 def apply_to_no_model() -> Any:
     pytest.importorskip("transformers")
     from moba_flex.integrations.transformers import apply
@@ -623,6 +633,12 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         "model must be a model of transformers, got Linear: "
         "call apply before the model is wrapped, or with what is wrapped",
+    ),
+    (
+        apply_to_several,
+        ValueError,
+        "model must have one decoder, got BltForCausalLM, whose config has no num_hidden_layers: "
+        "apply to the decoder in it",
     ),
     (
         lambda: apply_to("DogeForCausalLM", model_type="doge", num_hidden_layers=1, **SMALL),

@@ -176,6 +176,18 @@ def test_a_multimodal_model_switches_its_text_part() -> None:
     torch.testing.assert_close(model(input_ids=x).logits, dense)
 
 
+def test_a_text_part_may_lie_deep_in_a_model() -> None:
+    config = transformers.Qwen2_5OmniConfig()
+    thinker = config.thinker_config
+    thinker.text_config.num_hidden_layers = thinker.vision_config.depth = 1
+    thinker.audio_config.encoder_layers = config.talker_config.num_hidden_layers = 1
+    with torch.device("meta"):
+        apply(transformers.Qwen2_5OmniForConditionalGeneration(config), SMALL)
+    parts = thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config
+    used = [part._attn_implementation == "moba_flex" for part in parts]
+    assert used == [True, False, False, False]
+
+
 def test_trains() -> None:
     model: Any = build("Llama").train()
     model(tokens(), labels=tokens()).loss.backward()

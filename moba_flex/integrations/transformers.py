@@ -121,6 +121,12 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
             "call apply before the model is wrapped, or with what is wrapped"
         )
     text = model.config.get_text_config()
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if not isinstance(getattr(text, name, None), int):
+            raise ValueError(
+                f"model must have one decoder, got {type(model).__name__}, whose config has no "
+                f"{name}: apply to the decoder in it"
+            )
     if config is None:
         config = _options(text)
     if not isinstance(config, MoBAConfig):
@@ -131,8 +137,7 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     _check_layers(model, text, config)
     # Without this flag a model may take the name and go on with an attention of its own.
     if model._supports_attention_backend:
-        parts = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
-        model.set_attn_implementation({parts[0]: NAME} if parts else NAME)
+        model.set_attn_implementation(_name_for(text, model.config))
     if text._attn_implementation != NAME:
         raise ValueError(
             f"model must use the attention interface of transformers, got {type(model).__name__}: "
@@ -172,6 +177,17 @@ def _options(model_config: PreTrainedConfig) -> MoBAConfig:
             "call moba_flex.integrations.transformers.apply(model, MoBAConfig(...))"
         )
     return _default
+
+
+def _name_for(text: PreTrainedConfig, whole: PreTrainedConfig) -> Any:
+    """Return `NAME` for the part `text` alone, as `set_attn_implementation` takes it."""
+    if whole is text:
+        return NAME
+    for key in whole.sub_configs:
+        part = getattr(whole, key, None)
+        if isinstance(part, PreTrainedConfig) and (name := _name_for(text, part)) is not None:
+            return {key: name}
+    return None
 
 
 def _check_decoder(model_config: PreTrainedConfig) -> None:
