@@ -177,7 +177,7 @@ def test_a_multimodal_model_switches_its_text_part() -> None:
 
 
 def test_a_text_part_may_lie_deep_in_a_model() -> None:
-    config = transformers.Qwen2_5OmniConfig()
+    config: Any = transformers.Qwen2_5OmniConfig()
     thinker = config.thinker_config
     thinker.text_config.num_hidden_layers = thinker.vision_config.depth = 1
     thinker.audio_config.encoder_layers = config.talker_config.num_hidden_layers = 1
