@@ -1,5 +1,6 @@
 """How one model uses Mixture of Block Attention, as plain data."""
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -18,7 +19,8 @@ class MoBAConfig:
         local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
         head_top_k: `top_k` of each head in each layer, a row of numbers for each layer; None for
             `top_k` everywhere. None may exceed `top_k`.
-        dense_layers: Layers that keep dense attention; negative numbers count from the last.
+        dense_layers: Layers that keep dense attention, as the model's config counts them; negative
+            numbers count from the last.
         cached: What a call with cached keys does, one with more keys than queries: "refuse"
             raises, "dense" attends to all keys.
 
@@ -45,11 +47,11 @@ class MoBAConfig:
             raise TypeError(
                 f"dense_layers must be a tuple of ints, got {type(self.dense_layers).__name__}"
             )
-        # JSON knows lists only.
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for layer in self.dense_layers:
-            if isinstance(layer, bool) or not isinstance(layer, int):
+        layers = tuple(self.dense_layers)
+        for layer in layers:
+            if isinstance(layer, bool) or not hasattr(layer, "__index__"):
                 raise TypeError(f"dense_layers must hold ints, got {type(layer).__name__}")
+        object.__setattr__(self, "dense_layers", tuple(map(operator.index, layers)))
         if self.cached not in ("refuse", "dense"):
             raise ValueError(f"cached must be 'refuse' or 'dense', got {self.cached!r}")
         if self.head_top_k is not None:
@@ -65,13 +67,13 @@ class MoBAConfig:
                     f"{type(row).__name__}"
                 )
         least = 1 + self.sink_blocks + self.local_blocks
-        for number in (number for row in rows for number in row):
-            check_int("head_top_k", number, least)
+        checked = tuple(tuple(check_int("head_top_k", x, least) for x in row) for row in rows)
+        for number in (number for row in checked for number in row):
             if number > self.top_k:
                 raise ValueError(
                     f"head_top_k must be at most top_k = {self.top_k}, got {number}: raise top_k"
                 )
-        return tuple(tuple(row) for row in rows)
+        return checked
 
     def check_model(self, num_layers: int, num_heads: int) -> None:
         """Raise unless a model of this size has what the options name.

@@ -242,7 +242,7 @@ class _Probe:
         layout: Layout,
     ) -> None:
         start = _clock(q.device)
-        routing = route(q, k, **gate_of(config, layer_idx, q.device))
+        routing = route(q, k, **gate_of(config, layer_idx, q))
         self.rows.append(
             (
                 diagnostics.density(routing),

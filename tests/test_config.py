@@ -13,6 +13,15 @@ def test_survives_json() -> None:
     assert MoBAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_takes_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    eight, two = numpy.int64(8), numpy.int32(2)
+    rows = [[two, two], [two, two]]
+    config = MoBAConfig(eight, two, dense_layers=numpy.array([0, -1]), head_top_k=rows)  # type: ignore[arg-type]
+    assert config == MoBAConfig(8, 2, dense_layers=(0, -1), head_top_k=((2, 2), (2, 2)))
+    assert MoBAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_is_hashable_and_fills_in_defaults() -> None:
     config = MoBAConfig.from_dict({"block_size": 8, "top_k": 2})
     assert {config: 1}[MoBAConfig(8, 2, 0, 0, (), "refuse")] == 1

@@ -59,8 +59,8 @@ def test_attention_is_the_oracle(sizes: tuple[int, int, int], causal: bool, devi
     for layout in layouts(*sizes, device):
         for plan, top_k in (("auto", 2), ("dense", 9), ("routed", 2)):
             gate: dict[str, Any] = {"block_size": 4, "top_k": top_k, "causal": causal}
-            request: dict[str, Any] = {**gate, **layout, "return_aux": AuxRequest(lse=True)}
-            out, aux = moba_attention(q, k, v, **request, plan=plan)
+            request: dict[str, Any] = {**gate, **layout, "plan": plan}
+            out, aux = moba_attention(q, k, v, **request, return_aux=AuxRequest(lse=True))
             want = moba_attention_reference(q, k, v, **gate, **layout)
             torch.testing.assert_close(out, want.out, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(aux.lse, want.lse, atol=1e-3, rtol=1e-3)
@@ -80,7 +80,7 @@ def test_routings_and_masks_are_empty(
     q, k, v = inputs(*sizes, device)
     gate: dict[str, Any] = {"block_size": 4, "causal": causal}
     for layout in layouts(*sizes, device):
-        tables = make_tables(*sizes[1:], **gate, **layout)
+        tables = make_tables(*sizes[1:], 4, causal, **layout)
         found = [route(q, k, **gate, top_k=2, tables=tables)]
         for name, options in PATTERNS.items():
             pattern = getattr(patterns, name)

@@ -614,20 +614,65 @@ def own_mask_function() -> Any:
 
 
 def compiled_packed() -> Any:
-    """Call what a compiled model calls."""
-    pytest.importorskip("transformers")
-    from moba_flex.integrations.layout import layout_of
-
-    return layout_of(x(), x(), torch.eye(8, dtype=torch.int32)[:1], {})
+    """Call a compiled model with two documents in a row."""
+    model: Any = torch.compile(llama(), backend="eager", fullgraph=True)
+    positions = torch.arange(8)[None] % 4
+    return model(torch.ones_like(positions), position_ids=positions, use_cache=False)
 
 
 def nobody_knows_which_layer() -> Any:
     pytest.importorskip("transformers")
     from moba_flex.integrations.transformers import gate_of
 
-    return gate_of(MoBAConfig(4, 2, head_top_k=((2, 2),)), None, torch.device("cpu"))
+    return gate_of(MoBAConfig(4, 2, head_top_k=((2, 2),)), None, x())
 
 
+def call_windows(**options: Any) -> Any:
+    """Call a model whose layers have a window, and stay dense."""
+    pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import apply
+    from tests.test_transformers import build
+
+    config = MoBAConfig(**GATE, dense_layers=(0, 1, 2))
+    model = apply(build("Mistral", sliding_window=3), config)
+    return model(torch.ones(1, 8, dtype=torch.int64), **options)
+
+
+def call_again(**options: Any) -> Any:
+    """Call a model with cached keys."""
+    model = llama(cached="dense")
+    ids = torch.ones(1, 8, dtype=torch.int64)
+    return model(ids, past_key_values=model(ids).past_key_values, **options)
+
+
+def layer_of_its_own(name: str, **options: Any) -> Any:
+    """Call the attention of a layer that is not numbered, or of another class."""
+    module = llama(**options).model.layers[0].self_attn
+    from moba_flex.integrations.transformers import _attention
+
+    del module.layer_idx
+    module.__class__ = type(name, (type(module),), {})
+    return _attention(module, x(1, 4, 8, 8), x(1, 2, 8, 8), x(1, 2, 8, 8), None)
+
+
+def apply_to_several() -> Any:
+    """Apply to a model of several decoders."""
+    transformers = pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import apply
+
+    with torch.device("meta"):
+        model = transformers.BltForCausalLM(transformers.BltConfig())
+    return apply(model, MoBAConfig(**GATE))
+
+
+def apply_to_no_model() -> Any:
+    pytest.importorskip("transformers")
+    from moba_flex.integrations.transformers import apply
+
+    return apply(torch.nn.Linear(2, 2), MoBAConfig(**GATE))  # type: ignore[type-var]
+
+
+OTHER_STARTS = torch.tensor([0, 5, 8], dtype=torch.int32)
 BOTH: dict[str, Any] = {"cu_seq_lens_q": STARTS.int(), "cu_seq_lens_k": STARTS.int()}
 HOLES = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
 SMALL: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8}
@@ -706,6 +751,97 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         RuntimeError,
         "position_ids must hold one document a row in a compiled model, got packed documents: "
         "pass cu_seq_lens_q and cu_seq_lens_k too",
+    ),
+    (
+        lambda: call_model(attention_mask=2 * HOLES),
+        ValueError,
+        "attention_mask must hold zeros and ones, got other numbers: number documents by "
+        "seq_idx, or pass position_ids that restart",
+    ),
+    (
+        lambda: layer(HOLES),
+        ValueError,
+        "attention_mask must come from the mask functions of transformers, got torch.int64 of "
+        "shape (1, 8): use attn_implementation='sdpa'",
+    ),
+    (
+        layer,
+        ValueError,
+        "position_ids must reach the attention layers, got none, so that packed documents would "
+        "not be seen: call moba_flex.integrations.transformers.apply",
+    ),
+    (
+        lambda: call_again(seq_idx=HOLES),
+        ValueError,
+        "position_ids must go on in a call with cached keys, got packed documents: "
+        "pass use_cache=False",
+    ),
+    (
+        lambda: call_model(**BOTH, seq_idx=HOLES),
+        ValueError,
+        "seq_idx must start documents where cu_seq_lens_q or seq_idx does, got other places: "
+        "pass one of them",
+    ),
+    (
+        lambda: call_model(seq_idx=[0] * 8),
+        TypeError,
+        "seq_idx must be a Tensor, got list",
+    ),
+    (
+        lambda: layer(seq_idx=HOLES[:, 1:]),
+        ValueError,
+        "seq_idx must have shape [B, L] = (1, 8), or three parts of it, got (1, 7)",
+    ),
+    (
+        lambda: call_model(**{**BOTH, "cu_seq_lens_q": OTHER_STARTS[1:]}),
+        ValueError,
+        "cu_seq_lens_q and cu_seq_lens_k must have the same shape [documents + 1], got (2,) and "
+        f"{tuple(STARTS.shape)}",
+    ),
+    (
+        lambda: call_windows(cu_seq_lens_q=OTHER_STARTS, cu_seq_lens_k=OTHER_STARTS + 1),
+        ValueError,
+        "cu_seq_lens_q must equal cu_seq_lens_k in a layer with a window, got other places",
+    ),
+    (
+        apply_to_no_model,
+        TypeError,
+        "model must be a model of transformers, got Linear: "
+        "call apply before the model is wrapped, or with what is wrapped",
+    ),
+    (
+        apply_to_several,
+        ValueError,
+        "model must have one decoder, got BltForCausalLM, whose config has no num_hidden_layers: "
+        "apply to the decoder in it",
+    ),
+    (
+        lambda: apply_to("DogeForCausalLM", model_type="doge", num_hidden_layers=1, **SMALL),
+        ValueError,
+        "model must have no sparse attention of its own, got DogeAttention.prepare_dynamic_mask: "
+        "use attn_implementation='eager'",
+    ),
+    (
+        lambda: apply_to(
+            "DistilBertModel",
+            MoBAConfig(**GATE, dense_layers=(0,)),
+            model_type="distilbert",
+            n_layers=1,
+            vocab_size=9,
+        ),
+        ValueError,
+        "dense_layers must be empty for a model whose layers have no layer_idx, got some for "
+        "DistilBertSelfAttention: leave it out",
+    ),
+    (
+        lambda: layer_of_its_own("Attention", dense_layers=(0,)),
+        ValueError,
+        "dense_layers must be empty for layers without layer_idx, got (0,): leave it out",
+    ),
+    (
+        lambda: layer_of_its_own("CrossAttention"),
+        ValueError,
+        "attention must be self-attention, got CrossAttention: use attn_implementation='sdpa'",
     ),
     (
         nobody_knows_which_layer,

@@ -1,18 +1,25 @@
 """Padded batches, packed documents, soft caps and sinks in tiny random models."""
 
+import copy
+import pickle
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("transformers")
+import transformers
 from transformers import DataCollatorWithFlattening
 
 from moba_flex import pretrained
 from moba_flex.config import MoBAConfig
+from moba_flex.integrations.layout import _marks_of
 from moba_flex.integrations.transformers import apply, observe
-from tests.test_transformers import ALL, FULL, LENGTH, SMALL, build, tokens
+from tests.test_transformers import ALL, FULL, LENGTH, SIZES, SMALL, build, tokens
 
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS: dict[str, dict[str, Any]] = {
@@ -39,7 +46,7 @@ def model_of(name: str, config: MoBAConfig = SMALL, **options: Any) -> Any:
 
 def drawn(name: str, **options: Any) -> Any:
     """Return the model, the same one every time, with PyTorch's attention."""
-    model = build(name, **{**MODELS[name], **options}).double()
+    model = build(name, **{**MODELS.get(name, {}), **options}).double()
     if name == "GptOss":
         model.set_experts_implementation("eager")  # the other takes no float64
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +174,285 @@ def test_observers_see_the_layout() -> None:
     assert packed[1].shape == (1, 4, 2 * LENGTH, 8)
     assert packed[6]["cu_seqlens"].tolist() == [0, 20, 21, 45, 54, 90]
     assert torch.equal(padded[6]["key_mask"], mask.bool())
+
+
+# Two documents in a row of 45 tokens, told in each way.
+
+TWO = torch.cat([torch.arange(20), torch.arange(25)])[None]
+STARTS = torch.tensor([0, 20, LENGTH], dtype=torch.int32)
+INDEX = (torch.arange(LENGTH) >= 20).int()[None]
+ROTARY = {"position_ids": TWO}
+CU_SEQ_LENS = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS.clone()}
+SAID: dict[str, dict[str, Any]] = {
+    "position_ids": ROTARY,
+    "position_ids and a mask": {**ROTARY, "attention_mask": torch.ones(1, LENGTH)},
+    "seq_idx": {"seq_idx": INDEX},
+    "both": {**ROTARY, "seq_idx": INDEX},
+    "cu_seq_lens": CU_SEQ_LENS,
+    "all": {**ROTARY, **CU_SEQ_LENS, "seq_idx": INDEX, "max_length_q": 25, "max_length_k": 25},
+}
+
+
+def apart(model: Any, ids: Tensor) -> Tensor:
+    """Return what the two documents give alone."""
+    return torch.cat([model(ids[:, :20])[0], model(ids[:, 20:])[0]], dim=1)
+
+
+@pytest.mark.parametrize("said", list(SAID))
+def test_documents_may_be_told_in_each_way(said: str) -> None:
+    model = model_of("Llama")
+    got = model(tokens(1), **SAID[said]).logits
+    torch.testing.assert_close(got, apart(model, tokens(1)), **CLOSE)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "Persimmon": {},
+    "GPTBigCode": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 128},
+    "ModernBert": {"global_attn_every_n_layers": 1, "layer_types": FULL},
+    "Llama": {},
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_documents_are_apart_in_models_that_do_not_hand_positions_on(name: str) -> None:
+    model = apply(build(name, **OTHERS[name]).double(), SMALL)
+    want = apart(model, tokens(1))
+    torch.testing.assert_close(model(tokens(1), position_ids=TWO)[0], want, **CLOSE)
+
+
+def test_positional_arguments_count_too() -> None:
+    model = model_of("Llama")
+    got = model(tokens(1), torch.ones(1, LENGTH), TWO).logits
+    torch.testing.assert_close(got, apart(model, tokens(1)), **CLOSE)
+    got = model.model(tokens(1), None, TWO)[0]
+    torch.testing.assert_close(got, apart(model.model, tokens(1)), **CLOSE)
+
+
+def test_nothing_is_remembered_from_call_to_call() -> None:
+    model, ones = model_of("Llama"), torch.ones(2, LENGTH)
+    positions = torch.arange(LENGTH)[None].clone()
+    plain = model(tokens(1), attention_mask=ones[:1], position_ids=positions).logits
+    positions.copy_(TWO)  # a buffer that a loop fills again
+    got = model(tokens(1), attention_mask=ones[:1], position_ids=positions).logits
+    torch.testing.assert_close(got, apart(model, tokens(1)), **CLOSE)
+    got = model(tokens(2), attention_mask=ones, position_ids=positions).logits
+    torch.testing.assert_close(got, apart(model, tokens(2)), **CLOSE)
+    torch.testing.assert_close(model(tokens(1)).logits, plain, **CLOSE)
+
+
+def test_nothing_is_remembered_of_a_call_that_was_interrupted() -> None:
+    model = model_of("Llama")
+
+    def interrupt(*call: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(1), position_ids=TWO)
+    handle.remove()
+    one = apply(build("Llama").double(), SMALL)
+    one.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(tokens(1)).logits, one(tokens(1)).logits, **CLOSE)
+
+
+def test_threads_do_not_mix_their_documents() -> None:
+    model, found = model_of("Llama"), {}
+
+    def call(number: int) -> None:
+        positions = TWO if number % 2 else torch.arange(LENGTH)[None]
+        with torch.no_grad():
+            found[number] = [model(tokens(1), position_ids=positions).logits for _ in range(5)]
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, results in found.items():
+        want = apart(model, tokens(1)) if number % 2 else model(tokens(1)).logits
+        for got in results:
+            torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_copies_read_documents_as_well() -> None:
+    model = model_of("Llama")
+    want = apart(model, tokens(1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), apply(model, SMALL)):
+        got = other(tokens(1), **SAID["seq_idx"]).logits
+        torch.testing.assert_close(got, want, **CLOSE)
+    model.set_attn_implementation("sdpa")
+    model(tokens(1), position_ids=TWO, attention_mask=torch.full((1, LENGTH), 2))
+
+
+def test_checkpointing_keeps_documents_and_padding_apart() -> None:
+    model, mask = model_of("Persimmon").train(), torch.ones(1, LENGTH)
+    mask[:, 36:] = 0
+    call: dict[str, Any] = {"position_ids": TWO, "attention_mask": mask, "use_cache": False}
+    model(tokens(1), **call).logits[:, :36].square().mean().backward()
+    want = gradients(model)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+    model(tokens(1), **call).logits[:, :36].square().mean().backward()
+    for grad, other in zip(gradients(model), want, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("name", [*MODELS, "Persimmon"])
+def test_documents_may_come_beside_padding(name: str, windows: bool) -> None:
+    config = MoBAConfig(8, 2, dense_layers=(0, 2) if windows else ())
+    windowed = windows and name in ("Gemma2", "GptOss")
+    options: dict[str, Any] = {"layer_types": WINDOWS, "sliding_window": 9} if windowed else {}
+    model = model_of(name, config, **options)
+    ids, mask, positions = tokens(3), torch.ones(3, LENGTH), torch.zeros(3, LENGTH).long()
+    parts = [(0, 5, 20), (0, 20, LENGTH), (1, 0, 12), (1, 12, 33), (2, 3, 24), (2, 24, 41)]
+    mask[0, :5] = mask[1, 33:] = mask[2, :3] = mask[2, 41:] = 0
+    for row, start, stop in parts:
+        positions[row, start:stop] = torch.arange(stop - start)
+    got = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert got.isfinite().all()
+    for row, start, stop in parts:
+        want = model(ids[row : row + 1, start:stop]).logits[0]
+        torch.testing.assert_close(got[row, start:stop], want, **CLOSE)
+
+
+def test_chunks_count_from_each_document() -> None:
+    options: dict[str, Any] = {
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "moe_layers": [],
+    }
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**{**SIZES, **options})
+    model: Any = transformers.Llama4ForCausalLM(config)
+    apply(model.eval(), MoBAConfig(8, 2, dense_layers=(0, 2)))
+    want = apart(model, tokens(1))
+    for cache in (False, True):
+        got = model(tokens(1), position_ids=TWO, use_cache=cache).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_images_restart_with_documents() -> None:
+    three = torch.stack([TWO, TWO, TWO])
+    three[1:, :, 5:8] = 9  # an image
+    want = torch.arange(LENGTH)[None] == 20
+    for parts in (three, torch.stack([TWO, *three])):
+        assert torch.equal(_marks_of("position_ids", parts, (1, LENGTH)), want)
+
+
+def saved(model: Any, folder: Path) -> Any:
+    """Return the model as `from_pretrained` alone gives it: without hooks."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, attn_implementation="moba_flex").double().eval()
+
+
+@pytest.mark.parametrize("said", list(SAID))
+def test_layers_read_what_they_are_handed(said: str, tmp_path: Path) -> None:
+    model = model_of("Llama")
+    got = saved(model, tmp_path)(tokens(1), **SAID[said]).logits
+    torch.testing.assert_close(got, apart(model, tokens(1)), **CLOSE)
+
+
+def test_layers_that_nobody_tells_refuse(tmp_path: Path) -> None:
+    model = model_of("Persimmon")
+    reloaded = saved(model, tmp_path)
+    with pytest.raises(ValueError, match="position_ids must reach the attention layers, got none"):
+        reloaded(tokens(1), position_ids=TWO)
+    got = apply(reloaded)(tokens(1), position_ids=TWO).logits
+    torch.testing.assert_close(got, apart(model, tokens(1)), **CLOSE)
+
+
+CLASHES: dict[str, tuple[dict[str, Any], str]] = {
+    "seq_idx": (
+        {**ROTARY, "seq_idx": INDEX.roll(3)},
+        "position_ids must start documents where cu_seq_lens_q or seq_idx does, got other places",
+    ),
+    "cu_seq_lens": (
+        {**ROTARY, "cu_seq_lens_q": STARTS - 1, "cu_seq_lens_k": STARTS - 1},
+        "position_ids must start documents where cu_seq_lens_q or seq_idx does, got other places",
+    ),
+    "seq_idx and cu_seq_lens": (
+        {**CU_SEQ_LENS, "seq_idx": torch.zeros(1, LENGTH, dtype=torch.int32)},
+        "seq_idx must start documents where cu_seq_lens_q or seq_idx does, got other places",
+    ),
+    "other keys": (
+        {**CU_SEQ_LENS, "cu_seq_lens_q": torch.tensor([0, 30, LENGTH], dtype=torch.int32)},
+        "cu_seqlens_q must give document 0 at most as many queries as keys, 20, got 30",
+    ),
+    "more keys": (
+        {**CU_SEQ_LENS, "cu_seq_lens_q": torch.tensor([0, LENGTH], dtype=torch.int32)},
+        r"must have the same shape \[documents \+ 1\], got \(2,\) and \(3,\)",
+    ),
+    "numbers": (
+        {"attention_mask": INDEX + 1},
+        "attention_mask must hold zeros and ones, got other numbers",
+    ),
+    "a mask to add": (
+        {"attention_mask": torch.zeros(1, LENGTH) - torch.inf},
+        "attention_mask must hold zeros and ones, got other numbers",
+    ),
+    "shape": (
+        {"attention_mask": torch.ones(1, LENGTH), "seq_idx": INDEX[:, 1:]},
+        r"seq_idx must have shape \[B, L\] = \(1, 45\), or three parts of it, got \(1, 44\)",
+    ),
+    "unknown": (
+        {"document_ids": INDEX},
+        "attention must have no arguments that it does not know, got document_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("clash", list(CLASHES))
+def test_refuses_signals_that_contradict_each_other(clash: str) -> None:
+    said, message = CLASHES[clash]
+    with pytest.raises(ValueError, match=message):
+        model_of("Llama")(tokens(1), **said)
+
+
+def test_refuses_documents_in_a_call_with_cached_keys() -> None:
+    model = model_of("Llama", MoBAConfig(8, 2, cached="dense"))
+    for name in ("position_ids", "seq_idx"):
+        cache = model(tokens(1)).past_key_values
+        with pytest.raises(ValueError, match="must go on in a call with cached keys, got packed"):
+            model(tokens(1), past_key_values=cache, **SAID[name])
+
+
+# Tensors whose values nobody knows.
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+@pytest.mark.parametrize("layers", [FULL, WINDOWS])
+def test_runs_without_values(mode: str, layers: list[str]) -> None:
+    with FakeTensorMode() if mode == "fake" else torch.device("meta"):
+        model = build("Gemma2", layer_types=layers, sliding_window=9)
+        apply(model, MoBAConfig(8, 2, dense_layers=(0, 2)))
+        ids, mask = torch.zeros(2, LENGTH, dtype=torch.int64), torch.ones(2, LENGTH)
+        positions = torch.arange(LENGTH)[None]
+        for said in (
+            {},
+            {"attention_mask": mask},
+            {"position_ids": positions},
+            {"attention_mask": mask, "position_ids": positions, "use_cache": False},
+        ):
+            assert model(ids, **said).logits.shape == (2, LENGTH, 61)
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_of_a_model_replays_with_other_data() -> None:
+    model = apply(build("Llama").cuda(), SMALL)
+    ids, positions = tokens(2).cuda(), torch.arange(LENGTH, device="cuda")[None]
+    call: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        for _ in range(3):  # compile kernels, fill caches
+            model(ids, **call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(ids, **call).logits
+        ids.copy_(ids.flip(1))
+        graph.replay()
+        torch.testing.assert_close(out, model(ids, **call).logits)
 
 
 # Compiled.

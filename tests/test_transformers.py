@@ -176,6 +176,18 @@ def test_a_multimodal_model_switches_its_text_part() -> None:
     torch.testing.assert_close(model(input_ids=x).logits, dense)
 
 
+def test_a_text_part_may_lie_deep_in_a_model() -> None:
+    config: Any = transformers.Qwen2_5OmniConfig()
+    thinker = config.thinker_config
+    thinker.text_config.num_hidden_layers = thinker.vision_config.depth = 1
+    thinker.audio_config.encoder_layers = config.talker_config.num_hidden_layers = 1
+    with torch.device("meta"):
+        apply(transformers.Qwen2_5OmniForConditionalGeneration(config), SMALL)
+    parts = thinker.text_config, thinker.vision_config, thinker.audio_config, config.talker_config
+    used = [part._attn_implementation == "moba_flex" for part in parts]
+    assert used == [True, False, False, False]
+
+
 def test_trains() -> None:
     model: Any = build("Llama").train()
     model(tokens(), labels=tokens()).loss.backward()
@@ -217,6 +229,10 @@ def test_a_saved_model_keeps_its_options(tmp_path: Path) -> None:
         tmp_path, attn_implementation="moba_flex"
     )
     torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits)
+    dense: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(apply(dense)(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(ValueError, match="LlamaConfig must carry MoBA options, got none"):
+        apply(build("Llama"))
 
 
 def test_a_default_serves_models_without_options(tmp_path: Path) -> None:
@@ -374,12 +390,61 @@ def test_refuses_cross_attention() -> None:
         apply(decoder, SMALL)
 
 
+def test_refuses_layers_of_cross_attention() -> None:
+    layers = {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}}
+    config = transformers.MllamaTextConfig(**{**SIZES, **layers})
+    model: Any = apply(transformers.MllamaForCausalLM(config), SMALL)
+    model.eval()(tokens())
+    with pytest.raises(ValueError, match="must be self-attention, got MllamaTextCrossAttention"):
+        model(tokens(), cross_attention_states=torch.randn(2, LENGTH, 32))
+
+
 def test_refuses_models_without_the_attention_interface() -> None:
     small: Any = {"vocab_size": 61, "hidden_size": 8, "n_layer": 1, "n_head": 2}
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**small))
     message = "model must use the attention interface of transformers, got BloomForCausalLM: call"
     with pytest.raises(ValueError, match=message):
         apply(model, SMALL)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: None, torch.nn.DataParallel, lambda _: 3])
+def test_refuses_what_is_no_model_of_transformers(wrap: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a model of transformers, got \w+: call"):
+        apply(wrap(build("Llama")), SMALL)
+
+
+@pytest.mark.parametrize("name", ["DeepseekV32", "GlmMoeDsa", "HYV4", "AXK2", "Doge"])
+def test_refuses_models_with_a_sparse_attention_of_their_own(name: str) -> None:
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(num_hidden_layers=1)
+        model = getattr(transformers, f"{name}Model")(config)
+    with pytest.raises(ValueError, match="must have no sparse attention of its own, got"):
+        apply(model, SMALL)
+
+
+@pytest.mark.parametrize("options", [{"dense_layers": (0,)}, {"head_top_k": ((2,) * 4,) * 3}])
+def test_refuses_to_guess_which_layer_one_is(options: dict[str, Any]) -> None:
+    sizes: Any = {"vocab_size": 61, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
+    model: Any = transformers.DistilBertModel(transformers.DistilBertConfig(**sizes))
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"{name} must be empty for a model whose layers have no"):
+        apply(model, MoBAConfig(8, 2, **options))
+    apply(model.eval(), SMALL)(tokens())
+
+
+def test_its_output_is_contiguous() -> None:
+    module = apply(build("Llama"), SMALL).model.layers[0].self_attn
+    q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    for positions in (torch.arange(9)[None], torch.arange(9)[None] % 5):
+        out, _ = integration._attention(module, q, k, k, None, position_ids=positions)
+        assert out.is_contiguous()
+        assert out.shape == (2, 9, 4, 8)
+
+
+def test_ignores_what_is_not_meant_for_attention() -> None:
+    model = apply(build("Llama"), SMALL)
+    rest = {"num_items_in_batch": torch.tensor(3), "token_type_ids": tokens(), "max_length_q": 45}
+    torch.testing.assert_close(model(tokens(), **rest).logits, model(tokens()).logits)
 
 
 def test_refuses_wrong_options() -> None:

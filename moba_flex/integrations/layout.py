@@ -1,18 +1,74 @@
-"""What transformers says of padding and packed documents, as `moba_attention` takes it."""
+"""What transformers says of padding and packed documents, as `moba_attention` takes it.
 
-import weakref
+A model may be told of documents in several ways, and few of them reach every attention layer. The
+hooks of `listen` note what the caller of a model says; `mask`, which transformers calls in each
+forward, makes one layout of it; transformers hands that to the layers as their `attention_mask`,
+also when activation checkpointing runs a layer again.
+"""
+
+import inspect
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from moba_flex.masks.checks import is_readable
 
 Layout = dict[str, Tensor]
 """The arguments of `moba_attention` that say where documents or padding lie."""
 
-_seen: tuple[weakref.ref[Tensor], Tensor | None] | None = None
+Signals = dict[str, Any]
+"""What was said of documents, by the names in `_SIGNALS`; None is left out."""
+
+_SIGNALS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+class _Running(threading.local):
+    """What was said to the decoder that runs in this thread; None if none does that listens.
+
+    torch.compile cannot trace a ContextVar.
+    """
+
+    def __init__(self) -> None:
+        self.signals: Signals | None = None
+
+
+_running = _Running()
+
+
+@dataclass(frozen=True)
+class _Enter:
+    """The hook before a forward, whose arguments have the names `parameters`."""
+
+    parameters: tuple[str, ...]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        _running.signals = _signals(given)
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            _running.signals["attention_mask"] = mask
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forget what the hook before noted."""
+    _running.signals = None
+
+
+def listen(decoder: nn.Module) -> None:
+    """Note what callers of a decoder say of documents."""
+    # With the key of `register_forward_pre_hook`, torch.compile would compile each model anew.
+    key: Any = "moba_flex"
+    parameters = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
+    decoder._forward_pre_hooks[key] = _Enter(parameters)
+    decoder._forward_pre_hooks_with_kwargs[key] = True
+    decoder._forward_hooks[key] = _leave
+    decoder._forward_hooks_always_called[key] = True
 
 
 def mask(
@@ -30,15 +86,42 @@ def mask(
 ) -> Tensor | None:
     """Say what a call masks.
 
-    None: nothing but the future. Bool `[B, KV]`: padding, as `moba_attention` takes it. Int
-    `[docs + 1]`: where packed documents start if the rows are laid one after another; int `[B, Q]`
-    in a compiled model: not zero where one starts within a row. `[B, 1, Q, KV]`: a windowed or
-    cached call gets transformers' own mask, which the attention passes on or refuses.
+    In a model that listens: int `[1, 1, 1, 0]`, nothing but the future; bool `[B, 1, 1, KV]`,
+    padding, as `moba_attention` takes it; int `[docs + 1]`, where packed documents start if the
+    rows are laid one after another; int `[2, 1, docs + 1]`, where their queries and keys do. In
+    another model: None or bool `[B, KV]`, padding, and each layer is to see what else it is told.
+
+    In both `[B, 1, Q, KV]`: a windowed or cached call gets transformers' own mask, which the
+    attention passes on or refuses.
     """
+    signals = _running.signals
+    if signals is not None and not _fits(signals, q_length):
+        signals = None
+    if signals is not None:
+        # Accelerate moves what a model is given only after the hook.
+        signals = {
+            name: x.to(device) if isinstance(x, Tensor) else x for name, x in signals.items()
+        }
+        if "attention_mask" in signals:
+            numbers = signals.pop("attention_mask")
+            _require(
+                (numbers == 0) | (numbers == 1),
+                "attention_mask must hold zeros and ones, got other numbers: number documents by "
+                "seq_idx, or pass position_ids that restart",
+            )
+    sizes = batch_size, q_length
+    real = None if attention_mask is None else attention_mask[:, -q_length:]
     # A tensor is the offset of a StaticCache, which has as many keys as queries only if empty.
     shifted = isinstance(q_offset, int) and q_offset != 0
-    if local_size is not None or q_length != kv_length or shifted:
-        return sdpa_mask(
+    cached = q_length != kv_length or shifted
+    if local_size is not None or cached:
+        if signals and cached:
+            _refuse_documents_beside_cache(signals, real, sizes, kv_length)
+        elif signals and (starts := _starts(signals, real, sizes)) is not None:
+            _refuse_other_keys(signals)
+            mask_function = _apart(mask_function, starts, real)
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        pairs = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -50,113 +133,89 @@ def mask(
             device=device,
             **kwargs,
         )
+        return pairs if pairs is not None or cached or signals is None else _nothing(device)
 
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        # Packed documents come as and_masks(...); what comes in other ways cannot be looked into.
-        if use_vmap or getattr(mask_function, "__name__", "") != "and_mask":
-            raise ValueError(
-                "attention must be plain causal or bidirectional, got a mask function of the "
-                "model's own: use attn_implementation='sdpa'"
-            )
-        rows = torch.arange(batch_size, device=device)[:, None]
-        positions = torch.arange(q_length, device=device)[None, :]
-        before = (positions - 1).clamp(min=0)
-        return _documents(~mask_function(rows, rows * 0, positions, before))
-    if attention_mask is None:
-        return None
-    # A compiled graph cannot look, and takes all masks for padding.
-    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
-        return None
-    _require(
-        (attention_mask.int().diff(dim=1) == 1).sum(1) + attention_mask[:, 0] <= 1,
-        "attention_mask must hold one run of ones a row, got several: pad on the left, on the "
-        "right or on both sides",
-    )
-    return attention_mask
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    # Packed documents come as and_masks(...); what comes in other ways cannot be looked into.
+    if not plain and (use_vmap or getattr(mask_function, "__name__", "") != "and_mask"):
+        raise ValueError(
+            "attention must be plain causal or bidirectional, got a mask function of the "
+            "model's own: use attn_implementation='sdpa'"
+        )
+    if real is not None and is_readable(real) and bool(real.all()):
+        real = None
+    if real is not None:
+        _require(
+            (real.int().diff(dim=1) == 1).sum(1) + real[:, 0] <= 1,
+            "attention_mask must hold one run of ones a row, got several: pad on the left, on the "
+            "right or on both sides",
+        )
+    if signals is None:
+        return real
+    layout = _layout(signals, real, sizes)
+    if "cu_seqlens_q" in layout:
+        return torch.stack((layout["cu_seqlens_q"], layout["cu_seqlens"])).unsqueeze(1)
+    if "cu_seqlens" in layout:
+        return layout["cu_seqlens"]
+    return _nothing(device) if real is None else real[:, None, None, :]
 
 
-def _documents(starts: Tensor) -> Tensor | None:
-    """Return where documents start, given at which positions within a row, bool `[B, Q]`.
+def layout_of(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    sliding_window: int | None = None,
+) -> tuple[Layout, Tensor | None]:
+    """Return where documents or padding lie; and a mask `[B, 1, Q, KV]` if the call has one.
 
-    A compiled model, for which transformers takes all position_ids for packed ones, cannot look:
-    it returns `starts`, as int.
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        mask: What the function `mask` returned, or a mask `[B, 1, Q, KV]` of the caller's own,
+            which says all.
+        kwargs: What else the layer is told.
+        sliding_window: That of the layer.
+
+    Raises:
+        ValueError: These contradict each other, or the layer is not told of documents.
+        TypeError: One has the wrong type.
     """
-    if torch.compiler.is_compiling():
-        return starts.int()
-    if not starts.any():
-        return None
-    starts[:, 0] = True
-    return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
-
-
-def _documents_of(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Return where documents start by position_ids `[1 or B, Q]`, which then do not follow on.
-
-    Not all models tell `mask`, and with a cache none does. All layers of a call get the same
-    tensor, which is looked at once.
-    """
-    global _seen
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _seen is not None and _seen[0]() is position_ids:
-        return _seen[1]
-    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand(batch, -1)
-    documents = _documents(starts.clone())
-    if not compiling:
-        _seen = weakref.ref(position_ids), documents
-    return documents
-
-
-def _require(condition: Tensor, message: str) -> None:
-    """Raise unless all of `condition` holds; a compiled graph asserts it, as it cannot look."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(condition.all(), message)
-    elif not condition.all():
-        raise ValueError(message)
-
-
-def layout_of(q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Layout:
-    """Return where documents or padding lie, as the caller or `mask` says."""
-    starts, q_starts = kwargs.get("cu_seq_lens_k"), kwargs.get("cu_seq_lens_q")
-    if starts is None and q_starts is None:
-        position_ids = kwargs.get("position_ids")
-        sizes = q.shape[2:3], k.shape[2:3]  # of text alone: images have positions of three parts
-        if mask is None and position_ids is not None and sizes == (position_ids.shape[1:],) * 2:
-            mask = _documents_of(position_ids, q.shape[0])
-        if mask is None:
-            return {}
-        if mask.dtype == torch.bool:
-            return {"key_mask": mask}
+    sizes, cached = (q.shape[0], q.shape[2]), q.shape[2] != k.shape[2]
+    if mask is not None and mask.dtype == torch.int32:
+        if mask.dim() == 4:
+            return {}, None
+        if mask.dim() == 3:
+            return {"cu_seqlens_q": mask[0, 0], "cu_seqlens": mask[1, 0]}, None
         if mask.dim() == 1:
-            return {"cu_seqlens": mask}
-        # How many documents there are, and so what shape cu_seqlens has, a graph cannot ask.
-        torch._assert_async(
-            ~mask.any(),
-            "position_ids must hold one document a row in a compiled model, got packed "
-            "documents: pass cu_seq_lens_q and cu_seq_lens_k too",
-        )
-        return {}
-
-    if not isinstance(starts, Tensor) or not isinstance(q_starts, Tensor):
-        raise TypeError(
-            "cu_seq_lens_q and cu_seq_lens_k must be Tensors, got "
-            f"{type(q_starts).__name__} and {type(starts).__name__}"
-        )
-    if q.shape[0] != 1:
+            return {"cu_seqlens": mask}, None
+    signals = _signals(kwargs)
+    if mask is not None and mask.dim() == 4:
+        if mask.dtype == torch.bool and mask.shape[2] == 1 and not cached:
+            return {"key_mask": mask[:, 0, 0]}, None
+        if sliding_window is not None and not cached and mask.dtype == torch.bool:
+            # Where nothing told `mask` of documents, the window may reach into another one.
+            starts = _marks(signals, None, sizes)
+            if starts is not None:
+                _refuse_other_keys(signals)
+                document = starts.cumsum(1)[:, None]
+                mask = mask & (document.unsqueeze(3) == document.unsqueeze(2))
+        return {}, mask
+    if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool or cached):
         raise ValueError(
-            f"cu_seq_lens_q must come with a batch of 1, got {q.shape[0]} rows: "
-            "flatten them into one"
+            "attention_mask must come from the mask functions of transformers, got "
+            f"{mask.dtype} of shape {tuple(mask.shape)}: use attn_implementation='sdpa'"
         )
-    if mask is not None and mask.dtype == torch.bool:
+    if cached:
+        _refuse_documents_beside_cache(signals, None, sizes, k.shape[2])
+        return {}, None
+    if not signals:
         raise ValueError(
-            "attention_mask must be None or all ones beside cu_seq_lens_q, got padding: "
-            "leave it out of packed documents"
+            "position_ids must reach the attention layers, got none, so that packed documents "
+            "would not be seen: call moba_flex.integrations.transformers.apply"
         )
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"cu_seq_lens_q must come with as many queries as keys, got {q.shape[2]} queries and "
-            f"{k.shape[2]} keys of a cache: pass use_cache=False"
-        )
-    return {"cu_seqlens": starts}
+    layout = _layout(signals, mask, sizes)
+    return ({"key_mask": mask} if mask is not None and not layout else layout), None
 
 
 def one_row(x: Tensor) -> Tensor:
@@ -164,9 +223,194 @@ def one_row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 
 
-def within_documents(pairs: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return a mask `[B, 1, L, L]` with other documents masked too; rows are as in `one_row`."""
-    batch, _, length, _ = pairs.shape
-    place = torch.arange(batch * length, device=pairs.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens, place, right=True).view(batch, 1, length)
-    return pairs & (document.unsqueeze(3) == document.unsqueeze(2))
+def _signals(given: dict[str, Any]) -> Signals:
+    return {name: given[name] for name in _SIGNALS if given.get(name) is not None}
+
+
+def _nothing(device: torch.device | str) -> Tensor:
+    """Return a mask that says: you were told all there is. Models may slice it."""
+    return torch.empty(1, 1, 1, 0, dtype=torch.int32, device=device)
+
+
+def _fits(signals: Signals, length: int) -> bool:
+    """Whether these are of a call of `length` tokens, and not of one that was interrupted."""
+    told = (signals.get(name) for name in _SIGNALS[:2])
+    return all(x.shape[-1] == length for x in told if isinstance(x, Tensor))
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raise unless all of `condition` holds; where it cannot be read, the device asserts it."""
+    if not is_readable(condition):
+        torch._assert_async(condition.all(), message)
+    elif not condition.all():
+        raise ValueError(message)
+
+
+def _layout(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Layout:
+    """Return where documents start, if there are several; of padding nothing without them.
+
+    Args:
+        signals: What was said of documents.
+        real: True for what is not padding, bool `[B, L]`; None if nothing is.
+        sizes: B and L.
+    """
+    starts = _starts(signals, real, sizes)
+    if "cu_seq_lens_k" in signals:
+        keys, queries = signals["cu_seq_lens_k"].int(), signals["cu_seq_lens_q"].int()
+        same = signals["cu_seq_lens_k"] is signals["cu_seq_lens_q"]
+        same = same or (is_readable(keys) and torch.equal(keys, queries))
+        return {"cu_seqlens": keys} if same else {"cu_seqlens_q": queries, "cu_seqlens": keys}
+    if starts is None:
+        return {}
+    cuts = starts.clone()
+    cuts[:, 0] = True
+    if real is not None:  # which makes documents of padding
+        cuts[:, 1:] |= real[:, 1:] != real[:, :-1]
+    return {
+        "cu_seqlens": F.pad(cuts.flatten().nonzero().flatten(), (0, 1), value=cuts.numel()).int()
+    }
+
+
+def _starts(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Tensor | None:
+    """Return `_marks`; None if there are none.
+
+    A graph cannot ask how many documents there are, and so takes them from cu_seq_lens alone.
+    """
+    starts = _marks(signals, real, sizes)
+    if starts is None or "cu_seq_lens_k" in signals:
+        return starts
+    if is_readable(starts):
+        return starts if bool(starts.any()) else None
+    _require(
+        ~starts,
+        "position_ids must hold one document a row in a compiled model, got packed documents: "
+        "pass cu_seq_lens_q and cu_seq_lens_k too",
+    )
+    return None
+
+
+def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Tensor | None:
+    """Return where a document starts behind another one in its row, bool `[B, L]`.
+
+    Raises:
+        ValueError: Two signals contradict each other.
+        TypeError: One is no Tensor.
+    """
+    marks: Tensor | None = None
+    within = None if real is None else real & F.pad(real[:, :-1], (1, 0))
+    if "cu_seq_lens_q" in signals or "cu_seq_lens_k" in signals:
+        marks, within = _marks_of_cu_seq_lens(signals, sizes)
+        if real is not None:
+            _require(
+                real | ~within,
+                "attention_mask must be None or all ones beside cu_seq_lens_q, got padding: "
+                "leave it out of packed documents",
+            )
+    for name in ("seq_idx", "position_ids"):
+        if name not in signals:
+            continue
+        found = _marks_of(name, signals[name], sizes)
+        if within is not None:
+            found = found & within
+        if marks is None:
+            marks = found
+            continue
+        agree = (found == (marks if within is None else marks & within)).all()
+        # Positions that go on say nothing: models fill them in where the caller gives none.
+        _require(
+            agree | ~found.any() if name == "position_ids" else agree,
+            f"{name} must start documents where cu_seq_lens_q or seq_idx does, got other places: "
+            "pass one of them",
+        )
+    return marks
+
+
+def _marks_of(name: str, x: Any, sizes: tuple[int, int]) -> Tensor:
+    """Return where position_ids do not go on, or where seq_idx changes, bool `[B, L]`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.dim() == 3 and x.shape[0] == 4:
+        x = x[0]  # positions in the text, before those of three parts
+    if x.dim() not in (2, 3) or x.shape[-1] != sizes[1] or x.shape[-2] not in (1, sizes[0]):
+        raise ValueError(
+            f"{name} must have shape [B, L] = {sizes}, or three parts of it, got {tuple(x.shape)}"
+        )
+    if x.dim() == 3:  # positions in time, height and width, which need not go on
+        starts = (x[..., 1:] == 0).all(0)
+    else:
+        starts = x.diff(dim=1) != (1 if name == "position_ids" else 0)
+    return F.pad(starts, (1, 0)).expand(sizes)
+
+
+def _marks_of_cu_seq_lens(signals: Signals, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return where documents start, and what lies before the end of the last, bool `[1, L]`."""
+    queries, keys = signals.get("cu_seq_lens_q"), signals.get("cu_seq_lens_k")
+    if not isinstance(keys, Tensor) or not isinstance(queries, Tensor):
+        raise TypeError(
+            "cu_seq_lens_q and cu_seq_lens_k must be Tensors, got "
+            f"{type(queries).__name__} and {type(keys).__name__}"
+        )
+    if sizes[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q must come with a batch of 1, got {sizes[0]} rows: "
+            "flatten them into one"
+        )
+    if queries.shape != keys.shape or queries.dim() != 1:
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k must have the same shape [documents + 1], got "
+            f"{tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    places = torch.arange(sizes[1], device=queries.device)
+    starts = F.pad(torch.zeros_like(places, dtype=torch.bool), (0, 1))
+    starts = starts.index_fill(0, queries.clamp(0, sizes[1]).long(), True)[:-1] & (places > 0)
+    return starts[None], (places < queries[-1])[None]
+
+
+def _refuse_documents_beside_cache(
+    signals: Signals, real: Tensor | None, sizes: tuple[int, int], kv_len: int
+) -> None:
+    """Raise if a call with cached keys is told of documents."""
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in signals:
+            raise ValueError(
+                f"{name} must come with as many queries as keys, got {sizes[1]} queries and "
+                f"{kv_len} keys of a cache: pass use_cache=False"
+            )
+    if sizes[1] > 1 and (marks := _marks(signals, real, sizes)) is not None:
+        _require(
+            ~marks,
+            "position_ids must go on in a call with cached keys, got packed documents: "
+            "pass use_cache=False",
+        )
+
+
+def _refuse_other_keys(signals: Signals) -> None:
+    """Raise if documents have other keys than queries, of which the mask of a window knows not."""
+    queries: Tensor | None = signals.get("cu_seq_lens_q")
+    if queries is not None:
+        _require(
+            queries.eq(signals["cu_seq_lens_k"]),
+            "cu_seq_lens_q must equal cu_seq_lens_k in a layer with a window, got other places",
+        )
+
+
+def _apart(
+    mask_function: Callable[..., Any], starts: Tensor, real: Tensor | None
+) -> Callable[..., Any]:
+    """Return `mask_function` within documents; it may already be, if transformers knew of them."""
+    batch, length = starts.shape
+    rows = torch.arange(batch, device=starts.device)[:, None]
+    places = torch.arange(length, device=starts.device)[None, :]
+    crosses = (mask_function(rows, rows * 0, places, (places - 1).clamp(min=0)) & starts).any()
+    document = starts.cumsum(1)
+    # Chunks are counted from a document's start, which for transformers follows the padding.
+    padding = rows * 0 if real is None else (real.cumsum(1) == 0).sum(1, keepdim=True)
+    first = torch.where(starts | (places == padding), places, 0).cummax(1).values
+    position = (places - first + padding).clamp(max=length - 1)
+
+    def within(batch: Any, head: Any, q: Any, k: Any) -> Any:
+        same = document[batch, q] == document[batch, k]
+        moved = mask_function(batch, head, position[batch, q], position[batch, k])
+        return torch.where(crosses, same & moved, mask_function(batch, head, q, k))
+
+    return within

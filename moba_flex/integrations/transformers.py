@@ -14,6 +14,7 @@ as it is. What cannot be computed exactly, such as dropout or a mask of the call
 ValueError that says what to do instead; nothing falls back silently.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,8 +32,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_flex.attention import moba_attention
 from moba_flex.config import MoBAConfig
-from moba_flex.integrations.layout import Layout, layout_of, mask, one_row, within_documents
+from moba_flex.integrations.layout import Layout, layout_of, listen, mask, one_row
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.exporting import is_traced
+from moba_flex.masks.inputs import numbers_beside
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -48,7 +51,7 @@ The rows of a batch of packed documents come as one, `B` being 1.
 _default: MoBAConfig | None = None
 _observers: list[Observer] = []
 
-# What else transformers may hand to an attention function. None of it may be ignored.
+# What else transformers may hand to an attention function, and what is needed instead.
 _UNSUPPORTED = {
     "sinks": "learned sinks as s_aux alone",
     "position_bias": "no position bias on the scores",
@@ -56,8 +59,27 @@ _UNSUPPORTED = {
     "indices": "no other sparse attention",
     "block_indices": "no other sparse attention",
     "cache": "no paged cache",
+    "block_table": "no paged cache",
     "output_attentions": "output_attentions=False, for attention weights are never formed",
 }
+
+# What layers are told to other ends than attention, or what says again what is known. Anything
+# else may not be ignored.
+_IGNORED = {
+    *("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("use_cache", "cache_position", "past_key_values", "past_key_value", "cache_params"),
+    *("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs", "position_embeddings"),
+    *("labels", "shift_labels", "num_items_in_batch", "ignore_index", "vocab_size"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+    *("debug_io", "deterministic", "kernel_options"),
+}
+_IGNORED_OF_MEDIA = (
+    *("pixel_", "image_", "images_", "video_", "vision_", "visual_", "spatial_", "deepstack_"),
+    *("audio_", "input_features", "input_values", "feature_", "mm_"),
+)
+
+# Parts of attention layers that choose keys, or change scores, by a mask that they look into.
+_OWN_SPARSE = ("indexer", "compressor", "prepare_dynamic_mask")
 
 
 def register(default: MoBAConfig | None = None) -> None:
@@ -71,41 +93,61 @@ def register(default: MoBAConfig | None = None) -> None:
     _register()
 
 
-def apply(model: Model, config: MoBAConfig) -> Model:
+def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     """Switch a model to Mixture of Block Attention, in place.
 
-    The options go into `model.config.moba_flex`, so that `save_pretrained` keeps them: reload with
-    `from_pretrained(..., attn_implementation="moba_flex")` after `register()`. Of a multimodal
-    model the text part is switched.
+    The options go into `model.config.moba_flex`, so that `save_pretrained` keeps them. A saved
+    model comes back with dense attention: `apply(from_pretrained(...))` switches it again. Of a
+    multimodal model the text part is switched.
+
+    Hooks on the model note what its callers say of packed documents. `from_pretrained(...,
+    attn_implementation="moba_flex")` after `register()` sets none: then layers know of documents
+    what the model hands on to them, and those of a model that hands on nothing refuse to run.
 
     Args:
         model: A decoder that uses the attention interface of transformers.
-        config: The options.
+        config: The options; None for those that a saved model carries.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `config` is no MoBAConfig.
-        ValueError: The model has cross-attention, does not use the attention interface, or has
-            other layers or heads than the options name.
+        TypeError: `model` is no model of transformers, or `config` no MoBAConfig.
+        ValueError: The model has cross-attention or a sparse attention of its own, does not use
+            the attention interface, or lacks layers or heads that the options name, or numbers of
+            its layers by which to find them.
     """
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(
+            f"model must be a model of transformers, got {type(model).__name__}: "
+            "call apply before the model is wrapped, or with what is wrapped"
+        )
+    text = model.config.get_text_config()
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if not isinstance(getattr(text, name, None), int):
+            raise ValueError(
+                f"model must have one decoder, got {type(model).__name__}, whose config has no "
+                f"{name}: apply to the decoder in it"
+            )
+    if config is None:
+        config = _options(text)
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
     _check_decoder(model.config)
     _register()
-    text = model.config.get_text_config()
     config.check_model(text.num_hidden_layers, text.num_attention_heads)
+    _check_layers(model, text, config)
     # Without this flag a model may take the name and go on with an attention of its own.
     if model._supports_attention_backend:
-        parts = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
-        model.set_attn_implementation({parts[0]: NAME} if parts else NAME)
+        model.set_attn_implementation(_name_for(text, model.config))
     if text._attn_implementation != NAME:
         raise ValueError(
             f"model must use the attention interface of transformers, got {type(model).__name__}: "
             "call moba_attention in its attention layer instead"
         )
     setattr(text, NAME, config.to_dict())
+    for decoder in _decoders(model, text):
+        listen(decoder)
     return model
 
 
@@ -139,10 +181,59 @@ def _options(model_config: PreTrainedConfig) -> MoBAConfig:
     return _default
 
 
+def _name_for(text: PreTrainedConfig, whole: PreTrainedConfig) -> Any:
+    """Return `NAME` for the part `text` alone, as `set_attn_implementation` takes it."""
+    if whole is text:
+        return NAME
+    for key in whole.sub_configs:
+        part = getattr(whole, key, None)
+        if isinstance(part, PreTrainedConfig) and (name := _name_for(text, part)) is not None:
+            return {key: name}
+    return None
+
+
 def _check_decoder(model_config: PreTrainedConfig) -> None:
     for name in ("is_encoder_decoder", "add_cross_attention"):
         if getattr(model_config, name, False):
             raise ValueError(f"model must be a decoder without cross-attention, got {name}=True")
+
+
+def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) -> None:
+    """Raise unless the attention layers of a model are such that `config` can be followed."""
+    layers = [x for x in model.modules() if getattr(x, "config", None) is text and _attends(x)]
+    for layer in layers:
+        for part in _OWN_SPARSE:
+            if getattr(layer, part, None) is not None:
+                raise ValueError(
+                    "model must have no sparse attention of its own, got "
+                    f"{type(layer).__name__}.{part}: use attn_implementation='eager'"
+                )
+    for name in ("dense_layers", "head_top_k"):
+        if not getattr(config, name):
+            continue
+        for layer in layers:
+            if not isinstance(getattr(layer, "layer_idx", None), int):
+                raise ValueError(
+                    f"{name} must be empty for a model whose layers have no layer_idx, got some "
+                    f"for {type(layer).__name__}: leave it out"
+                )
+
+
+def _decoders(model: nn.Module, text: PreTrainedConfig) -> list[nn.Module]:
+    """Return the innermost models within a model that `text` describes."""
+    models = [
+        x
+        for x in model.modules()
+        if isinstance(x, PreTrainedModel) and x.config.get_text_config() is text
+    ]
+    outer = {id(x) for x in models for y in models if y is not x and y in set(x.modules())}
+    return [x for x in models if id(x) not in outer]
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module asks transformers for an attention function."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _attention(
@@ -166,13 +257,21 @@ def _attention(
     model_config: Any = module.config
     config = _options(model_config)
     _check_decoder(model_config)
-    for name, need in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+    for name, given in kwargs.items():
+        if given is None or given is False or name in _IGNORED:
+            continue
+        if not name.startswith(_IGNORED_OF_MEDIA):
+            need = _UNSUPPORTED.get(name, "no arguments that it does not know")
             raise ValueError(
                 f"attention must have {need}, got {name}: use attn_implementation='eager'"
             )
 
     layer_idx: int | None = getattr(module, "layer_idx", None)
+    if layer_idx is None and config.dense_layers:
+        raise ValueError(
+            "dense_layers must be empty for layers without layer_idx, got "
+            f"{config.dense_layers}: leave it out"
+        )
     q_len, kv_len = query.shape[2], key.shape[2]
     dense = layer_idx is not None and config.is_dense(layer_idx, model_config.num_hidden_layers)
     dense = dense or (q_len != kv_len and config.cached == "dense")
@@ -181,34 +280,32 @@ def _attention(
             f"queries must be as many as keys, got {q_len} queries and {kv_len} keys of a cache: "
             "pass use_cache=False, or set cached='dense' to attend to all keys in such calls"
         )
-    pairs = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
-    layout = layout_of(query, key, None if pairs is not None else attention_mask, kwargs)
-    if pairs is not None:
-        # Not every model tells transformers of documents when that makes the mask of a window.
-        if sliding_window is not None and "cu_seqlens" in layout:
-            pairs = within_documents(pairs, layout["cu_seqlens"])
-        layout = {}
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = softcap is None and s_aux is None
-    if dense and plain and not layout:
-        return sdpa_attention_forward(
-            module, query, key, value, pairs, dropout, scaling, is_causal, **kwargs
+    if "CrossAttention" in type(module).__name__ and (not dense or q_len == kv_len):
+        raise ValueError(
+            f"attention must be self-attention, got {type(module).__name__}: "
+            "use attn_implementation='sdpa'"
         )
-
+    plain = softcap is None and s_aux is None
     if sliding_window is not None and not dense:
         raise ValueError(
             f"layer {layer_idx} must have full attention, got sliding_window={sliding_window}: "
             "name it in dense_layers to leave it as it is"
         )
+    if not (dense and plain):
+        _check_dropout(dropout)
+    layout, pairs = layout_of(query, key, attention_mask, kwargs, sliding_window)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if dense and plain and not layout:
+        return sdpa_attention_forward(
+            module, query, key, value, pairs, dropout, scaling, is_causal, **kwargs
+        )
+
     if pairs is not None and not dense:
         raise ValueError(
             "attention_mask must be None or [B, KV], "
             f"got a mask of shape {tuple(pairs.shape)}: use attn_implementation='sdpa'"
         )
-    if dropout:
-        raise ValueError(
-            f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
-        )
+    _check_dropout(dropout)
     if dense and (pairs is not None or q_len != kv_len):
         out = _attend_to_pairs(query, key, value, pairs, scaling, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
@@ -216,7 +313,7 @@ def _attention(
     shape = query.shape
     if "cu_seqlens" in layout:
         query, key, value = (one_row(x) for x in (query, key, value))
-    if not torch.compiler.is_compiling() and not dense:
+    if not is_traced() and not dense:
         for observer in _observers:
             observer(layer_idx, query, key, value, scaling, config, layout)
     if dense:
@@ -225,18 +322,26 @@ def _attention(
             "top_k": ceil_div(key.shape[2], config.block_size),
         }
     else:
-        gate = gate_of(config, layer_idx, query.device)
+        gate = gate_of(config, layer_idx, query)
     options: dict[str, Any] = {**gate, **layout}
     options |= {"causal": causal, "scale": scaling, "softcap": softcap}
     options["return_aux"] = AuxRequest(lse=s_aux is not None)
     out, aux = moba_attention(query, key, value, **options)
     if s_aux is not None:
         out = _with_sinks(out, aux.lse, s_aux)
-    return out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1), None
+    out = out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1)
+    return out.contiguous(), None
 
 
-def gate_of(config: MoBAConfig, layer_idx: int | None, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `route` for a layer.
+def _check_dropout(dropout: float) -> None:
+    if dropout:
+        raise ValueError(
+            f"attention dropout must be 0, got {dropout}: set config.attention_dropout to 0"
+        )
+
+
+def gate_of(config: MoBAConfig, layer_idx: int | None, q: Tensor) -> dict[str, Any]:
+    """Return the arguments of `route` for the queries of a layer.
 
     Raises:
         ValueError: The options name heads of layers, and which layer this is nobody knows.
@@ -255,7 +360,7 @@ def gate_of(config: MoBAConfig, layer_idx: int | None, device: torch.device) -> 
         row = config.head_top_k[layer_idx]
         gate["top_k"] = max(row)
         if min(row) < max(row):
-            gate["head_top_k"] = torch.tensor(row, device=device)
+            gate["head_top_k"] = numbers_beside(q, row)
     return gate
 
 
