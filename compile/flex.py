@@ -5,7 +5,8 @@ import inspect
 import itertools
 import threading
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -165,13 +166,22 @@ def compiled(
     ) -> Any:
         # Made ready here, all layouts share a graph.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        if _HAS_LIMIT:
-            return graph(q, k, v, tensors, score_mod, mask_mod)
-        # One call at a time: there threads share PyTorch's settings.
-        with _calls, dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
-            return graph(q, k, v, tensors, score_mod, mask_mod)
+        # One call at a time where threads share PyTorch's settings.
+        limited = nullcontext() if _HAS_LIMIT else _limited()
+        try:
+            with limited:
+                return graph(q, k, v, tensors, score_mod, mask_mod)
+        except torch._dynamo.exc.Unsupported:
+            Mods(score_mod, mask_mod).check_results(q)  # which says what is wrong with them
+            raise
 
     return call
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    with _calls, dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
+        yield
 
 
 def repeatable(

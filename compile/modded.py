@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from moba_flex.compile.parts import Part, cut, shapes_of_attention, shapes_of_gradients
 from moba_flex.masks.gradients import only_once, with_gradient
 from moba_flex.masks.inputs import all_finite, dense_vectors, finite
-from moba_flex.masks.mods import Mods
+from moba_flex.masks.mods import Mods, checked_mask, checked_score
 from moba_flex.masks.routing import Routing
 
 _PIECE = 1 << 18  # scores: 1 MiB of float32
@@ -212,7 +212,9 @@ class _Scores:
         """
         if self.mods.score_mod is None:
             return scores
-        changed = _over_pairs(self.mods.score_mod, 1)(scores, *self._indices(*pairs))
+        changed = _over_pairs(checked_score(self.mods.score_mod), 1)(
+            scores, *self._indices(*pairs)
+        )
         return changed.to(scores.dtype) * _LOG2E
 
     def change_with_gradient(
@@ -228,7 +230,9 @@ class _Scores:
             return self.scratch.of("changed", scores, *scores.shape).copy_(scores), lambda x: [x]
         with torch.enable_grad():
             before = scores.detach().requires_grad_()
-            changed = _over_pairs(self.mods.score_mod, 1)(before, *self._indices(*pairs))
+            changed = _over_pairs(checked_score(self.mods.score_mod), 1)(
+                before, *self._indices(*pairs)
+            )
             changed = changed.to(scores.dtype)
 
         def back(grad: Tensor) -> list[Tensor]:
@@ -247,7 +251,7 @@ class _Scores:
         """Write `value`, in place, for what a query does not see."""
         piece.hide_later(scores, value)
         if self.mods.mask_mod is not None:
-            sees = _over_pairs(self.mods.mask_mod, 0)(*self._indices(*pairs))
+            sees = _over_pairs(checked_mask(self.mods.mask_mod), 0)(*self._indices(*pairs))
             scores.masked_fill_(~sees, value)
         return scores
 
@@ -294,7 +298,7 @@ def _captured(mod: Callable[..., Tensor]) -> list[Tensor]:
     place = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     # Without gradients no result needs one, so what does came from outside.
     with torch.no_grad(), _Captures() as captures:
-        _over_pairs(mod, 1)(score, place, place, place, place)
+        _over_pairs(checked_score(mod), 1)(score, place, place, place, place)
     return list(captures.found.values())
 
 

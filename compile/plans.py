@@ -127,7 +127,7 @@ def masked(
 ) -> Result:
     """Attend in natural order; FlexAttention skips the tiles that no query chose."""
     mods = mods or Mods()
-    mask = routing_to_block_mask(routing, mods.mask_mod)
+    mask = routing_to_block_mask(routing, mods.on_masks())
     if not _as_on_cpu(q):
         return attend(q, k, v, mask, scale, lse=lse, score_mod=mods.on_scores())
     out, no_lse = attend(q, k, finite(v), mask, scale, lse=lse, score_mod=mods.on_scores())
@@ -174,7 +174,7 @@ def _routed_flex(
 ) -> Result:
     """Attend to the own blocks in natural order and to the chosen ones in regrouped order."""
     mods = mods or Mods()
-    own_mask = own_block_mask(routing, mods.mask_mod)
+    own_mask = own_block_mask(routing, mods.on_masks())
     own_out, own_lse = attend(q, k, v, own_mask, scale, lse=True, score_mod=mods.on_scores())
     if routing.blocks.shape[3] == 0:
         return own_out, own_lse
@@ -192,7 +192,7 @@ def _routed_flex(
         gather_rows(rows, groups.row, groups.slot),
         k,
         v,
-        routed_block_mask(groups, layout, mods.mask_mod),
+        routed_block_mask(groups, layout, mods.on_masks()),
         scale,
         lse=True,
         score_mod=mods.on_scores(),

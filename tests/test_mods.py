@@ -211,6 +211,73 @@ def test_a_score_mod_may_return_another_tensor(plan: Any) -> None:
     assert grads[2].any()
 
 
+SCORE_MODS: list[tuple[Any, str]] = [
+    (lambda score, *_: None, "score_mod must return a Tensor, got NoneType"),
+    (lambda score, *_: 1.0, "score_mod must return a Tensor, got float"),
+    (lambda score, b, h, i, j: i > j, "score_mod must return a real number, got torch.bool"),
+    (lambda score, *_: score.expand(3), r"score_mod must return one value .*, got shape \(3,\)"),
+    (lambda score, b, h, i, j: score if i > j else 0 * score, "score_mod must be one expression"),
+]
+MASK_MODS: list[tuple[Any, str]] = [
+    (lambda *_: None, "mask_mod must return a bool, got NoneType"),
+    (lambda *_: 1, "mask_mod must return a bool, got int"),
+    (lambda b, h, i, j: i - j, "mask_mod must return a bool, got torch.int"),
+    (lambda b, h, i, j: (i - j).float(), "mask_mod must return a bool, got torch.float32"),
+    (lambda b, h, i, j: (i > j).expand(3), r"mask_mod must return one value .*, got shape \(3,\)"),
+    (lambda b, h, i, j: i > j and j > 3, "mask_mod must be one expression"),
+]
+PLANS = ["routed", "dense", pytest.param("masked", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_results_that_no_mod_may_have(plan: Any) -> None:
+    q, k, v = inputs()
+    gate: dict[str, Any] = {"block_size": 20, "top_k": 8 if plan == "dense" else 3, "plan": plan}
+    for name, mods in (("score_mod", SCORE_MODS), ("mask_mod", MASK_MODS)):
+        for mod, message in mods:
+            with pytest.raises((TypeError, ValueError), match=message):
+                moba_attention(q, k, v, **gate, **{name: mod})
+
+
+@pytest.mark.slow
+def test_results_that_no_mod_may_have_in_a_graph() -> None:
+    q, k, v = inputs()
+    mods = [("score_mod", *x) for x in SCORE_MODS[:-1]] + [
+        ("mask_mod", *x) for x in MASK_MODS[:-1]
+    ]
+    for name, mod, message in mods:
+        torch._dynamo.reset()
+        options = {name: mod}
+        run = torch.compile(
+            lambda *x: moba_attention(*x, block_size=20, top_k=3, plan="masked", **options),  # noqa: B023
+            fullgraph=True,
+            backend="eager",
+        )
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+            run(q, k, v)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_mask_mods_may_return_a_constant(plan: Any) -> None:
+    q, k, v = inputs()
+    gate: dict[str, Any] = {"block_size": 20, "top_k": 8 if plan == "dense" else 3, "plan": plan}
+    for true in (True, torch.tensor(True)):
+        found = moba_attention(q, k, v, **gate, mask_mod=lambda *_: true)  # noqa: B023
+        torch.testing.assert_close(found, moba_attention(q, k, v, **gate | {"plan": "auto"}))
+    assert not moba_attention(q, k, v, **gate, mask_mod=lambda *_: False).any()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_score_mods_may_return_integers(plan: Any) -> None:
+    q, k, v = inputs()
+    gate: dict[str, Any] = {"block_size": 20, "top_k": 8 if plan == "dense" else 3}
+    found = moba_attention(q, k, v, **gate, plan=plan, score_mod=lambda s, b, h, i, j: j - i)
+    want = moba_attention(q, k, v, **gate, score_mod=lambda s, b, h, i, j: (j - i).float())
+    torch.testing.assert_close(found, want)
+
+
 def test_the_gate_sees_no_mods() -> None:
     """A mask that hides what a query likes best leaves its place empty."""
     q, k, v = inputs()
