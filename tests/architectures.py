@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,7 +30,6 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -71,7 +70,9 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), 16),
     "qk_nope_head_dim": 16,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
-    **dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id"), None),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop"), 0.0),
     "image_size": 16,
     "patch_size": 8,
@@ -90,10 +91,9 @@ class NotBuilt(Exception):
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model class and the type of its config."""
+    """A model class, by name."""
 
     name: str
-    model_type: str
 
     @property
     def model(self) -> type[Any]:
@@ -123,7 +123,7 @@ def architectures() -> tuple[list[Architecture], dict[str, str]]:
         elif "input_ids" not in inspect.signature(cls.forward).parameters:
             left_out[name] = "takes no tokens"
         else:
-            chosen.setdefault(name, Architecture(name, model_type))
+            chosen.setdefault(name, Architecture(name))
     return sorted(chosen.values(), key=lambda each: each.name.lower()), left_out
 
 
@@ -131,31 +131,42 @@ def _names_interface(cls: type[Any]) -> bool:
     return hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def tiny_config(config_class: type[Any], model_type: str) -> Any:
+def tiny_config(config_class: type[Any]) -> Any:
     """Return a config of few and small layers, made from the names of its class's fields."""
     default = config_class()
-    options: dict[str, Any] = {}
-    for key in inspect.signature(config_class).parameters:
-        value = getattr(default, key, None)
-        if key in _SIZES and _same_kind(value, _SIZES[key]):
-            options[key] = _SIZES[key]
-    types = getattr(default, "layer_types", None)
-    if types and "layer_types" in inspect.signature(config_class).parameters:
+    fields = inspect.signature(config_class).parameters
+    options = {
+        key: _SIZES[key]
+        for key in fields
+        if key in _SIZES and _same_kind(_value(default, fields, key), _SIZES[key])
+    }
+    types = _value(default, fields, "layer_types")
+    if types:
         kinds = ["full_attention" if kind in _WINDOWED else kind for kind in types]
         kinds = list(dict.fromkeys(kinds))
         options["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
     for key in ("sliding_window", "attention_chunk_size"):
-        if isinstance(getattr(default, key, None), int):
+        if isinstance(_value(default, fields, key), int):
             options[key] = 4096
-    rope = getattr(default, "rope_parameters", None)
+    rope = _value(default, fields, "rope_parameters")
     if isinstance(rope, dict):
         options["rope_parameters"] = _tiny_rope(rope)
+    overrides = _OVERRIDES.get(config_class.model_type, {})
     for key in config_class.sub_configs:
         part = getattr(default, key, None)
-        if isinstance(part, PreTrainedConfig):
-            options[key] = tiny_config(type(part), part.model_type)
-    options |= _OVERRIDES.get(model_type, {})
-    return config_class(**options)
+        if isinstance(part, PreTrainedConfig) and key not in overrides:
+            options[key] = tiny_config(type(part))
+    return config_class(**options | overrides)
+
+
+def _value(default: Any, fields: Mapping[str, Any], key: str) -> Any:
+    """Return the default of a field; its declared one if layers differ in it."""
+    if key not in fields:
+        return ()
+    try:
+        return getattr(default, key)
+    except AttributeError:
+        return fields[key].default
 
 
 def _same_kind(default: Any, size: Any) -> bool:
@@ -186,8 +197,9 @@ def build(architecture: Architecture) -> Any:
     """
     torch.manual_seed(0)
     try:
-        config_class = CONFIG_MAPPING[architecture.model_type]
-        model = architecture.model(tiny_config(config_class, architecture.model_type)).eval()
+        config = tiny_config(architecture.model.config_class)
+        model = architecture.model(config).eval()
+        model.set_experts_implementation("batched_mm")  # the only one without a look at values
     except Exception as error:
         raise NotBuilt(_line(error)) from error
     with torch.no_grad():
