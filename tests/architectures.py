@@ -79,7 +79,33 @@ _SIZES: dict[str, Any] = {
 }
 """Fields of configs by name; a field takes the size only if its default is of the same kind."""
 
-_OVERRIDES: dict[str, dict[str, Any]] = {}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), {"rope_parameters": _MROPE}),
+    **dict.fromkeys(("qwen2_5_omni_text", "glm4v_text"), {"rope_parameters": _MROPE}),
+    **dict.fromkeys(("glm_image_text", "glm_ocr_text"), {"rope_parameters": _MROPE}),
+    **dict.fromkeys(("paddleocr_vl_text", "hunyuan_vl_text"), {"rope_parameters": _MROPE}),
+    "glm4v_moe_text": {
+        "rope_parameters": _MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "mimi": {"upsample_groups": 64},
+    "kyutai_speech_to_text": {"audio_pad_token_id": 60},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "esmc": {"num_key_value_heads": 4},
+    "glm5_next_text": {"head_dim": 0, "qk_rope_head_dim": 0},
+    "xmod": {"default_language": "en_XX"},
+}
 """Fields by model type, where `_SIZES` is not enough."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention", "local_attention", "local", "swa")
@@ -151,6 +177,8 @@ def tiny_config(config_class: type[Any]) -> Any:
     rope = _value(default, fields, "rope_parameters")
     if isinstance(rope, dict):
         options["rope_parameters"] = _tiny_rope(rope)
+    if "kv_lora_rank" in fields:
+        options["num_key_value_heads"] = 4  # latent attention has as many as query heads
     overrides = _OVERRIDES.get(config_class.model_type, {})
     for key in config_class.sub_configs:
         part = getattr(default, key, None)
@@ -160,12 +188,12 @@ def tiny_config(config_class: type[Any]) -> Any:
 
 
 def _value(default: Any, fields: Mapping[str, Any], key: str) -> Any:
-    """Return the default of a field; its declared one if layers differ in it."""
+    """Return the default of a field, the declared one where an instance has none."""
     if key not in fields:
         return ()
     try:
         return getattr(default, key)
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # the latter if layers differ in it
         return fields[key].default
 
 
