@@ -30,6 +30,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -74,6 +75,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop"), 0.0),
+    "fpn_hidden_size": 64,
     "image_size": 16,
     "patch_size": 8,
 }
@@ -96,7 +98,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "mimi": {"upsample_groups": 64},
@@ -105,9 +107,68 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "glm5_next_text": {"head_dim": 0, "qk_rope_head_dim": 0},
     "xmod": {"default_language": "en_XX"},
+    "chameleon": {"vocabulary_map": {"<image>": 60}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": _MROPE,
+            "sliding_attention": _MROPE,
+        }
+    },
+    "deepseek_ocr2_text": {
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
+    },
+    **dict.fromkeys(
+        ("gradium_phonon_tts", "pocket_tts"), {"flow_head_config": {"condition_dim": 64}}
+    ),
+    "granite_docling_vision": {"out_hidden_size": 64},
+    "inkling2_vision": {"text_hidden_size": 64},
+    "molmo2_adapter": {"vision_feature_layer": [-1], "text_hidden_size": 64},
+    "muse_spark_audio": {"out_hidden_size": 64},
+    "muse_spark": {"out_hidden_size": 64},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
+    "step3p5": {"sliding_window": 4096},
+    **dict.fromkeys(
+        ("fast_vlm", "perception_lm", "gemma3n"),
+        {"vision_config": {"model_type": "clip_vision_model"}},  # in place of one of timm's
+    ),
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]},
+        "moe_intermediate_size": [48, 48],
+    },
+    "granite4_vision": {"spatial_target_layers": [0, 1, 2, 3], "downsample_rate": "1/2"},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    **dict.fromkeys(
+        ("nemotron3_5_transcribe_word_timestamp", "nemotron3_5_asr"), {"blank_token_id": 60}
+    ),
 }
-"""Fields by model type, where `_SIZES` is not enough."""
+"""Fields by model type, where `_SIZES` is not enough; of a sub-config, those of its own."""
 
+_WITH_IMAGES = (
+    "AltCLIPModel",
+    "ChineseCLIPModel",
+    "CLIPModel",
+    "CLIPSegModel",
+    "MetaClip2Model",
+    "Owlv2Model",
+    "OwlViTModel",
+    "SiglipModel",
+    "Sam3Model",
+    "Sam3LiteTextModel",
+    "Blip2ForConditionalGeneration",
+)
 _WINDOWED = ("sliding_attention", "chunked_attention", "local_attention", "local", "swa")
 
 
@@ -157,8 +218,11 @@ def _names_interface(cls: type[Any]) -> bool:
     return hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def tiny_config(config_class: type[Any]) -> Any:
-    """Return a config of few and small layers, made from the names of its class's fields."""
+def tiny_config(config_class: type[Any], **more: Any) -> Any:
+    """Return a config of few and small layers, made from the names of its class's fields.
+
+    `more` are further fields, which win.
+    """
     default = config_class()
     fields = inspect.signature(config_class).parameters
     options = {
@@ -179,12 +243,14 @@ def tiny_config(config_class: type[Any]) -> Any:
         options["rope_parameters"] = _tiny_rope(rope)
     if "kv_lora_rank" in fields:
         options["num_key_value_heads"] = 4  # latent attention has as many as query heads
-    overrides = _OVERRIDES.get(config_class.model_type, {})
+    options |= _OVERRIDES.get(config_class.model_type, {}) | more
     for key in config_class.sub_configs:
-        part = getattr(default, key, None)
-        if isinstance(part, PreTrainedConfig) and key not in overrides:
-            options[key] = tiny_config(type(part))
-    return config_class(**options | overrides)
+        own = dict(options.get(key, {}))
+        model_type = own.pop("model_type", None)
+        part: Any = CONFIG_MAPPING[model_type] if model_type else type(getattr(default, key, None))
+        if issubclass(part, PreTrainedConfig):
+            options[key] = tiny_config(part, **own)
+    return config_class(**options)
 
 
 def _value(default: Any, fields: Mapping[str, Any], key: str) -> Any:
@@ -246,12 +312,43 @@ def tokens(batch: int, length: int) -> Tensor:
 
 def call(model: Any, ids: Tensor, **options: Any) -> Tensor:
     """Return logits `[B, L, vocab]`, or hidden states of a model without a head."""
-    out = model(input_ids=ids, **options)
+    out = model(**{"input_ids": ids} | _beside(model, ids) | options)
+    out = getattr(out, "text_model_output", out)
     for key in ("logits", "last_hidden_state"):
         value = getattr(out, key, None)
         if isinstance(value, Tensor):
             return value
     raise NotBuilt(f"its output holds {', '.join(out.keys())}")
+
+
+def _beside(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Return what a model needs beside tokens, or in their place."""
+    name, batch = type(model).__name__, ids.shape[0]
+    vision = getattr(model.config, "vision_config", None)
+    image = torch.linspace(-1, 1, 3 * 16 * 16, device=ids.device).view(1, 3, 16, 16)
+    images = image.expand(batch, -1, -1, -1)
+    if name.startswith("Kyutai"):
+        return {"input_ids": ids[..., None].expand(-1, -1, model.config.num_codebooks + 1)}
+    if name == "XCLIPModel":
+        return {"pixel_values": images[:, None].expand(-1, vision.num_frames, -1, -1, -1)}
+    if name == "IdeficsForVisionText2Text":
+        mask = torch.ones(*ids.shape, 1, dtype=torch.int64, device=ids.device)
+        return {"pixel_values": images[:, None], "image_attention_mask": mask}
+    if name == "Siglip2Model":
+        shape = torch.tensor([[2, 2]], device=ids.device).expand(batch, -1)
+        patches = image.view(1, 4, -1).expand(batch, -1, -1)
+        mask = torch.ones(batch, 4, dtype=torch.int64, device=ids.device)
+        return {"pixel_values": patches, "spatial_shapes": shape, "pixel_attention_mask": mask}
+    if name == "Kosmos2ForConditionalGeneration":
+        none = torch.zeros_like(ids)
+        return {"image_embeds": image.new_zeros(0, 64), "image_embeds_position_mask": none}
+    if name.startswith("InstructBlip"):
+        video = name.startswith("InstructBlipVideo")
+        frames = images[:, None].expand(-1, 4, -1, -1, -1) if video else images
+        return {"pixel_values": frames, "qformer_input_ids": ids[:, :4]}
+    if name in _WITH_IMAGES:
+        return {"pixel_values": images}
+    return {}
 
 
 def error_of(got: Tensor, want: Tensor) -> float:
@@ -619,14 +716,20 @@ def check(architecture: Architecture, properties: Sequence[str] = tuple(PROPERTI
     result, start = Result(architecture.name), time.monotonic()
     try:
         model = build(architecture)
-        subject = Subject(architecture, model, call(model, tokens(2, LENGTH)).detach())
+        try:
+            apply(copy.deepcopy(model), ALL)
+        except Exception as error:
+            result.verdicts = dict.fromkeys(properties, refusal(error))
+            return result
+        with torch.no_grad():
+            subject = Subject(architecture, model, call(model, tokens(2, LENGTH)))
     except Exception as error:
-        reason = str(error) if isinstance(error, NotBuilt) else _line(error)
-        result.not_built = reason or "no reason"
+        result.not_built = str(error) if isinstance(error, NotBuilt) else _line(error)
         return result
     for name in properties:
         try:
-            result.verdicts[name] = PROPERTIES[name](subject)
+            with torch.set_grad_enabled(name == "sparse"):
+                result.verdicts[name] = PROPERTIES[name](subject)
         except Exception as error:
             result.verdicts[name] = refusal(error)
     result.seconds = time.monotonic() - start
