@@ -1,10 +1,11 @@
-"""`apply` over every architecture of transformers that uses its attention interface.
+"""`apply` over every architecture of transformers that takes tokens and uses its interface.
 
     python -m tests.architectures --jobs 2
     python -m tests.architectures --only Llama Gemma3 --properties dense packed
 
-Each architecture is built tiny and random from its own config class. A property of it is right,
-refused (a ValueError or TypeError of moba_flex's own), or wrong; see `PROPERTIES`.
+Each architecture is built tiny and random. Each property of it, see `PROPERTIES`, is right,
+refused by an error of moba_flex's own, or wrong; where the model by itself does not have the
+property, that is told.
 """
 
 import argparse
@@ -12,13 +13,12 @@ import copy
 import inspect
 import json
 import multiprocessing
-import os
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,362 +29,59 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+from transformers import AttentionInterface
 
 import moba_flex
 from moba_flex import MoBAConfig
 from moba_flex.integrations.transformers import NAME, apply
+from tests.tiny import NotBuilt, architectures, build, call, inputs, one_line, tokens
 
 LENGTH = 45
-SHORT = 37  # a padded row's real tokens
+SHORT = 37  # the real tokens of a padded row
 DOCUMENTS = (19, 26)
-LAYERS = 4
 ALL = MoBAConfig(8, 7, cached="dense")  # covers LENGTH and what is generated
 SPARSE = MoBAConfig(8, 2)
 OWN = MoBAConfig(8, 1)
-TOLERANCE = 2e-4  # of the largest output; other results differ by far more
-
-# --- building ------------------------------------------------------------------------------------
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "emb_dim"), 64),
-    **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), LAYERS),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "attention_head_dim"), 16),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"), 96),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "moe_num_experts_per_tok"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), 16),
-    "qk_nope_head_dim": 16,
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop"), 0.0),
-    "fpn_hidden_size": 64,
-    "image_size": 16,
-    "patch_size": 8,
-}
-"""Fields of configs by name; a field takes the size only if its default is of the same kind."""
-
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-_OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), {"rope_parameters": _MROPE}),
-    **dict.fromkeys(("qwen2_5_omni_text", "glm4v_text"), {"rope_parameters": _MROPE}),
-    **dict.fromkeys(("glm_image_text", "glm_ocr_text"), {"rope_parameters": _MROPE}),
-    **dict.fromkeys(("paddleocr_vl_text", "hunyuan_vl_text"), {"rope_parameters": _MROPE}),
-    "glm4v_moe_text": {
-        "rope_parameters": _MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-    },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "zaya": {"num_experts_per_tok": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "mimi": {"upsample_groups": 64},
-    "kyutai_speech_to_text": {"audio_pad_token_id": 60},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "esmc": {"num_key_value_heads": 4},
-    "glm5_next_text": {"head_dim": 0, "qk_rope_head_dim": 0},
-    "xmod": {"default_language": "en_XX"},
-    "chameleon": {"vocabulary_map": {"<image>": 60}},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            "full_attention": _MROPE,
-            "sliding_attention": _MROPE,
-        }
-    },
-    "deepseek_ocr2_text": {
-        "num_experts_per_tok": 2,
-        "mlp_layer_types": ["dense", "sparse"] * 2,
-    },
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
-    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
-    },
-    **dict.fromkeys(
-        ("gradium_phonon_tts", "pocket_tts"), {"flow_head_config": {"condition_dim": 64}}
-    ),
-    "granite_docling_vision": {"out_hidden_size": 64},
-    "inkling2_vision": {"text_hidden_size": 64},
-    "molmo2_adapter": {"vision_feature_layer": [-1], "text_hidden_size": 64},
-    "muse_spark_audio": {"out_hidden_size": 64},
-    "muse_spark": {"out_hidden_size": 64},
-    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
-    "step3p5": {"sliding_window": 4096},
-    **dict.fromkeys(
-        ("fast_vlm", "perception_lm", "gemma3n"),
-        {"vision_config": {"model_type": "clip_vision_model"}},  # in place of one of timm's
-    ),
-    "ernie4_5_vl_moe_text": {
-        "rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]},
-        "moe_intermediate_size": [48, 48],
-    },
-    "granite4_vision": {"spatial_target_layers": [0, 1, 2, 3], "downsample_rate": "1/2"},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 4,
-    },
-    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
-    **dict.fromkeys(
-        ("nemotron3_5_transcribe_word_timestamp", "nemotron3_5_asr"), {"blank_token_id": 60}
-    ),
-}
-"""Fields by model type, where `_SIZES` is not enough; of a sub-config, those of its own."""
-
-_WITH_IMAGES = (
-    "AltCLIPModel",
-    "ChineseCLIPModel",
-    "CLIPModel",
-    "CLIPSegModel",
-    "MetaClip2Model",
-    "Owlv2Model",
-    "OwlViTModel",
-    "SiglipModel",
-    "Sam3Model",
-    "Sam3LiteTextModel",
-    "Blip2ForConditionalGeneration",
-)
-_WINDOWED = ("sliding_attention", "chunked_attention", "local_attention", "local", "swa")
-
-
-class NotBuilt(Exception):
-    """An architecture that this script cannot build or feed."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model class, by name."""
-
-    name: str
-
-    @property
-    def model(self) -> type[Any]:
-        return getattr(transformers, self.name)
-
-
-def architectures() -> tuple[list[Architecture], dict[str, str]]:
-    """Return those that take tokens and use the attention interface; and why others are left out.
-
-    Of a model type it is the causal or multimodal language model, else the base model.
-    """
-    chosen: dict[str, Architecture] = {}
-    left_out = {}
-    mappings = (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-        MODEL_MAPPING_NAMES,
-    )
-    for model_type in dict.fromkeys(key for mapping in mappings for key in mapping):
-        names: Any = next(mapping[model_type] for mapping in mappings if model_type in mapping)
-        name = names if isinstance(names, str) else names[0]
-        cls = getattr(transformers, name, None)
-        if cls is None or not issubclass(cls, PreTrainedModel):
-            left_out[name] = "transformers does not export it here"
-        elif not (cls._supports_attention_backend or _names_interface(cls)):
-            left_out[name] = "attention of its own"
-        elif "input_ids" not in inspect.signature(cls.forward).parameters:
-            left_out[name] = "takes no tokens"
-        else:
-            chosen.setdefault(name, Architecture(name))
-    return sorted(chosen.values(), key=lambda each: each.name.lower()), left_out
-
-
-def _names_interface(cls: type[Any]) -> bool:
-    return hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-
-
-def tiny_config(config_class: type[Any], **more: Any) -> Any:
-    """Return a config of few and small layers, made from the names of its class's fields.
-
-    `more` are further fields, which win.
-    """
-    default = config_class()
-    fields = inspect.signature(config_class).parameters
-    options = {
-        key: _SIZES[key]
-        for key in fields
-        if key in _SIZES and _same_kind(_value(default, fields, key), _SIZES[key])
-    }
-    types = _value(default, fields, "layer_types")
-    if types:
-        kinds = ["full_attention" if kind in _WINDOWED else kind for kind in types]
-        kinds = list(dict.fromkeys(kinds))
-        options["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
-    for key in ("sliding_window", "attention_chunk_size"):
-        if isinstance(_value(default, fields, key), int):
-            options[key] = 4096
-    rope = _value(default, fields, "rope_parameters")
-    if isinstance(rope, dict):
-        options["rope_parameters"] = _tiny_rope(rope)
-    if "kv_lora_rank" in fields:
-        options["num_key_value_heads"] = 4  # latent attention has as many as query heads
-    options |= _OVERRIDES.get(config_class.model_type, {}) | more
-    for key in config_class.sub_configs:
-        own = dict(options.get(key, {}))
-        model_type = own.pop("model_type", None)
-        part: Any = CONFIG_MAPPING[model_type] if model_type else type(getattr(default, key, None))
-        if issubclass(part, PreTrainedConfig):
-            options[key] = tiny_config(part, **own)
-    return config_class(**options)
-
-
-def _value(default: Any, fields: Mapping[str, Any], key: str) -> Any:
-    """Return the default of a field, the declared one where an instance has none."""
-    if key not in fields:
-        return ()
-    try:
-        return getattr(default, key)
-    except (AttributeError, RuntimeError):  # the latter if layers differ in it
-        return fields[key].default
-
-
-def _same_kind(default: Any, size: Any) -> bool:
-    if default is None or size is None:
-        return not isinstance(default, (list, tuple, dict))
-    if isinstance(size, float):
-        return isinstance(default, (int, float)) and not isinstance(default, bool)
-    return isinstance(default, type(size)) and not isinstance(default, bool)
-
-
-def _tiny_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Cut the sections of rotary dimensions down to those of a head of 16."""
-    rope = {
-        key: _tiny_rope(each) if isinstance(each, dict) else each for key, each in rope.items()
-    }
-    if "mrope_section" in rope:
-        half = int(16 * rope.get("partial_rotary_factor", 1.0)) // 2
-        parts = len(rope["mrope_section"])
-        rope["mrope_section"] = [half // parts + (i < half % parts) for i in range(parts)]
-    return rope
-
-
-def build(architecture: Architecture) -> Any:
-    """Return the model, in float32, with weights far from uniform attention.
-
-    Raises:
-        NotBuilt: The config or the model cannot be made.
-    """
-    torch.manual_seed(0)
-    try:
-        config = tiny_config(architecture.model.config_class)
-        model = architecture.model(config).eval()
-        model.set_experts_implementation("batched_mm")  # the only one without a look at values
-    except Exception as error:
-        raise NotBuilt(_line(error)) from error
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(True)
-
-
-# --- calling -------------------------------------------------------------------------------------
-
-
-def tokens(batch: int, length: int) -> Tensor:
-    return torch.randint(3, 57, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def call(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    """Return logits `[B, L, vocab]`, or hidden states of a model without a head."""
-    out = model(**{"input_ids": ids} | _beside(model, ids) | options)
-    out = getattr(out, "text_model_output", out)
-    for key in ("logits", "last_hidden_state"):
-        value = getattr(out, key, None)
-        if isinstance(value, Tensor):
-            return value
-    raise NotBuilt(f"its output holds {', '.join(out.keys())}")
-
-
-def _beside(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """Return what a model needs beside tokens, or in their place."""
-    name, batch = type(model).__name__, ids.shape[0]
-    vision = getattr(model.config, "vision_config", None)
-    image = torch.linspace(-1, 1, 3 * 16 * 16, device=ids.device).view(1, 3, 16, 16)
-    images = image.expand(batch, -1, -1, -1)
-    if name.startswith("Kyutai"):
-        return {"input_ids": ids[..., None].expand(-1, -1, model.config.num_codebooks + 1)}
-    if name == "XCLIPModel":
-        return {"pixel_values": images[:, None].expand(-1, vision.num_frames, -1, -1, -1)}
-    if name == "IdeficsForVisionText2Text":
-        mask = torch.ones(*ids.shape, 1, dtype=torch.int64, device=ids.device)
-        return {"pixel_values": images[:, None], "image_attention_mask": mask}
-    if name == "Siglip2Model":
-        shape = torch.tensor([[2, 2]], device=ids.device).expand(batch, -1)
-        patches = image.view(1, 4, -1).expand(batch, -1, -1)
-        mask = torch.ones(batch, 4, dtype=torch.int64, device=ids.device)
-        return {"pixel_values": patches, "spatial_shapes": shape, "pixel_attention_mask": mask}
-    if name == "Kosmos2ForConditionalGeneration":
-        none = torch.zeros_like(ids)
-        return {"image_embeds": image.new_zeros(0, 64), "image_embeds_position_mask": none}
-    if name.startswith("InstructBlip"):
-        video = name.startswith("InstructBlipVideo")
-        frames = images[:, None].expand(-1, 4, -1, -1, -1) if video else images
-        return {"pixel_values": frames, "qformer_input_ids": ids[:, :4]}
-    if name in _WITH_IMAGES:
-        return {"pixel_values": images}
-    return {}
-
-
-def error_of(got: Tensor, want: Tensor) -> float:
-    """Return the largest difference, relative to the largest of `want`."""
-    if got.shape != want.shape:
-        return float("inf")
-    error = (got - want).abs().max() / want.abs().max().clamp(min=1e-6)
-    return float("inf") if error.isnan() else float(error)
-
-
-def same(got: Tensor, want: Tensor) -> bool:
-    return error_of(got, want) <= TOLERANCE
+TOLERANCE = 2e-4  # of the largest output; what is wrong differs by far more
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an architecture does, in a word or two; `detail` holds a message."""
+    """What an architecture does, in a word or two; `detail` says more."""
 
     kind: str
     detail: str = ""
     wrong: bool = False
 
 
-def refusal(error: Exception) -> Verdict:
-    """Tell an error of moba_flex's own from one that a model raises or that was not meant."""
-    frames = traceback.extract_tb(error.__traceback__)
-    here = (Path(moba_flex.__file__).parent, Path(moba_flex.__file__).parent.parent / "masks")
-    own = any(frames[-1].filename.startswith(str(folder)) for folder in here)
-    if own and isinstance(error, (ValueError, TypeError)):
-        return Verdict("refused", str(error))
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-    return Verdict("error", _line(error) + place, wrong=True)
+class Subject:
+    """A model before `apply`, and what it computes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        with torch.no_grad():
+            self.dense = call(model, tokens(2, LENGTH))
+
+    def applied(self, config: MoBAConfig) -> Any:
+        return apply(copy.deepcopy(self.model), config)
+
+    def takes(self, name: str) -> bool:
+        parameters = inspect.signature(self.model.forward).parameters
+        return name in parameters or any(
+            each.kind is each.VAR_KEYWORD for each in parameters.values()
+        )
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def error_of(got: Tensor, want: Tensor) -> float:
+    """Return the largest difference, relative to the largest of `want`."""
+    if got.shape != want.shape:
+        return float("inf")
+    error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
+    return error if error == error else float("inf")
+
+
+def same(got: Tensor, want: Tensor) -> bool:
+    return error_of(got, want) <= TOLERANCE
 
 
 @contextmanager
@@ -404,65 +101,50 @@ def only_itself(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
     return v[:, :, -q.shape[2] :].transpose(1, 2).contiguous(), None
 
 
-@dataclass
-class Calls:
-    """The calls of the attention function, as `(module, layer, output)`."""
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention function, in the layer of that number by its module's name."""
 
-    made: list[tuple[nn.Module, int | None, Tensor]] = field(default_factory=list)
+    layer: int | None
+    v: Tensor
+    out: Tensor
 
 
 @contextmanager
-def watched(model: nn.Module, dense: int | None = None) -> Iterator[Calls]:
-    """Record calls; the layer `dense`, numbered by its module's name, sees all keys."""
-    own, calls = AttentionInterface._global_mapping[NAME], Calls()
-    numbers = {module: _number(name) for name, module in model.named_modules()}
+def watched(model: nn.Module, dense: int | None = None) -> Iterator[list[Call]]:
+    """Record calls, whose `out` knows how it came of `v`; the layer `dense` sees all keys."""
+    own, calls = AttentionInterface._global_mapping[NAME], []
+    layers = {
+        module: next((int(part) for part in name.split(".") if part.isdigit()), None)
+        for name, module in model.named_modules()
+    }
 
-    def watch(module: Any, *arguments: Any, **options: Any) -> Any:
-        before = getattr(module.config, NAME)
-        if dense is not None and numbers[module] == dense:
+    def watch(module: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+        if not v.requires_grad:
+            v = v.detach().requires_grad_()
+        chosen = dense is not None and layers[module] == dense
+        before = getattr(module.config, NAME, None)
+        if chosen:
             setattr(module.config, NAME, ALL.to_dict())
         try:
-            result = own(module, *arguments, **options)
+            with torch.enable_grad():
+                out, weights = own(module, q, k, v, *rest, **options)
         finally:
-            setattr(module.config, NAME, before)
-        calls.made.append((module, numbers[module], result[0]))
-        return result
+            if chosen:
+                setattr(module.config, NAME, before)
+        calls.append(Call(layers[module], v, out))
+        return (out if torch.is_grad_enabled() else out.detach()), weights
 
     with attention(watch):
         yield calls
 
 
-def _number(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-# --- properties ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Subject:
-    """A built model before `apply`, and what it computes densely."""
-
-    architecture: Architecture
-    model: Any
-    dense: Tensor
-
-    def applied(self, config: MoBAConfig) -> Any:
-        return apply(copy.deepcopy(self.model), config)
-
-    def takes(self, name: str) -> bool:
-        parameters = inspect.signature(self.model.forward).parameters
-        return name in parameters or any(
-            each.kind is each.VAR_KEYWORD for each in parameters.values()
-        )
-
-
 def dense(subject: Subject) -> Verdict:
-    """`top_k` that covers everything gives what the model gave before, and so do its gradients."""
+    """`top_k` that covers everything gives what the model gave before."""
     model = subject.applied(ALL)
     with watched(model) as calls:
         out = call(model, tokens(2, LENGTH))
-    if not calls.made:
+    if not calls:
         return Verdict("attention not called", wrong=True)
     error = error_of(out, subject.dense)
     return Verdict("equal") if error <= TOLERANCE else Verdict("differs", f"{error:.1e}", True)
@@ -471,13 +153,13 @@ def dense(subject: Subject) -> Verdict:
 def sparse(subject: Subject) -> Verdict:
     """A small `top_k` runs forward and backward, contiguous, and is not dense."""
     model = subject.applied(SPARSE)
-    with watched(model) as calls:
+    with torch.enable_grad(), watched(model) as calls:
         out = call(model, tokens(2, LENGTH))
-    if any(not result.is_contiguous() for _, _, result in calls.made):
+        out.float().square().mean().backward()
+    if any(not each.out.is_contiguous() for each in calls):
         return Verdict("not contiguous", wrong=True)
-    if same(out, subject.dense):
+    if same(out.detach(), subject.dense):
         return Verdict("dense", wrong=True)
-    out.float().square().mean().backward()
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
     if not gradients or not all(each.isfinite().all() for each in gradients):
         return Verdict("no finite gradients", wrong=True)
@@ -486,47 +168,79 @@ def sparse(subject: Subject) -> Verdict:
 
 def dense_layers(subject: Subject) -> Verdict:
     """`dense_layers` leaves all layers, or the one it names, as they were."""
-    count = subject.model.config.get_text_config().num_hidden_layers
+    ids, count = tokens(2, LENGTH), subject.model.config.get_text_config().num_hidden_layers
     everywhere = MoBAConfig(8, 1, dense_layers=tuple(range(count)))
-    ids = tokens(2, LENGTH)
-    if not same(call(subject.applied(everywhere), ids), subject.dense):
-        return Verdict("ignored", wrong=True)
+    error = error_of(call(subject.applied(everywhere), ids), subject.dense)
+    if error > TOLERANCE:
+        return Verdict("ignored", f"{error:.1e}", wrong=True)
     model = subject.applied(OWN)
     with watched(model) as calls:
         call(model, ids)
-    numbers = list(dict.fromkeys(number for _, number, _ in calls.made if number is not None))
-    for number in numbers[:2]:
-        with watched(model, dense=number):
+    for layer in list(dict.fromkeys(each.layer for each in calls if each.layer is not None))[:2]:
+        with watched(model, dense=layer):
             want = call(model, ids)
-        got = call(subject.applied(MoBAConfig(8, 1, dense_layers=(number,))), ids)
+        got = call(subject.applied(MoBAConfig(8, 1, dense_layers=(layer,))), ids)
         if not same(got, want):
-            return Verdict("another layer", f"layer {number}: {error_of(got, want):.1e}", True)
+            return Verdict("another layer", f"{layer}: {error_of(got, want):.1e}", wrong=True)
     return Verdict("honoured")
 
 
 def _alike(
-    subject: Subject, got: Callable[[Any], Tensor], want: Callable[[Any], Tensor], right: str
+    subject: Subject,
+    got: Callable[[Any], Tensor],
+    want: Callable[[Any], Tensor],
+    documents: Tensor,
+    right: str = "apart",
 ) -> Verdict:
-    """Compare two ways of calling, under a sparse gate.
+    """Compare a call with what it should equal, under a sparse gate.
 
-    If they differ where tokens attend to themselves alone, then other layers than attention tell
-    them apart: those of a recurrent model, or positions.
+    If the two differ even where tokens attend to themselves alone, then the model's other layers
+    tell them apart, as recurrent ones do. What attention did is then told by its gradients:
+    between different numbers in `documents` `[B, L]` there must be none.
     """
     model = subject.applied(SPARSE)
     expected = want(model)
-    error = error_of(got(model), expected)
+    try:
+        with watched(model) as calls:
+            error = error_of(got(model), expected)
+    except Exception as raised:
+        if refusal(raised).wrong:
+            try:
+                got(subject.model)
+            except Exception as same_without:
+                return Verdict("dense fails too", one_line(same_without))
+        raise
     if error <= TOLERANCE:
         return Verdict(right)
     with attention(only_itself):
         outside = error_of(got(model), want(model))
-    if outside > TOLERANCE:
-        return Verdict("differs outside attention", f"{error:.1e}, {outside:.1e} without")
-    return Verdict("contaminated", f"{error:.1e}", wrong=True)
+    if outside <= TOLERANCE or any(_mixes(each, documents) for each in calls):
+        return Verdict("contaminated", f"{error:.1e}", wrong=True)
+    return Verdict("mixed by other layers", f"{error:.1e}, {outside:.1e} without attention")
 
 
-def _restarts(batch: int = 1) -> Tensor:
-    rows = [DOCUMENTS, DOCUMENTS[::-1]][:batch]
-    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+def _mixes(made: Call, documents: Tensor) -> bool:
+    """Return whether a document's output `[B, L, H, D]` comes of another's v `[B, H, L, D]`."""
+    for number in documents.unique():
+        inside = documents == number
+        with torch.enable_grad():
+            total = made.out[inside].sum()
+        (gradient,) = torch.autograd.grad(total, made.v, retain_graph=True)
+        if gradient.transpose(1, 2)[~inside].any():
+            return True
+    return False
+
+
+def _positions(*rows: Sequence[int]) -> Tensor:
+    """Return positions that restart, for rows of documents of such lengths."""
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+
+
+def _numbers(*rows: Sequence[int]) -> Tensor:
+    """Return in which document of its row each token is."""
+    return torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]
+    )
 
 
 def _apart(model: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -540,9 +254,9 @@ def packed(subject: Subject) -> Verdict:
     ids = tokens(1, LENGTH)
     return _alike(
         subject,
-        lambda model: call(model, ids, position_ids=_restarts()),
+        lambda model: call(model, ids, position_ids=_positions(DOCUMENTS)),
         lambda model: _apart(model, ids, DOCUMENTS),
-        "apart",
+        _numbers(DOCUMENTS),
     )
 
 
@@ -550,28 +264,28 @@ def packed_rows(subject: Subject) -> Verdict:
     """Two rows of documents that start at different places."""
     if not subject.takes("position_ids"):
         return Verdict("not taken")
-    ids = tokens(2, LENGTH)
+    ids, rows = tokens(2, LENGTH), (DOCUMENTS, DOCUMENTS[::-1])
     return _alike(
         subject,
-        lambda model: call(model, ids, position_ids=_restarts(2)),
-        lambda model: torch.cat(
-            [_apart(model, ids[:1], DOCUMENTS), _apart(model, ids[1:], DOCUMENTS[::-1])]
-        ),
-        "apart",
+        lambda model: call(model, ids, position_ids=_positions(*rows)),
+        lambda model: torch.cat([_apart(model, ids[i : i + 1], rows[i]) for i in range(2)]),
+        _numbers(*rows),
     )
 
 
 def packed_padded(subject: Subject) -> Verdict:
     """Documents, and padding behind them."""
-    if not subject.takes("position_ids"):
+    if not (subject.takes("position_ids") and subject.takes("attention_mask")):
         return Verdict("not taken")
-    ids, mask = tokens(1, LENGTH), torch.ones(1, LENGTH, dtype=torch.int64)
-    mask[:, SHORT:] = 0
+    row = (DOCUMENTS[0], SHORT - DOCUMENTS[0], LENGTH - SHORT)
+    ids, mask = tokens(1, LENGTH), (_numbers(row) < 2).long()
     return _alike(
         subject,
-        lambda model: call(model, ids, position_ids=_restarts(), attention_mask=mask)[:, :SHORT],
-        lambda model: _apart(model, ids[:, :SHORT], (DOCUMENTS[0], SHORT - DOCUMENTS[0])),
-        "apart",
+        lambda model: call(model, ids, position_ids=_positions(DOCUMENTS), attention_mask=mask)[
+            :, :SHORT
+        ],
+        lambda model: _apart(model, ids[:, :SHORT], row[:2]),
+        _numbers(row),
     )
 
 
@@ -581,16 +295,15 @@ def cu_seq_lens(subject: Subject) -> Verdict:
         return Verdict("not taken")
     ids = tokens(1, LENGTH)
     starts = torch.tensor([0, DOCUMENTS[0], LENGTH], dtype=torch.int32)
-    longest = max(DOCUMENTS)
     options: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-    options |= {"max_length_q": longest, "max_length_k": longest}
+    options |= {"max_length_q": max(DOCUMENTS), "max_length_k": max(DOCUMENTS)}
     if subject.takes("position_ids"):
-        options["position_ids"] = _restarts()
+        options["position_ids"] = _positions(DOCUMENTS)
     return _alike(
         subject,
         lambda model: call(model, ids, **options),
         lambda model: _apart(model, ids, DOCUMENTS),
-        "apart",
+        _numbers(DOCUMENTS),
     )
 
 
@@ -604,36 +317,34 @@ def _padded(subject: Subject, left: bool) -> Verdict:
     options = {"attention_mask": mask}
     if left and subject.takes("position_ids"):
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def rows(model: Any) -> Tensor:
+        out = call(model, ids, **options)
+        return torch.cat([out[:1, real], out[1:]], dim=1)
+
     return _alike(
         subject,
-        lambda model: torch.cat([*call(model, ids, **options).split(1)], 1)[
-            :, torch.cat([mask[0].bool(), mask[1].bool()])
-        ],
-        lambda model: torch.cat([call(model, ids[:1, real]), call(model, ids[1:])], 1),
+        rows,
+        lambda model: torch.cat([call(model, ids[:1, real]), call(model, ids[1:])], dim=1),
+        mask,
         "equal",
     )
 
 
 def right_padding(subject: Subject) -> Verdict:
-    """A padded row equals the unpadded one."""
+    """A row padded on the right equals the unpadded one."""
     return _padded(subject, left=False)
 
 
 def left_padding(subject: Subject) -> Verdict:
-    """A row padded on the left, whose positions start at its first token."""
+    """A row padded on the left, whose positions start at its first token, equals it too."""
     return _padded(subject, left=True)
 
 
 def meta(subject: Subject) -> Verdict:
     """A model on the meta device still runs."""
-    ids = tokens(2, LENGTH).to("meta")
-    model = copy.deepcopy(subject.model).to("meta")
-    try:
-        want = call(model, ids).shape
-    except Exception as error:
-        return Verdict("dense fails too", _line(error))
-    got = call(apply(model, SPARSE), ids)
-    return Verdict("works") if got.shape == want else Verdict("other shape", wrong=True)
+    ids, model = tokens(2, LENGTH).to("meta"), copy.deepcopy(subject.model).to("meta")
+    return _still_runs(model, ids)
 
 
 def fake(subject: Subject) -> Verdict:
@@ -641,25 +352,32 @@ def fake(subject: Subject) -> Verdict:
     with FakeTensorMode():
         ids = torch.zeros(2, LENGTH, dtype=torch.int64)
         try:
-            model = subject.architecture.model(copy.deepcopy(subject.model.config)).eval()
-            want = call(model, ids).shape
+            model = type(subject.model)(copy.deepcopy(subject.model.config)).eval()
         except Exception as error:
-            return Verdict("dense fails too", _line(error))
-        got = call(apply(model, SPARSE), ids)
-    return Verdict("works") if got.shape == want else Verdict("other shape", wrong=True)
+            return Verdict("dense fails too", one_line(error))
+        return _still_runs(model, ids)
+
+
+def _still_runs(model: Any, ids: Tensor) -> Verdict:
+    try:
+        want = call(model, ids).shape
+    except Exception as error:
+        return Verdict("dense fails too", one_line(error))
+    got = call(apply(model, SPARSE), ids).shape
+    return Verdict("works") if got == want else Verdict("other shape", f"{got}", wrong=True)
 
 
 def generate(subject: Subject) -> Verdict:
-    """Three new tokens, with a cache; all of `top_k` gives those of dense attention."""
+    """Three new tokens, with a cache, are those of dense attention if `top_k` covers all."""
     if not subject.model.can_generate():
         return Verdict("cannot generate")
-    ids = tokens(2, LENGTH)
-    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options = inputs(subject.model, tokens(2, LENGTH))
+    options |= {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     try:
-        want = copy.deepcopy(subject.model).generate(ids, **options)
+        want = copy.deepcopy(subject.model).generate(**options)
     except Exception as error:
-        return Verdict("dense fails too", _line(error))
-    got = subject.applied(ALL).generate(ids, **options)
+        return Verdict("dense fails too", one_line(error))
+    got = subject.applied(ALL).generate(**options)
     return Verdict("equal") if torch.equal(got, want) else Verdict("differs", wrong=True)
 
 
@@ -682,7 +400,14 @@ PROPERTIES: dict[str, Callable[[Subject], Verdict]] = {
 }
 
 
-# --- running -------------------------------------------------------------------------------------
+def refusal(error: Exception) -> Verdict:
+    """Tell an error of moba_flex's own from one of a model's, or one that nobody meant."""
+    last, root = traceback.extract_tb(error.__traceback__)[-1], Path(moba_flex.__file__).parents[1]
+    ours = [str(root / name) for name in ("moba_flex", "masks", "compile")]
+    if isinstance(error, (ValueError, TypeError)) and last.filename.startswith(tuple(ours)):
+        return Verdict("refused", str(error))
+    place = f"{Path(last.filename).name}:{last.lineno}"
+    return Verdict("error", f"{one_line(error)} ({place})", wrong=True)
 
 
 @dataclass
@@ -696,42 +421,40 @@ class Result:
 
     @property
     def wrong(self) -> bool:
-        return bool(self.not_built) or any(each.wrong for each in self.verdicts.values())
+        return any(each.wrong for each in self.verdicts.values())
 
     def __str__(self) -> str:
         if self.not_built:
             return f"{self.name}: not built: {self.not_built}"
-        kinds = [f"{key}={each.kind}" for key, each in self.verdicts.items()]
-        lines = [f"{self.name}: {', '.join(kinds)}"]
-        lines += [
-            f"    {key}: {each.kind}: {each.detail}"
-            for key, each in self.verdicts.items()
-            if each.wrong
-        ]
-        return "\n".join(lines)
+        line = ", ".join(f"{key}={each.kind}" for key, each in self.verdicts.items())
+        seen: dict[Verdict, list[str]] = {}
+        for key, each in self.verdicts.items():
+            if each.detail:
+                seen.setdefault(each, []).append(key)
+        details = [f"    {', '.join(keys)}: {each.detail}" for each, keys in seen.items()]
+        return "\n".join([f"{'WRONG ' if self.wrong else ''}{self.name}: {line}", *details])
 
 
-def check(architecture: Architecture, properties: Sequence[str] = tuple(PROPERTIES)) -> Result:
+def check(name: str, properties: Sequence[str] = tuple(PROPERTIES)) -> Result:
     """Build an architecture and look at the properties named."""
-    result, start = Result(architecture.name), time.monotonic()
+    result, start = Result(name), time.monotonic()
     try:
-        model = build(architecture)
+        model = build(name)
         try:
             apply(copy.deepcopy(model), ALL)
         except Exception as error:
             result.verdicts = dict.fromkeys(properties, refusal(error))
             return result
-        with torch.no_grad():
-            subject = Subject(architecture, model, call(model, tokens(2, LENGTH)))
+        subject = Subject(model)
     except Exception as error:
-        result.not_built = str(error) if isinstance(error, NotBuilt) else _line(error)
+        result.not_built = str(error) if isinstance(error, NotBuilt) else one_line(error)
         return result
-    for name in properties:
+    for key in properties:
         try:
-            with torch.set_grad_enabled(name == "sparse"):
-                result.verdicts[name] = PROPERTIES[name](subject)
+            with torch.no_grad():
+                result.verdicts[key] = PROPERTIES[key](subject)
         except Exception as error:
-            result.verdicts[name] = refusal(error)
+            result.verdicts[key] = refusal(error)
     result.seconds = time.monotonic() - start
     return result
 
@@ -749,29 +472,27 @@ def table(results: Sequence[Result]) -> str:
             kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
             lines.append(f"{name:14} {kinds}")
     not_built = sum(bool(result.not_built) for result in results)
-    lines.append(f"{len(results)} architectures, {not_built} of them not built")
+    wrong = sum(result.wrong for result in results)
+    lines.append(f"{len(results)} architectures, {not_built} not built, {wrong} wrong")
     return "\n".join(lines)
 
 
 def _prepare() -> None:
     """Leave one core to each process, and be quiet."""
     torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
 
 
-def _results(
-    chosen: Sequence[Architecture], properties: Sequence[str], jobs: int
-) -> Iterator[Result]:
+def _results(names: Sequence[str], properties: Sequence[str], jobs: int) -> Iterator[Result]:
     if jobs == 1:
         _prepare()
-        for architecture in chosen:
-            yield check(architecture, properties)
+        for name in names:
+            yield check(name, properties)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_prepare) as pool:
-        yield from pool.map(check, chosen, [properties] * len(chosen))
+        yield from pool.map(check, names, [properties] * len(names))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -782,16 +503,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
     options = parser.parse_args(arguments)
-    chosen, left_out = architectures()
+    names, left_out = architectures()
     if options.only:
-        chosen = [each for each in chosen if each.name.startswith(tuple(options.only))]
+        names = [name for name in names if name.startswith(tuple(options.only))]
     start, results = time.monotonic(), []
-    for result in _results(chosen, options.properties, options.jobs):
+    for result in _results(names, options.properties, options.jobs):
         results.append(result)
         print(result, flush=True)
     print(table(results))
     for reason, count in Counter(left_out.values()).items():
-        print(f"{count} model classes left out: {reason}")
+        print(f"{count} other model classes: {reason}")
     print(f"{time.monotonic() - start:.0f} s with {moba_flex.__file__}")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(each) for each in results], indent=1))
