@@ -85,14 +85,16 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 
 @contextmanager
-def attention(function: Callable[..., Any]) -> Iterator[None]:
-    """Put `function` in the place of moba_flex's attention."""
-    own = AttentionInterface._global_mapping[NAME]
-    AttentionInterface.register(NAME, function)
+def attention(function: Callable[..., Any], *names: str) -> Iterator[None]:
+    """Put `function` in the place of the attention implementations named."""
+    own = {name: AttentionInterface._global_mapping[name] for name in names}
+    for name in names:
+        AttentionInterface.register(name, function)
     try:
         yield
     finally:
-        AttentionInterface.register(NAME, own)
+        for name in names:
+            AttentionInterface.register(name, own[name])
 
 
 def only_itself(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
@@ -135,7 +137,7 @@ def watched(model: nn.Module, dense: int | None = None) -> Iterator[list[Call]]:
         calls.append(Call(layers[module], v, out))
         return (out if torch.is_grad_enabled() else out.detach()), weights
 
-    with attention(watch):
+    with attention(watch, NAME):
         yield calls
 
 
@@ -212,9 +214,9 @@ def _alike(
         raise
     if error <= TOLERANCE:
         return Verdict(right)
-    with attention(only_itself):
+    with attention(only_itself, NAME, "sdpa"):
         outside = error_of(got(model), want(model))
-    if outside <= TOLERANCE or any(_mixes(each, documents) for each in calls):
+    if outside <= TOLERANCE or not calls or any(_mixes(each, documents) for each in calls):
         return Verdict("contaminated", f"{error:.1e}", wrong=True)
     return Verdict("mixed by other layers", f"{error:.1e}, {outside:.1e} without attention")
 

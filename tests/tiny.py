@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 LAYERS = 4
 
-_SIZES: dict[str, Any] = {
+_SIZES: dict[str, int] = {
     "vocab_size": 61,
     **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "emb_dim"), 64),
     **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim"), 64),
@@ -48,7 +48,6 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_token_id", "image_token_index"), 57),
     **dict.fromkeys(("video_token_id", "video_token_index"), 58),
     **dict.fromkeys(("audio_token_id", "audio_token_index"), 59),
-    **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop"), 0.0),
     "fpn_hidden_size": 64,
     "image_size": 16,
     "patch_size": 8,
@@ -191,7 +190,7 @@ def tiny_config(config_class: type[Any], **more: Any) -> Any:
     options = {
         key: _SIZES[key]
         for key in fields
-        if key in _SIZES and _same_kind(_value(default, fields, key), _SIZES[key])
+        if key in _SIZES and _is_size(_value(default, fields, key))
     }
     types = _value(default, fields, "layer_types")
     if types:
@@ -200,7 +199,8 @@ def tiny_config(config_class: type[Any], **more: Any) -> Any:
         options["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
     for key in ("sliding_window", "attention_chunk_size"):
         if isinstance(_value(default, fields, key), int):
-            options[key] = None if "None" in str(fields[key].annotation) else 4096
+            windowed = types or "None" not in str(fields[key].annotation)
+            options[key] = 4096 if windowed else None
     rope = _value(default, fields, "rope_parameters")
     if isinstance(rope, dict):
         options["rope_parameters"] = _tiny_rope(rope)
@@ -226,12 +226,8 @@ def _value(default: Any, fields: Mapping[str, Any], key: str) -> Any:
         return fields[key].default
 
 
-def _same_kind(default: Any, size: Any) -> bool:
-    if default is None or size is None:
-        return not isinstance(default, (list, tuple, dict))
-    if isinstance(size, float):
-        return isinstance(default, (int, float)) and not isinstance(default, bool)
-    return isinstance(default, type(size)) and not isinstance(default, bool)
+def _is_size(default: Any) -> bool:
+    return default is None or (isinstance(default, int) and not isinstance(default, bool))
 
 
 def _tiny_rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +268,10 @@ def tokens(batch: int, length: int) -> Tensor:
 
 def call(model: Any, ids: Tensor, **options: Any) -> Tensor:
     """Return logits `[B, L, vocab]`, or hidden states of a model without a head."""
+    torch.manual_seed(0)  # diffusion models draw noise
     out = model(**inputs(model, ids), **options)
-    out = getattr(out, "text_model_output", out)
+    for key in ("text_model_output", "text_outputs"):
+        out = getattr(out, key, out)
     for key in ("logits", "last_hidden_state"):
         value = getattr(out, key, None)
         if isinstance(value, Tensor):
