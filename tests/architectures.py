@@ -483,7 +483,7 @@ def _prepare() -> None:
     """Leave one core to each process, and be quiet."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def _results(names: Sequence[str], properties: Sequence[str], jobs: int) -> Iterator[Result]:

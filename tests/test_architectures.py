@@ -1,12 +1,15 @@
 """A sample of `tests.architectures`, each of another kind."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+from moba_flex import MoBAConfig
+from moba_flex.integrations.transformers import apply
 from tests import architectures
 from tests.architectures import Result, Verdict, check, refusal, table
 
@@ -57,11 +60,8 @@ def test_an_apply_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_option_that_is_ignored_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    own: Any = architectures.apply
-
-    def without(model: Any, config: Any) -> Any:
-        options = {**config.to_dict(), "dense_layers": ()}
-        return own(model, type(config).from_dict(options))
+    def without(model: Any, config: MoBAConfig) -> Any:
+        return apply(model, replace(config, dense_layers=()))
 
     monkeypatch.setattr(architectures, "apply", without)
     verdict = check("LlamaForCausalLM", ["dense_layers"]).verdicts["dense_layers"]
@@ -70,7 +70,7 @@ def test_an_option_that_is_ignored_is_found_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_only_errors_of_our_own_are_refusals() -> None:
     with pytest.raises(ValueError, match="got 'no'") as ours:
-        architectures.MoBAConfig(8, 2, cached="no")  # type: ignore[arg-type]
+        MoBAConfig(8, 2, cached="no")  # type: ignore[arg-type]
     assert refusal(ours.value).kind == "refused"
     with pytest.raises(RuntimeError) as theirs:
         torch.zeros(2) + torch.zeros(3)

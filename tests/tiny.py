@@ -52,7 +52,7 @@ _SIZES: dict[str, int] = {
     "image_size": 16,
     "patch_size": 8,
 }
-"""Fields of configs by name; a field takes the size only if its default is of the same kind."""
+"""Fields of configs by name; a field takes the size if its default is an int or None."""
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _NO_TIMM = {"vision_config": {"model_type": "clip_vision_model"}}  # timm is not installed
@@ -187,7 +187,7 @@ def tiny_config(config_class: type[Any], **more: Any) -> Any:
     """
     default = config_class()
     fields = inspect.signature(config_class).parameters
-    options = {
+    options: dict[str, Any] = {
         key: _SIZES[key]
         for key in fields
         if key in _SIZES and _is_size(_value(default, fields, key))
@@ -208,7 +208,7 @@ def tiny_config(config_class: type[Any], **more: Any) -> Any:
         options["num_key_value_heads"] = 4  # latent attention has as many as query heads
     options |= _OVERRIDES.get(config_class.model_type, {}) | more
     for key in config_class.sub_configs:
-        own = dict(options.get(key, {}))
+        own: dict[str, Any] = dict(options.get(key, {}))
         model_type = own.pop("model_type", None)
         part: Any = CONFIG_MAPPING[model_type] if model_type else type(getattr(default, key, None))
         if issubclass(part, PreTrainedConfig):
@@ -286,13 +286,13 @@ def inputs(model: Any, ids: Tensor) -> dict[str, Any]:
 
 def _beside(model: Any, ids: Tensor) -> dict[str, Any]:
     name, batch = type(model).__name__, ids.shape[0]
-    vision = getattr(model.config, "vision_config", None)
     image = torch.linspace(-1, 1, 3 * 16 * 16, device=ids.device).view(1, 3, 16, 16)
     images = image.expand(batch, -1, -1, -1)
     if name.startswith("Kyutai"):
         return {"input_ids": ids[..., None].expand(-1, -1, model.config.num_codebooks + 1)}
     if name == "XCLIPModel":
-        return {"pixel_values": images[:, None].expand(-1, vision.num_frames, -1, -1, -1)}
+        frames = model.config.vision_config.num_frames
+        return {"pixel_values": images[:, None].expand(-1, frames, -1, -1, -1)}
     if name == "IdeficsForVisionText2Text":
         mask = torch.ones(*ids.shape, 1, dtype=torch.int64, device=ids.device)
         return {"pixel_values": images[:, None], "image_attention_mask": mask}
