@@ -65,11 +65,10 @@ class Subject:
     def applied(self, config: MoBAConfig) -> Any:
         return apply(copy.deepcopy(self.model), config)
 
-    def takes(self, name: str) -> bool:
-        parameters = inspect.signature(self.model.forward).parameters
-        return name in parameters or any(
-            each.kind is each.VAR_KEYWORD for each in parameters.values()
-        )
+
+def takes(model: Any, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def error_of(got: Tensor, want: Tensor) -> float:
@@ -245,13 +244,23 @@ def _numbers(*rows: Sequence[int]) -> Tensor:
     )
 
 
+def _alone(model: Any, ids: Tensor) -> Tensor:
+    """Run one document, or one row without its padding.
+
+    Not all models count positions from 0 by themselves.
+    """
+    if not takes(model, "position_ids"):
+        return call(model, ids)
+    return call(model, ids, position_ids=_positions((ids.shape[1],)))
+
+
 def _apart(model: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-    return torch.cat([call(model, part) for part in ids.split(list(lengths), dim=1)], dim=1)
+    return torch.cat([_alone(model, part) for part in ids.split(list(lengths), dim=1)], dim=1)
 
 
 def packed(subject: Subject) -> Verdict:
     """Documents told by positions that restart, in the default call."""
-    if not subject.takes("position_ids"):
+    if not takes(subject.model, "position_ids"):
         return Verdict("not taken")
     ids = tokens(1, LENGTH)
     return _alike(
@@ -264,7 +273,7 @@ def packed(subject: Subject) -> Verdict:
 
 def packed_rows(subject: Subject) -> Verdict:
     """Two rows of documents that start at different places."""
-    if not subject.takes("position_ids"):
+    if not takes(subject.model, "position_ids"):
         return Verdict("not taken")
     ids, rows = tokens(2, LENGTH), (DOCUMENTS, DOCUMENTS[::-1])
     return _alike(
@@ -277,7 +286,7 @@ def packed_rows(subject: Subject) -> Verdict:
 
 def packed_padded(subject: Subject) -> Verdict:
     """Documents, and padding behind them."""
-    if not (subject.takes("position_ids") and subject.takes("attention_mask")):
+    if not (takes(subject.model, "position_ids") and takes(subject.model, "attention_mask")):
         return Verdict("not taken")
     row = (DOCUMENTS[0], SHORT - DOCUMENTS[0], LENGTH - SHORT)
     ids, mask = tokens(1, LENGTH), (_numbers(row) < 2).long()
@@ -293,13 +302,13 @@ def packed_padded(subject: Subject) -> Verdict:
 
 def cu_seq_lens(subject: Subject) -> Verdict:
     """Documents told by `cu_seq_lens_q` and `cu_seq_lens_k`, beside positions that restart."""
-    if not subject.takes("cu_seq_lens_q"):
+    if not takes(subject.model, "cu_seq_lens_q"):
         return Verdict("not taken")
     ids = tokens(1, LENGTH)
     starts = torch.tensor([0, DOCUMENTS[0], LENGTH], dtype=torch.int32)
     options: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
     options |= {"max_length_q": max(DOCUMENTS), "max_length_k": max(DOCUMENTS)}
-    if subject.takes("position_ids"):
+    if takes(subject.model, "position_ids"):
         options["position_ids"] = _positions(DOCUMENTS)
     return _alike(
         subject,
@@ -310,15 +319,17 @@ def cu_seq_lens(subject: Subject) -> Verdict:
 
 
 def _padded(subject: Subject, left: bool) -> Verdict:
-    if not subject.takes("attention_mask"):
+    if not takes(subject.model, "attention_mask"):
         return Verdict("not taken")
     ids, mask = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
     real = slice(LENGTH - SHORT, None) if left else slice(SHORT)
     mask[0] = 0
     mask[0, real] = 1
     options = {"attention_mask": mask}
-    if left and subject.takes("position_ids"):
+    alone = call
+    if left and takes(subject.model, "position_ids"):
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        alone = _alone
 
     def rows(model: Any) -> Tensor:
         out = call(model, ids, **options)
@@ -327,7 +338,7 @@ def _padded(subject: Subject, left: bool) -> Verdict:
     return _alike(
         subject,
         rows,
-        lambda model: torch.cat([call(model, ids[:1, real]), call(model, ids[1:])], dim=1),
+        lambda model: torch.cat([alone(model, ids[:1, real]), alone(model, ids[1:])], dim=1),
         mask,
         "equal",
     )
