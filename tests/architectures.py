@@ -13,6 +13,7 @@ import copy
 import inspect
 import json
 import multiprocessing
+import re
 import sys
 import time
 import traceback
@@ -104,7 +105,7 @@ def only_itself(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the attention function, in the layer of that number by its module's name."""
+    """One call of the attention function, in the layer of that number."""
 
     layer: int | None
     v: Tensor
@@ -115,10 +116,7 @@ class Call:
 def watched(model: nn.Module, dense: int | None = None) -> Iterator[list[Call]]:
     """Record calls, whose `out` knows how it came of `v`; the layer `dense` sees all keys."""
     own, calls = AttentionInterface._global_mapping[NAME], []
-    layers = {
-        module: next((int(part) for part in name.split(".") if part.isdigit()), None)
-        for name, module in model.named_modules()
-    }
+    layers = {module: _layer(name, module) for name, module in model.named_modules()}
 
     def watch(module: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
         if not v.requires_grad:
@@ -138,6 +136,12 @@ def watched(model: nn.Module, dense: int | None = None) -> Iterator[list[Call]]:
 
     with attention(watch, NAME):
         yield calls
+
+
+def _layer(name: str, module: nn.Module) -> int | None:
+    """Return the number of the layer that a module is of, by itself or else by its name."""
+    number = getattr(module, "layer_idx", None)
+    return number if number is not None else next(map(int, re.findall(r"\b\d+\b", name)), None)
 
 
 def dense(subject: Subject) -> Verdict:
@@ -200,14 +204,14 @@ def _alike(
     between different numbers in `documents` `[B, L]` there must be none.
     """
     model = subject.applied(SPARSE)
-    expected = want(model)
     try:
         with watched(model) as calls:
-            error = error_of(got(model), expected)
+            out = got(model)
+        error = error_of(out, want(model))
     except Exception as raised:
         if refusal(raised).wrong:
             try:
-                got(subject.model)
+                got(subject.model), want(subject.model)
             except Exception as same_without:
                 return Verdict("dense fails too", one_line(same_without))
         raise
