@@ -365,14 +365,10 @@ def meta(subject: Subject) -> Verdict:
 
 
 def fake(subject: Subject) -> Verdict:
-    """A model of fake tensors still runs."""
-    with FakeTensorMode():
-        ids = torch.zeros(2, LENGTH, dtype=torch.int64)
-        try:
-            model = type(subject.model)(copy.deepcopy(subject.model.config)).eval()
-        except Exception as error:
-            return Verdict("dense fails too", one_line(error))
-        return _still_runs(model, ids)
+    """A model still runs on fake tensors."""
+    model = copy.deepcopy(subject.model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _still_runs(model, torch.zeros(2, LENGTH, dtype=torch.int64))
 
 
 def _still_runs(model: Any, ids: Tensor) -> Verdict:

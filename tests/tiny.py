@@ -35,6 +35,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"), 96),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("moe_hidden_size", "projector_hidden_size"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "moe_num_experts_per_tok"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
@@ -55,7 +57,6 @@ _SIZES: dict[str, int] = {
 """Fields of configs by name; a field takes the size if its default is an int or None."""
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-_NO_TIMM = {"vision_config": {"model_type": "clip_vision_model"}}  # timm is not installed
 _OVERRIDES: dict[str, dict[str, Any]] = {
     # Rotary positions in three parts, whose sizes the models have defaults of their own for.
     "cohere_compass_text": {
@@ -106,9 +107,15 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "step3p5": {"sliding_window": 4096},
+    # Many layers or wide ones, under names of their own.
+    "dac": {"encoder_hidden_size": 4},
+    "hrm_text": {"H_cycles": 1, "L_cycles": 1},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
+    "muse_spark_audio": {"hidden_sizes": [16] * 4, "depths": [1] * 4, "out_hidden_size": 64},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 1, "depths": [1] * 7},
     # Parts that must fit together.
     "chameleon": {"vocabulary_map": {"<image>": 60}},
-    "fast_vlm": _NO_TIMM,
+    "fast_vlm": {"vision_config": {"model_type": "clip_vision_model"}},  # in place of timm's
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
     "granite_docling_vision": {"out_hidden_size": 64},
@@ -118,13 +125,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mimi": {"upsample_groups": 64},
     "molmo2_adapter": {"vision_feature_layer": [-1], "text_hidden_size": 64},
     "muse_spark": {"out_hidden_size": 64},
-    "muse_spark_audio": {"out_hidden_size": 64},
     "nemotron3_5_asr": {"blank_token_id": 60},
     "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 60},
     "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
-    "perception_lm": _NO_TIMM,
     "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "videoprism_vision_model": {"image_size": 36},
     "xmod": {"default_language": "en_XX"},
 }
 """Fields by model type, where `_SIZES` is not enough; of a sub-config, those of its own."""
@@ -308,6 +314,9 @@ def _beside(model: Any, ids: Tensor) -> dict[str, Any]:
         video = name.startswith("InstructBlipVideo")
         frames = images[:, None].expand(-1, 4, -1, -1, -1) if video else images
         return {"pixel_values": frames, "qformer_input_ids": ids[:, :4]}
+    if name == "VideoPrismClipModel":
+        frames = model.config.vision_config.num_frames
+        return {"pixel_values_videos": image.new_zeros(batch, frames, 3, 36, 36)}
     if name == "PeAudioModel":
         sound = torch.linspace(-1, 1, 8 * 1920, device=ids.device)
         return {"input_values": sound.expand(batch, 1, -1)}
