@@ -5,6 +5,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moba_flex.compile.cpu import attend_parts, show_spoilt
 from moba_flex.compile.flex import attend
@@ -156,7 +157,7 @@ def routed(
         return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
     if is_exporting():  # of plain rows: see `check_export`
         return attend_portable(q, k, v, routing, scale=scale)
-    if mods is not None and not q.is_meta:  # which hold no scores to change
+    if mods is not None and not (q.is_meta or isinstance(q, FakeTensor)):  # no scores to change
         return attend_modded(q, k, v, routing, mods, scale)
     options = routing.block_size, routing.causal, scale
     out, lse = attend_parts(q, k, v, routing.blocks, *options, *routing.located)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_flex.compile.parts import spoilt_by
 from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.inputs import finite
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 
@@ -38,6 +40,16 @@ def attend_portable(
     Returns:
         Output `[B, Hq, Q, D]` and log-sum-exp `[B, Hq, Q]` in float32.
     """
+    # Flash attention here spoils rows and hides NaN (`compile/cpu.py`): rows that see what is not
+    # finite are NaN.
+    out, lse = _attend(*map(finite, (q, k, v)), routing, scale)
+    spoilt = spoilt_by(q, k, v, routing)
+    return out.masked_fill(spoilt.unsqueeze(3), torch.nan), lse.masked_fill(spoilt, torch.nan)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+) -> tuple[Tensor, Tensor]:
     q_len, size = routing.q_len, routing.block_size
     # Whole blocks of queries are many more than a few.
     few = isinstance(q_len, int) and isinstance(size, int) and 2 * q_len <= size

@@ -134,6 +134,18 @@ def test_portable_attention_is_the_oracle(case: Case) -> None:
     assert_matches_oracle("portable", case, attend, backward=False)
 
 
+@pytest.mark.parametrize("plant", ["q=nan", "q*=inf", "k=nan", "k=-inf", "v=nan", "v*=inf"])
+def test_portable_attention_shows_what_is_not_finite(plant: str) -> None:
+    for block_size, causal in ((1, True), (8, True), (24, False)):
+        case = Case(2, 2, 2, 30, 40, block_size=block_size, top_k=2, causal=causal)
+        case = replace(case, plants=(plant,))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, case: Case = case) -> tuple[Tensor, Tensor]:
+            return attend_portable(q, k, v, route(q, k, **case.gate), scale=case.factor)
+
+        assert_matches_oracle("portable, planted", case, attend, backward=False)
+
+
 # Packages.
 
 
@@ -155,6 +167,14 @@ def run_alone(
 def test_attention_of_any_length_and_batch(attention_package: Path) -> None:
     inputs = [(tokens(length, batch),) for length in UNSEEN for batch in (1, 2, 5)]
     assert max(run_alone(attention_package, inputs, made(Attention))) < 1e-5
+
+
+@pytest.mark.slow
+def test_packages_show_what_is_not_finite(attention_package: Path) -> None:
+    package, module, x = load(attention_package), made(Attention), tokens(100)
+    x[1, 70, 3] = torch.nan
+    assert worst_error(module, package, (x,)) < 1e-5
+    assert not package(x)[1, 70].isfinite().any()
 
 
 @pytest.mark.slow
