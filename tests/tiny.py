@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 LAYERS = 4
 
 _SIZES: dict[str, int] = {
-    "vocab_size": 61,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 61),
     **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "emb_dim"), 64),
     **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), LAYERS),
@@ -51,12 +51,14 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("video_token_id", "video_token_index"), 58),
     **dict.fromkeys(("audio_token_id", "audio_token_index"), 59),
     "fpn_hidden_size": 64,
+    "hidden_size_per_layer_input": 16,
     "image_size": 16,
     "patch_size": 8,
 }
 """Fields of configs by name; a field takes the size if its default is an int or None."""
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _OVERRIDES: dict[str, dict[str, Any]] = {
     # Rotary positions in three parts, whose sizes the models have defaults of their own for.
     "cohere_compass_text": {
@@ -78,8 +80,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
     "qwen2_vl_text": {"rope_parameters": _MROPE},
     # Attention in every other layer.
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]} | _MAMBA,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2} | _MAMBA,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
