@@ -42,7 +42,7 @@ def contiguous(x: Tensor) -> Tensor:
     """
     if not is_traced():
         return x.contiguous()
-    made: Tensor = copy_cpu(x) if x.device.type == "cpu" else _Contiguous.apply(x)
+    made: Tensor = copy_cpu(x) if x.device.type == "cpu" else _Contiguous.apply(x)  # type: ignore[no-untyped-call]
     return made
 
 

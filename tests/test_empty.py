@@ -64,6 +64,7 @@ def test_attention_is_the_oracle(sizes: tuple[int, int, int], causal: bool, devi
             want = moba_attention_reference(q, k, v, **gate, **layout)
             torch.testing.assert_close(out, want.out, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(aux.lse, want.lse, atol=1e-3, rtol=1e-3)
+            assert aux.lse is not None
             grads = torch.autograd.grad(out.sum() + aux.lse.clamp(min=0).sum(), (q, k, v))
             assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
         attended = MoBAAttention(4, 2, causal=causal)(q, k, v, **layout)

@@ -262,10 +262,12 @@ def test_results_that_no_mod_may_have_in_a_graph() -> None:
 def test_mask_mods_may_return_a_constant(plan: Any) -> None:
     q, k, v = inputs()
     gate: dict[str, Any] = {"block_size": 20, "top_k": 8 if plan == "dense" else 3, "plan": plan}
-    for true in (True, torch.tensor(True)):
-        found = moba_attention(q, k, v, **gate, mask_mod=lambda *_: true)  # noqa: B023
+    constants: dict[Any, Any] = {x: lambda *_, x=x: x for x in (True, False, torch.tensor(True))}
+    false = constants.pop(False)
+    for constant in constants.values():
+        found = moba_attention(q, k, v, **gate, mask_mod=constant)
         torch.testing.assert_close(found, moba_attention(q, k, v, **gate | {"plan": "auto"}))
-    assert not moba_attention(q, k, v, **gate, mask_mod=lambda *_: False).any()
+    assert not moba_attention(q, k, v, **gate, mask_mod=false).any()
 
 
 @pytest.mark.parametrize("plan", PLANS)
