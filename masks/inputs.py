@@ -42,7 +42,9 @@ def contiguous(x: Tensor) -> Tensor:
     """
     if not is_traced():
         return x.contiguous()
-    made: Tensor = copy_cpu(x) if x.device.type == "cpu" else _Contiguous.apply(x)  # type: ignore[no-untyped-call]
+    if x.device.type == "cpu":
+        return copy_cpu(x)
+    made: Tensor = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
     return made
 
 
