@@ -992,6 +992,18 @@ MORE_MESSAGES = {
         "m.pt2 is not to be trusted",
         "--model must have a tokenizer, got m: a reason: copy or save it there",
     ],
+    "test_transformers.py": [
+        "model must let its attention be chosen, got LlamaForCausalLM: Encoder does not take it",
+    ],
+    "test_mods.py": [
+        "score_mod must return a Tensor, got NoneType: change the score given",
+        "score_mod must return a real number, got torch.bool: hide keys by mask_mod",
+        "mask_mod must return a bool, got int: compare, or use .bool()",
+        "mask_mod must return one value for a position, got shape (3,): "
+        "it is called for each position alone",
+        "score_mod must be one expression for all positions, got Python that asks for a value "
+        "(if, and, or, not, while): use torch.where, &, | and ~",
+    ],
     "test_module.py": [
         "head_top_k must hold numbers that can be read, got a tensor on meta: pass a list",
     ],

@@ -407,6 +407,19 @@ def test_refuses_models_without_the_attention_interface() -> None:
         apply(model, SMALL)
 
 
+def test_refuses_models_whose_attention_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of which transformers refuses another part than the one that is switched."""
+    model = build("Llama")
+
+    def refuse(name: Any) -> None:
+        raise ValueError("Encoder does not take it")
+
+    monkeypatch.setattr(model, "set_attn_implementation", refuse)
+    message = "model must let its attention be chosen, got LlamaForCausalLM: Encoder does not"
+    with pytest.raises(ValueError, match=message):
+        apply(model, SMALL)
+
+
 @pytest.mark.parametrize("wrap", [lambda model: None, torch.nn.DataParallel, lambda _: 3])
 def test_refuses_what_is_no_model_of_transformers(wrap: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a model of transformers, got \w+: call"):

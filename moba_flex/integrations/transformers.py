@@ -139,7 +139,12 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     _check_layers(model, text, config)
     # Without this flag a model may take the name and go on with an attention of its own.
     if model._supports_attention_backend:
-        model.set_attn_implementation(_name_for(text, model.config))
+        try:
+            model.set_attn_implementation(_name_for(text, model.config))
+        except ValueError as error:
+            raise ValueError(
+                f"model must let its attention be chosen, got {type(model).__name__}: {error}"
+            ) from error
     if text._attn_implementation != NAME:
         raise ValueError(
             f"model must use the attention interface of transformers, got {type(model).__name__}: "
