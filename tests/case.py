@@ -1,6 +1,7 @@
 """A request as plain data: sizes, gate, layout, mods, memory, and the seed of the values."""
 
 import ast
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,11 @@ Mod = Callable[..., Tensor]
 
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES["float64"] = torch.float64
-MEMORY = ("contiguous", "transposed", "sliced", "strided", "expanded")
+MEMORY = (
+    *("contiguous", "transposed", "sliced", "strided", "steps", "odd"),
+    *("expanded", "heads", "windows"),  # whose elements share memory
+    *("".join(order) for order in itertools.permutations("0123")),
+)
 _BUCKETS = 12  # of the relative bias
 _PLANTS, _CAPTURED, _MASK = 1, 2, 3  # streams of random numbers
 
@@ -275,9 +280,7 @@ class Case:
                 x = torch.randint(-1, 2, shape, generator=generator).float()
             else:
                 x = torch.randn(shape, generator=generator)
-            if memory == "expanded":
-                x = x[:1].expand(shape).contiguous()
-            return x.to(self.device, self.dtype)
+            return lay_out(x, memory).contiguous().to(self.device, self.dtype)
 
         return (
             draw(self.num_heads, self.q_len, self.head_dim, self.memory[0]),
@@ -339,7 +342,11 @@ class Case:
 
 
 def lay_out(x: Tensor, kind: str) -> Tensor:
-    """Return `x` `[B, H, length, D]` with the same values in another place of memory."""
+    """Return `x` `[B, H, length, head_dim]` in another place of memory.
+
+    The values are the same, but for those that come to share memory. Digits name the dimensions
+    from the outermost to the innermost.
+    """
     if kind == "transposed":  # as Hugging Face's models have it
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if kind == "sliced":
@@ -351,6 +358,23 @@ def lay_out(x: Tensor, kind: str) -> Tensor:
         room = x.new_full((*x.shape, 2), math.nan)
         room[..., 1] = x
         return room[..., 1]
+    if kind == "steps":
+        batch, num_heads, length, head_dim = x.shape
+        room = x.new_full((2 * batch, 2 * num_heads, 3 * length, head_dim), math.nan)
+        room[::2, 1::2, 2::3] = x
+        return room[::2, 1::2, 2::3]
+    if kind == "odd":  # strides of dimensions of one element, which nobody follows
+        strides = (7 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))
+        return x.as_strided(x.shape, tuple(strides))
     if kind == "expanded":  # rows of the batch are one; what is planted is in the first
         return x[:1].expand_as(x) if x.shape[0] else x
+    if kind == "heads":
+        return x[:, :1].expand_as(x)
+    if kind == "windows":  # each vector begins with the second element of the one before
+        if not x.numel():
+            return x
+        return torch.cat((x[..., 0], x[:, :, -1, 1:]), dim=2).unfold(2, x.shape[3], 1)
+    if kind.isdigit():
+        order = [int(digit) for digit in kind]
+        return x.permute(order).contiguous().permute([order.index(i) for i in range(4)])
     return x

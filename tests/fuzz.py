@@ -147,7 +147,8 @@ def _draw_sizes(rng: Random, case: Case) -> Case:
         case = replace(case, q_len=q_len, kv_len=kv_len)
         if case.pads is not None:
             case = replace(case, pads=tuple(_draw_pad(rng, kv_len) for _ in range(case.batch)))
-    of_q, of_k, of_v = rng.choices(MEMORY, (12, 4, 2, 1, 1), k=3)
+    weights = [{"contiguous": 12, "transposed": 4, "sliced": 2}.get(kind, 0.4) for kind in MEMORY]
+    of_q, of_k, of_v = rng.choices(MEMORY, weights, k=3)
     case = replace(case, memory=(of_q, of_k, of_v))
     # FlexAttention on CUDA spreads what is not finite over a tile, as the README says.
     if rng.random() < 0.06 and (case.device == "cpu" or case.plan == "fused"):

@@ -33,6 +33,7 @@ from moba_flex.compile.plans import interpreted
 from moba_flex.masks.layout import make_tables
 from moba_flex.oracle import ReferenceOutput
 from tests.case import Case as Case
+from tests.case import lay_out
 
 WORST: dict[str, tuple[float, int]] = {}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -337,8 +338,13 @@ def assert_matches_oracle(
         key: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         for key, x in values.items()
     }
+    # Gradients come in any layout too; PyTorch's own matrix products refuse some.
+    given = weights | {"out": lay_out(weights["out"], case.memory[0])}
+    weights["out"] = given["out"].contiguous()
 
-    def results(values: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
+    def results(
+        values: dict[str, Tensor], of: dict[str, Tensor], weights: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         # With v alone to differentiate, the log-sum-exp is a constant.
         live = {key: x for key, x in values.items() if x.requires_grad}
         grads = dict.fromkeys(names)
@@ -356,14 +362,14 @@ def assert_matches_oracle(
         of = {n: x.detach().to(dtype).requires_grad_(n in names) for n, x in of.items()}
         made = attend(of["q"], of["k"], of["v"], {n: of[n] for n in captured})
         # Without lse asked for, there is none to compare.
-        return results(dict(zip(values, made, strict=False)), of)
+        return results(dict(zip(values, made, strict=False)), of, weights)
 
     def by_oracle(
         q: Tensor, k: Tensor, v: Tensor, low: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         return oracle(case, q, k, v, low, dtype=torch.float64, blocks=blocks)[:2]
 
-    actual = results(values, {"q": q, "k": k, "v": v} | captured)
+    actual = results(values, {"q": q, "k": k, "v": v} | captured, given)
     exact = reference(torch.float64, by_oracle)
     # Nothing exact enough is at hand for float64: its errors are those of float32, scaled.
     rough_dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
@@ -398,7 +404,7 @@ def rows_that_rest(
 
     The latter are bool `[B, Hq, Q]`.
     """
-    clean = q.detach(), k.detach(), v.detach()
+    clean = tuple(x.detach().contiguous() for x in (q, k, v))
     rests = q.new_ones(q.shape[:3], dtype=torch.bool)
     if not case.plants:
         return clean, rests
