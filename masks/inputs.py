@@ -29,8 +29,13 @@ def _kept_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def dense_vectors(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors `[B, H, length, D]` whose vectors lie in one piece, as kernels take them."""
-    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+    """Return tensors `[B, H, length, D]` whose vectors lie in one piece, as kernels take them.
+
+    And each behind the one before: matrix products of 16 bits refuse vectors that overlap.
+    """
+    return [
+        x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous() for x in tensors
+    ]
 
 
 def contiguous(x: Tensor) -> Tensor:

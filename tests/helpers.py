@@ -369,7 +369,7 @@ def assert_matches_oracle(
         key: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         for key, x in values.items()
     }
-    # Gradients come in any layout too. (PyTorch's own matrix products refuse some.)
+    # Gradients come in any layout too; PyTorch's own matrix products refuse some.
     given = weights | {"out": lay_out(weights["out"], case.memory[0])}
     weights["out"] = given["out"].contiguous()
 
@@ -435,8 +435,7 @@ def rows_that_rest(
 
     The latter are bool `[B, Hq, Q]`.
     """
-    # PyTorch's own attention refuses some layouts.
-    clean = q.detach().contiguous(), k.detach().contiguous(), v.detach().contiguous()
+    clean = tuple(x.detach().contiguous() for x in (q, k, v))
     rests = q.new_ones(q.shape[:3], dtype=torch.bool)
     if not case.plants:
         return clean, rests
