@@ -139,7 +139,7 @@ def masked(
         marks = torch.cat((bad_key, torch.ones_like(bad_key)), dim=3).to(q.dtype)
         bad_key = attend(q * 0, k * 0, F.pad(marks, (0, 14)), mask, scale, lse=False)[0]
     blocks, block_size = routing.blocks, routing.block_size
-    options = block_size, routing.causal, *(routing.tables or (None, None))
+    options = block_size, routing.causal, *routing.located
     return show_spoilt(out, q, k, v, blocks, *options, bad_key), no_lse
 
 
