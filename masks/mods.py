@@ -107,7 +107,8 @@ def checked_score(mod: ScoreMod) -> ScoreMod:
                 f"score_mod must return a real number, got {new.dtype}: hide keys by mask_mod"
             )
         _check_shape("score_mod", new, score)
-        return new.to(score.dtype)
+        # Not to the dtype of `score`: where that is 16 bits, kernels compute in 32 all the same.
+        return new if new.is_floating_point() else new.float()
 
     return score_mod
 

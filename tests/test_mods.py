@@ -257,6 +257,15 @@ def test_results_that_no_mod_may_have_in_a_graph() -> None:
             run(q, k, v)
 
 
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_16_bits_are_those_of_32(dtype: torch.dtype) -> None:
+    """FlexAttention says that they are of 16 bits, and computes in 32."""
+    case = Case(1, 1, 2, 81, 81, 64, 8, 4, score="relative", dtype=dtype, grads="", lse=False)
+    assert_matches_oracle("masked, 16 bits", case, attention(case, "masked"), backward=False)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
 def test_mask_mods_may_return_a_constant(plan: Any) -> None:
