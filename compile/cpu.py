@@ -127,7 +127,8 @@ def attend_cpu_backward(
     spoilt = _spoilt(q, k, v, routing)
     if spoilt is None:
         return _by_flash(*results, q, k, v, routing, scale)
-    whole = _by_flash(*_without(spoilt, *results), *map(finite, (q, k, v)), routing, scale)
+    clean = finite(q), finite(k), finite(v)
+    whole = _by_flash(*_without(spoilt, *results), *clean, routing, scale)
     grad, grad_lse, out, lse = _without(~spoilt, *results)
     apart = gradients_by_products(grad, grad_lse, q, k, v, out, lse, routing, Mods(), scale)
     dq, dk, dv = (x + y for x, y in zip(whole, apart, strict=True))

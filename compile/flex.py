@@ -193,10 +193,8 @@ def repeatable(
     refuse to keep them. PyTorch's setting against that fails: up to 2.13 a backward that keeps the
     graph takes "not looked for" for "some are overwritten". So here none are found.
     """
-    compiled: Callable[..., Any] = compile_fx(
-        graph, example, inner_compile=_donating_nothing, config_patches=options
-    )
-    return compiled
+    made: Any = compile_fx(graph, example, inner_compile=_donating_nothing, config_patches=options)
+    return cast(Callable[..., Any], made)
 
 
 def _donating_nothing(*args: Any, **options: Any) -> Any:

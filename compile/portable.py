@@ -42,7 +42,7 @@ def attend_portable(
     """
     # Flash attention here spoils rows and hides NaN (`compile/cpu.py`): rows that see what is not
     # finite are NaN.
-    out, lse = _attend(*map(finite, (q, k, v)), routing, scale)
+    out, lse = _attend(finite(q), finite(k), finite(v), routing, scale)
     spoilt = spoilt_by(q, k, v, routing)
     return out.masked_fill(spoilt.unsqueeze(3), torch.nan), lse.masked_fill(spoilt, torch.nan)
 

@@ -26,7 +26,9 @@ def contiguous(x: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return x.contiguous()
-    made: Tensor = copy_cpu(x) if x.device.type == "cpu" else _Contiguous.apply(x)
+    if x.device.type == "cpu":
+        return copy_cpu(x)
+    made: Tensor = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -270,11 +270,12 @@ def test_what_is_not_finite_shows_to_those_who_see_it(
     name: str, value: str, mods: dict[str, Any]
 ) -> None:
     """Also where parts have fewer keys than PyTorch's kernel needs to see it, and in gradients."""
-    for block_size, more in ((1, {}), (8, {"docs": (3, 0, 20, 17)}), (24, {"causal": False})):
-        sizes = {"batch": 2, "num_kv_heads": 2, "group": 2, "q_len": 40, "kv_len": 40}
-        case = Case(
-            **sizes, block_size=block_size, top_k=2, plants=(f"{name}={value}",), **more, **mods
-        )
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (1, {}), (8, {"docs": (3, 0, 20, 17)}), (24, {"causal": False})
+    ]  # fmt: skip
+    for block_size, more in layouts:
+        base = Case(2, 2, 2, 40, 40, block_size=block_size, top_k=2, plants=(f"{name}={value}",))
+        case = replace(base, **more, **mods)
         assert_matches_oracle("planted", case, attention(case, "routed"))
         dense = replace(case, top_k=40, lse=False)
         assert_matches_oracle("planted, dense", dense, attention(dense, "dense", lse=False))

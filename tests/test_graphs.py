@@ -231,8 +231,8 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield router.gate_cpu, gate
         yield copy_cpu, (q.detach().mT,)
         blocks = router.gate_cpu(*gate)
-        saved = (x.detach() for x in (q, q, k, v))
-        yield cpu.show_spoilt, (*saved, blocks, 16, True, queries, extents)
+        given_out = [x.detach() for x in (q, q, k, v)]
+        yield cpu.show_spoilt, (*given_out, blocks, 16, True, queries, extents)
         for forward, backward, options in (
             (cpu.attend_cpu, cpu.attend_cpu_backward, (16, True, 0.3)),
             (modded.attend_softcap, modded.attend_softcap_backward, (16, True, 0.3, 20.0)),
@@ -380,7 +380,7 @@ def test_limit_flex_attention_on_cpu_does_not_compile_with_what_follows() -> Non
     """So the plan "masked" ends in an op there."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return 2 * flex_attention(q, k, v)  # type: ignore[operator]
+        return 2 * flex_attention(q, k, v)
 
     with pytest.raises(InductorError, match="epilogue"):
         torch.compile(run, fullgraph=True)(*torch.randn(3, 1, 1, 128, 16))
