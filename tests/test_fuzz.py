@@ -154,6 +154,16 @@ def test_cases_that_were_wrong(line: str) -> None:
 
 
 @pytest.mark.slow
+def test_masked_plan_on_cpu_keeps_scores_in_float32() -> None:
+    """FlexAttention traces them in the dtype of q."""
+    line = "batch=2 group=2 q_len=30 kv_len=30 block_size=8 top_k=2 dtype=bfloat16 scale=1.0 "
+    assert (
+        fuzz.run(Case.parse(line + "score=relative+temperature grads= lse=False plan=masked"))
+        is None
+    )
+
+
+@pytest.mark.slow
 def test_masked_plan_on_cpu_at_a_second_size() -> None:
     """With ten symbols of sizes and more, PyTorch's C++ template does not compile."""
     kind = "num_kv_heads=2 group=8 head_dim=256 block_size=128 top_k=2 ties=True score=relative "
