@@ -342,7 +342,7 @@ def _padded(subject: Subject, left: bool) -> Verdict:
     mask[0] = 0
     mask[0, real] = 1
     options = {"attention_mask": mask}
-    alone = call
+    alone: Callable[[Any, Tensor], Tensor] = call
     if left and takes(subject.model, "position_ids"):
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         alone = _alone
