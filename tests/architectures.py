@@ -100,7 +100,9 @@ def attention(function: Callable[..., Any], *names: str) -> Iterator[None]:
 def only_itself(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
     """Let each token attend to itself alone, so that only other layers mix tokens."""
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return v[:, :, -q.shape[2] :].transpose(1, 2).contiguous(), None
+    if q.shape[2] != v.shape[2]:  # to something else than tokens
+        v = v.mean(dim=2, keepdim=True).expand(-1, -1, q.shape[2], -1)
+    return v.transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,8 @@ def _alike(
     """Compare a call with what it should equal, under a sparse gate.
 
     If the two differ even where tokens attend to themselves alone, then the model's other layers
-    tell them apart, as recurrent ones do. What attention did is then told by its gradients:
-    between different numbers in `documents` `[B, L]` there must be none.
+    tell them apart, as recurrent ones and positions of their own do. What attention did is then
+    told by its gradients: between different numbers in `documents` `[B, L]` there must be none.
     """
     model = subject.applied(SPARSE)
     try:
@@ -221,7 +223,7 @@ def _alike(
         outside = error_of(got(model), want(model))
     if outside <= TOLERANCE or not calls or any(_mixes(each, documents) for each in calls):
         return Verdict("contaminated", f"{error:.1e}", wrong=True)
-    return Verdict("mixed by other layers", f"{error:.1e}, {outside:.1e} without attention")
+    return Verdict("differs in other layers", f"{error:.1e}, {outside:.1e} without attention")
 
 
 def _mixes(made: Call, documents: Tensor) -> bool:
@@ -248,14 +250,14 @@ def _numbers(*rows: Sequence[int]) -> Tensor:
     )
 
 
-def _alone(model: Any, ids: Tensor) -> Tensor:
-    """Run one document, or one row without its padding.
+def _alone(model: Any, ids: Tensor, first: int = 0) -> Tensor:
+    """Run one document, or one row without its padding, whose positions count from `first`.
 
-    Not all models count positions from 0 by themselves.
+    Not all models count from 0 by themselves.
     """
     if not takes(model, "position_ids"):
         return call(model, ids)
-    return call(model, ids, position_ids=_positions((ids.shape[1],)))
+    return call(model, ids, position_ids=_positions((ids.shape[1],)) + first)
 
 
 def _apart(model: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -304,8 +306,7 @@ def packed_padded(subject: Subject) -> Verdict:
     )
 
 
-def cu_seq_lens(subject: Subject) -> Verdict:
-    """Documents told by `cu_seq_lens_q` and `cu_seq_lens_k`, beside positions that restart."""
+def _by_starts(subject: Subject, positions: Tensor) -> Verdict:
     if not takes(subject.model, "cu_seq_lens_q"):
         return Verdict("not taken")
     ids = tokens(1, LENGTH)
@@ -313,13 +314,24 @@ def cu_seq_lens(subject: Subject) -> Verdict:
     options: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
     options |= {"max_length_q": max(DOCUMENTS), "max_length_k": max(DOCUMENTS)}
     if takes(subject.model, "position_ids"):
-        options["position_ids"] = _positions(DOCUMENTS)
+        options["position_ids"] = positions
+    parts = list(zip(ids.split(DOCUMENTS, dim=1), positions.split(DOCUMENTS, dim=1), strict=True))
     return _alike(
         subject,
         lambda model: call(model, ids, **options),
-        lambda model: _apart(model, ids, DOCUMENTS),
+        lambda model: torch.cat([_alone(model, part, int(at[0, 0])) for part, at in parts], dim=1),
         _numbers(DOCUMENTS),
     )
+
+
+def cu_seq_lens(subject: Subject) -> Verdict:
+    """Documents told by `cu_seq_lens_q` and `cu_seq_lens_k`, beside positions that restart."""
+    return _by_starts(subject, _positions(DOCUMENTS))
+
+
+def cu_seq_lens_alone(subject: Subject) -> Verdict:
+    """Documents told by `cu_seq_lens_q` and `cu_seq_lens_k`, whose positions go on."""
+    return _by_starts(subject, _positions((LENGTH,)))
 
 
 def _padded(subject: Subject, left: bool) -> Verdict:
@@ -404,6 +416,7 @@ PROPERTIES: dict[str, Callable[[Subject], Verdict]] = {
         packed_rows,
         packed_padded,
         cu_seq_lens,
+        cu_seq_lens_alone,
         right_padding,
         left_padding,
         meta,
@@ -483,7 +496,7 @@ def table(results: Sequence[Result]) -> str:
         )
         if counts:
             kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
-            lines.append(f"{name:14} {kinds}")
+            lines.append(f"{name:17} {kinds}")
     not_built = sum(bool(result.not_built) for result in results)
     wrong = sum(result.wrong for result in results)
     lines.append(f"{len(results)} architectures, {not_built} not built, {wrong} wrong")

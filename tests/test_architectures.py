@@ -22,7 +22,7 @@ SAMPLE = {
     "DeepseekV3ForCausalLM": {"packed": "apart"},  # latent attention
     "PersimmonForCausalLM": {"packed": "apart"},  # hands position_ids to no layer
     "JetMoeForCausalLM": {"sparse": "works"},  # takes views of what attention returns
-    "Lfm3ForCausalLM": {"packed": "mixed by other layers"},  # convolutions between layers
+    "Lfm3ForCausalLM": {"packed": "differs in other layers"},  # convolutions between layers
     "DistilBertModel": {"dense_layers": "refused"},  # an encoder, its layers without numbers
     "CLIPModel": {"packed": "apart"},  # text beside images
     "Qwen2_5_VLTextModel": {"packed": "apart"},  # positions in three parts
@@ -84,7 +84,7 @@ def test_the_table_counts_and_hides_nothing() -> None:
         Result("C", not_built="no timm"),
     ]
     assert table(results).splitlines() == [
-        f"{'dense':14} equal 1, WRONG: differs 1",
+        f"{'dense':17} equal 1, WRONG: differs 1",
         "3 architectures, 1 not built, 1 wrong",
     ]
     assert str(results[2]) == "C: not built: no timm"
