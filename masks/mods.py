@@ -107,8 +107,10 @@ def checked_score(mod: ScoreMod) -> ScoreMod:
                 f"score_mod must return a real number, got {new.dtype}: hide keys by mask_mod"
             )
         _check_shape("score_mod", new, score)
-        # Not to the dtype of `score`: where that is 16 bits, kernels compute in 32 all the same.
-        return new if new.is_floating_point() else new.float()
+        if new.is_floating_point() and new.dtype != torch.float64:
+            return new
+        # FlexAttention traces scores of float32 as if they had the dtype of q.
+        return new.to(torch.promote_types(score.dtype, torch.float32))
 
     return score_mod
 
