@@ -249,3 +249,10 @@ def show_spoilt(
 @show_spoilt.register_fake
 def _shape_of_output(out: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(out)
+
+
+def _gradient_of_output(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, *(None,) * 9
+
+
+show_spoilt.register_autograd(_gradient_of_output)

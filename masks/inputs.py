@@ -64,6 +64,9 @@ def _shape_of_copy(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+copy_cpu.register_autograd(lambda ctx, grad: grad)
+
+
 class _Contiguous(torch.autograd.Function):
     """Asks for strides without the gradient of `as_strided`, which copies."""
 
