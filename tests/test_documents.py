@@ -79,9 +79,11 @@ def test_route_breaks_ties_like_the_oracle(case: Case) -> None:
 
 
 def _first_of_block(case: Case) -> Tensor:
-    """Return of each key the first of its block."""
+    """Return for each key the first key of its block; padding, which has no block, for itself."""
     block = case.places.key_block[0]
-    return torch.searchsorted(block, block)
+    in_block = block >= 0
+    first = torch.searchsorted(block[in_block], block)
+    return first.where(in_block, torch.arange(len(block)))
 
 
 def separately(case: Case, q: Tensor, k: Tensor, v: Tensor, span: Span, row: slice) -> Any:

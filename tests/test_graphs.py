@@ -248,9 +248,10 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Yield the ops that launch Triton kernels, and arguments."""
     from moba_flex.compile import fused
-    from moba_flex.masks import regroup_kernel, router_kernel
+    from moba_flex.masks import pool_kernel, regroup_kernel, router_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    pool: Any = pool_kernel.pool_triton
     gate_triton: Any = router_kernel.gate_triton
     sort_pairs: Any = regroup_kernel.sort_pairs_triton
     attend: Any = fused.attend_fused
@@ -259,10 +260,12 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         if queries is not None and extents is not None:
             queries, extents = queries.to(device), extents.to(device)
         q, k, v = (x.requires_grad_() for x in Case(1, 2, 2, 50, 90, device=device).inputs())
+        num_blocks = 6 if extents is None else extents.shape[2]
+        yield pool.op, (k.detach(), 16, num_blocks, extents)
         gate = (q.detach(), k.detach(), 16, 3, 1, 0, True, None, queries, extents)
         yield gate_triton.op, gate
         blocks = gate_triton(*gate)
-        yield sort_pairs.op, (blocks, 2, 6 if extents is None else extents.shape[2])
+        yield sort_pairs.op, (blocks, 2, num_blocks)
         options = 16, True, 0.3, 0.0 if queries is None else 20.0
         yield attend.op, (q, k, v, blocks, *options, queries, extents)
         with torch.no_grad():
@@ -282,7 +285,8 @@ def test_every_op_is_checked() -> None:
     known = {"gate_cpu", "attend_cpu", "attend_cpu_backward"}
     known |= {"attend_softcap", "attend_softcap_backward", "copy_cpu", "show_spoilt"}
     if pytest.importorskip("triton"):
-        known |= {"gate_triton", "sort_pairs_triton", "attend_fused", "attend_fused_backward"}
+        known |= {"pool_triton", "gate_triton", "sort_pairs_triton"}
+        known |= {"attend_fused", "attend_fused_backward"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known
 
@@ -304,7 +308,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
     for op, arguments in kernel_ops():
         torch.library.opcheck(op, arguments, test_utils=utils)
         seen.add(op._qualname)
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 # Limits of PyTorch, and what is done about them.
