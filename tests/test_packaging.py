@@ -34,6 +34,29 @@ def test_package_says_that_it_is_typed() -> None:
     assert files("moba_flex").joinpath("py.typed").is_file()
 
 
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    ".github/ARCHITECTURE.md",
+    ".github/CONTRIBUTING.md",
+    "perf/results/README.md",
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_pages_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            assert anchor in [head.lower().replace(" ", "-") for head in heads], link
+
+
 @pytest.mark.slow
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
