@@ -9,6 +9,14 @@ nox.needs_version = ">=2025.2.9"
 nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+DOCUMENTED = (
+    "moba_flex",
+    "moba_flex.compile",
+    "!moba_flex.compile.export",  # the function of that name is in moba_flex.compile
+    "moba_flex.diagnostics",
+    "moba_flex.integrations.transformers",
+    "moba_flex.masks.patterns",
+)
 INSTALLED = """
 import importlib.metadata, importlib.resources
 import moba_flex.compile, moba_flex.masks, moba_flex.integrations
@@ -74,3 +82,11 @@ def perf(session: nox.Session) -> None:
     """Time every implementation on the machine at hand; arguments after -- go to pytest."""
     install(session, "-e", ".[hf,plot]", groups=("perf",))
     session.run("pytest", "perf", *session.posargs)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Write API pages into build/docs; arguments after -- go to pdoc, such as --port 8080."""
+    install(session, "-e", ".[hf,plot]", groups=("docs",))
+    where = session.posargs or ["--output-directory", "build/docs"]
+    session.run("pdoc", "--docformat", "google", *where, *DOCUMENTED)

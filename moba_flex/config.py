@@ -27,6 +27,13 @@ class MoBAConfig:
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of range, or `top_k` cannot hold the forced blocks.
+
+    Example:
+        >>> config = MoBAConfig(block_size=64, top_k=8, sink_blocks=1, dense_layers=(0, -1))
+        >>> [config.is_dense(layer, num_layers=4) for layer in range(4)]
+        [True, False, False, True]
+        >>> MoBAConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     block_size: int

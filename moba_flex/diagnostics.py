@@ -24,6 +24,14 @@ def density(routing: Routing) -> float:
 
     A query can see the keys at its position and before, or all keys if not causal. Averaged over
     batch and heads.
+
+    Example:
+        Of 36 pairs, 24 lie in a query's own block or in the block before:
+
+        >>> x = torch.randn(1, 1, 8, 4)
+        >>> routing = patterns.sliding_window(x, x, block_size=2, local_blocks=1)
+        >>> round(density(routing), 3)
+        0.667
     """
     routing = _as_set(routing)
     own, sizes = _own_blocks(routing), _block_sizes(routing)
@@ -37,7 +45,14 @@ def density(routing: Routing) -> float:
 
 
 def load(routing: Routing) -> Tensor:
-    """Return how many queries chose each block besides their own, int64 `[B, Hq, N]`."""
+    """Return how many queries chose each block besides their own, int64 `[B, Hq, N]`.
+
+    Example:
+        >>> x = torch.randn(1, 1, 8, 4)
+        >>> routing = patterns.sliding_window(x, x, block_size=2, local_blocks=1)
+        >>> load(routing)
+        tensor([[[2, 2, 2, 0]]])
+    """
     routing = _as_set(routing)
     rows = torch.zeros_like(_own_blocks(routing))
     return _histogram(routing.blocks, rows, 1, routing.num_blocks)[:, :, 0]
@@ -53,6 +68,15 @@ def load_imbalance(routing: Routing) -> Tensor:
     may be chosen by more queries, so a plain max/mean would exceed 1 for random routing too. This
     gives 1 there up to noise, and the most if all queries choose the same block. It is 1 where
     nothing can be chosen.
+
+    Example:
+        All 14 queries behind the first block choose it. At random, 2 * (1 + 1/2 + ... + 1/7) =
+        5.2 of them would:
+
+        >>> x = torch.randn(1, 1, 16, 4)
+        >>> routing = patterns.sink_window(x, x, block_size=2, sink_blocks=1, local_blocks=0)
+        >>> round(load_imbalance(routing).item(), 2)
+        2.7
     """
     routing = _as_set(routing)
     own, num_blocks = _own_blocks(routing), routing.num_blocks
@@ -77,6 +101,14 @@ def routing_entropy(routing: Routing) -> Tensor:
 
     averaged over the queries that have more candidates than choices. A mask in natural order can
     skip much if it is near 0 and nearly nothing near 1. It is 0 where nothing can be chosen.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 1, 1024, 16)
+        >>> window = patterns.sliding_window(q, k, block_size=64, local_blocks=2)
+        >>> routing_entropy(window).item()
+        0.0
+        >>> routing_entropy(route(q, k, block_size=64, top_k=3)).item() > 0.8
+        True
     """
     routing = _as_set(routing)
     blocks, size, num_blocks = routing.blocks, routing.block_size, routing.num_blocks
@@ -122,6 +154,15 @@ def attention_recall(
         routing: What the queries chose.
         scale: Factor on the scores; `1 / sqrt(D)` if None.
         rows: Number of queries looked at; all if there are fewer.
+
+    Example:
+        With equal keys, all keys that a query sees have the same weight. Queries 0 to 3 attend to
+        all of those, queries 4 to 7 to 3/5, 4/6, 3/7 and 4/8:
+
+        >>> x = torch.ones(1, 1, 8, 4)
+        >>> routing = patterns.sliding_window(x, x, block_size=2, local_blocks=1)
+        >>> attention_recall(x, x, routing)
+        tensor([[0.7744]])
     """
     check_qk(q, k)
     check_routing(routing, q, k)
@@ -159,6 +200,15 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
     Returns:
         `[B, Hq, R, N]`, the share of the queries of each of `R` equal ranges that attend to each
         block, own blocks included.
+
+    Example:
+        >>> x = torch.randn(1, 1, 8, 4)
+        >>> routing = patterns.sliding_window(x, x, block_size=2, local_blocks=1)
+        >>> routing_map(routing, buckets=4)[0, 0]
+        tensor([[1., 0., 0., 0.],
+                [1., 1., 0., 0.],
+                [0., 1., 1., 0.],
+                [0., 0., 1., 1.]])
     """
     routing = _as_set(routing)
     buckets = min(buckets, routing.q_len)

@@ -95,6 +95,21 @@ def moba_attention_reference(
     Returns:
         Output, log-sum-exp and the chosen blocks; of a query that sees nothing 0 and -inf.
         Differentiable in `q`, `k`, `v`; the gate carries no gradient.
+
+    Example:
+        Four tokens, each a block of its own. Every query chooses itself and the earlier key with
+        the largest dot product:
+
+        >>> q = torch.ones(1, 1, 4, 1)
+        >>> k = torch.tensor([3.0, 1.0, 2.0, 0.0]).view(1, 1, 4, 1)
+        >>> out, lse, blocks = moba_attention_reference(q, k, k, block_size=1, top_k=2)
+        >>> blocks[0, 0].int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [1, 0, 1, 0],
+                [1, 0, 0, 1]], dtype=torch.int32)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 1, 4, 1]), torch.Size([1, 1, 4]))
     """
     batch, num_heads, q_len, head_dim = q.shape
     kv_len, docs = k.shape[2], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

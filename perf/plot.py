@@ -18,9 +18,9 @@ from perf.tables import (
     layouts_table,
     map_table,
     rates,
+    short_table,
     sizes,
     sweep_table,
-    table,
     table_and_parts,
 )
 
@@ -37,6 +37,12 @@ head_dim operations each, for dense implementations too. The limit, of which a s
 alike, is what these operations and the gate's scores take at the rate of a large matrix product,
 or inputs and outputs at that of a large copy, whichever is longer; both rates are measured in the
 same run. MiB is the most memory held during forward and backward, beyond the inputs."""
+SHORT_LEGEND = """\
+Median and interquartile range of moba_flex, routing included. A shape is tokens/block_size/top_k
+and its density: the share of the causal (query, key) pairs that MoBA selects. "x" is how many
+times longer dense causal attention takes in the same run, forward / forward+backward: above 1,
+moba_flex is faster. cuDNN and flash are backends of `scaled_dot_product_attention`. "-" was not
+measured."""
 
 
 class Kind(NamedTuple):
@@ -91,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="rewrite the first main table in README.md, and all in perf/results/README.md",
+        help="rewrite the short table in README.md, and all tables in perf/results/README.md",
     )
     args = parser.parse_args(argv)
     if args.update and args.files:
@@ -119,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         update(PAGE, text)
         if shown[0][0] == "main":
             document, benches = shown[0][2:]
-            update(README, "\n\n".join([LEGEND, caption(document, benches), table(benches)]))
+            head = f"**{heading(document)}**; {sizes(benches)}"
+            update(README, "\n\n".join([SHORT_LEGEND, head, short_table(benches)]))
 
 
 def of_kind(document: dict[str, Any], kind: str) -> list[Bench]:

@@ -8,7 +8,9 @@ from perf.fit import fit
 from perf.shapes import PARTS, STAGES
 
 OURS, FLASH, CUDNN = "moba_flex", "SDPA flash, causal", "SDPA cuDNN, causal"
+FLEX = "FlexAttention, causal"
 DENSE = "dense"
+MOST_ROWS = 8  # of the table that a reader sees first
 
 Bench = dict[str, Any]
 # One run: shape -> implementation -> stage -> benchmark, each in the order it was timed.
@@ -85,6 +87,31 @@ def table(benches: list[Bench]) -> str:
             cells += [passes(stages, "tflops", "{:.3g}"), passes(stages, "limit_share", "{:.1%}")]
             rows.append([*cells, memory(stages)])
     return markdown(rows)
+
+
+def short_table(benches: list[Bench]) -> str:
+    """Write a row for each of the first shapes, with dense attention as ratios alone."""
+    run = {shape: peers for shape, peers in group(benches).items() if OURS in peers}
+    names = {CUDNN: "x cuDNN", FLASH: "x flash", FLEX: "x FlexAttention"}
+    measured = [peer for peer in names if any(peer in peers for peers in run.values())]
+    titles = [f"{stage} ms" for stage in STAGES] + [names[peer] for peer in measured]
+    rows = [["shape", *titles]]
+    for shape, peers in list(run.items())[:MOST_ROWS]:
+        ours = peers[OURS]
+        density = next(iter(ours.values()))["extra_info"]["density"]
+        cells = [f"{shape}, {density:.1%}", *(timing(ours.get(stage)) for stage in STAGES)]
+        rows.append([*cells, *(times(peers.get(peer, {}), ours) for peer in measured)])
+    return markdown(rows)
+
+
+def times(stages: dict[str, Bench], ours: dict[str, Bench]) -> str:
+    """Write how many times faster than another moba_flex is, forward and in both passes."""
+    texts = [
+        f"{seconds(stages[stage]) / seconds(ours[stage]):.2f}" if stage in stages else "-"
+        for stage in (STAGES[0], STAGES[-1])
+        if stage in ours
+    ]
+    return " / ".join(texts) if stages else "-"
 
 
 def table_and_parts(benches: list[Bench]) -> str:

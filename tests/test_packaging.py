@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -33,6 +34,29 @@ def test_package_says_that_it_is_typed() -> None:
     assert files("moba_flex").joinpath("py.typed").is_file()
 
 
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    ".github/ARCHITECTURE.md",
+    ".github/CONTRIBUTING.md",
+    "perf/results/README.md",
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_pages_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            assert anchor in [head.lower().replace(" ", "-") for head in heads], link
+
+
 @pytest.mark.slow
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -42,6 +66,12 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names = runpy.run_path(str(script))
     assert names["q"].grad.isfinite().all()
     assert names["out"].isfinite().all()
+
+
+def test_changelog_begins_with_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == project["version"]
 
 
 def test_metadata() -> None:

@@ -461,6 +461,27 @@ def test_table() -> None:
     assert tables.table_and_parts(MAIN[:3]) == tables.table(MAIN[:3])
 
 
+def test_short_table() -> None:
+    both = "forward+backward"
+    peers = [
+        bench("8K/512/3", "SDPA cuDNN, causal", "forward", 0.05),
+        bench("8K/512/3", "SDPA cuDNN, causal", both, 0.6),
+        bench("8K/512/3", "SDPA flash, causal", "forward", 0.3),
+        bench("16K/512/3", "SDPA flash, causal", "forward", 9.0),  # not of moba_flex
+    ]
+    flex = bench("64K/512/3", "FlexAttention, causal", both, 5.0)
+    longer = [bench("64K/512/3", "moba_flex", stage, 0.5) for stage in ("forward", both)]
+    assert tables.short_table([*peers, *MAIN, flex, *longer]).splitlines() == [
+        "| shape | forward ms | backward ms | forward+backward ms "
+        "| x cuDNN | x flash | x FlexAttention |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 8K/512/3, 25.0% | 100 ± 1 | 250 ± 2 | 400 ± 4 | 0.50 / 1.50 | 3.00 / - | - |",
+        "| 64K/512/3, 25.0% | 500 ± 5 | - | 500 ± 5 | - | - | - / 10.00 |",
+    ]
+    many = [bench(f"{n}K/512/3", "moba_flex", "forward", 0.1) for n in range(20)]
+    assert len(tables.short_table(many).splitlines()) == 2 + 8
+
+
 def test_layouts_table() -> None:
     assert tables.layouts_table(LAID_OUT).splitlines() == [
         "| layout | forward ms | x plain | backward ms | x plain "
@@ -558,8 +579,8 @@ def test_main_updates_both_pages_once(
         head = f"**{title}**{rates}; {tables.sizes(benches)}"
         sections += [f"## {plot.KINDS[kind].title}", plot.KINDS[kind].legend, head, write(benches)]
         sections += [f"![{title}]({picture})"] if picture else []
-    head = f"**{title}**{rates}; {tables.sizes(MAIN)}"
-    short = "\n\n".join([plot.LEGEND, head, tables.table(MAIN)])
+    head = f"**{title}**; {tables.sizes(MAIN)}"
+    short = "\n\n".join([plot.SHORT_LEGEND, head, tables.short_table(MAIN)])
     whole = "\n\n".join(sections)
     for _ in range(2):
         plot.main(["--update"])
@@ -598,6 +619,9 @@ def test_pages_show_the_figures_that_are_kept(
             monkeypatch.setitem(plot.KINDS, name, kind._replace(draw=lambda *args: None))
     plot.main(["--update"])
     assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    table = kept["README"].partition(plot.BEGIN)[2].partition(plot.END)[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert 2 < len(rows) <= 2 + tables.MOST_ROWS
 
 
 def test_only_what_a_run_holds_is_shown(

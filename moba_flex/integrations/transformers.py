@@ -87,6 +87,16 @@ def register(default: MoBAConfig | None = None) -> None:
 
     Args:
         default: Options for models whose config carries none.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> register(MoBAConfig(block_size=16, top_k=2))
+        >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2)
+        >>> config = LlamaConfig(**sizes, **heads, attn_implementation="moba_flex")
+        >>> model = LlamaForCausalLM(config)
+        >>> model(torch.randint(64, (1, 100))).logits.shape
+        torch.Size([1, 100, 64])
     """
     global _default
     _default = default
@@ -116,6 +126,17 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
         ValueError: The model has cross-attention or a sparse attention of its own, does not use
             the attention interface, or lacks layers or heads that the options name, or numbers of
             its layers by which to find them.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+        >>> model = apply(model, MoBAConfig(block_size=16, top_k=2, dense_layers=(-1,)))
+        >>> model(torch.randint(64, (1, 100))).logits.shape
+        torch.Size([1, 100, 64])
+        >>> model.config.moba_flex["top_k"]
+        2
     """
     if not isinstance(getattr(model, "config", None), PreTrainedConfig):
         raise TypeError(
@@ -161,6 +182,19 @@ def observe(observer: Observer) -> Iterator[None]:
     """Call `observer` before each MoBA call of any model inside the `with` block.
 
     Dense layers, cached calls and compiled models do not call it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        >>> heads = dict(num_attention_heads=4, num_key_value_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+        >>> model = apply(model, MoBAConfig(block_size=16, top_k=2))
+        >>> def note(layer_idx, q, k, v, scale, config, layout):
+        ...     print(layer_idx, tuple(q.shape), tuple(k.shape))
+        >>> with observe(note):
+        ...     logits = model(torch.randint(64, (1, 100))).logits
+        0 (1, 4, 100, 8) (1, 2, 100, 8)
+        1 (1, 4, 100, 8) (1, 2, 100, 8)
     """
     _observers.append(observer)
     try:
@@ -350,6 +384,12 @@ def gate_of(config: MoBAConfig, layer_idx: int | None, q: Tensor) -> dict[str, A
 
     Raises:
         ValueError: The options name heads of layers, and which layer this is nobody knows.
+
+    Example:
+        >>> q = torch.randn(1, 2, 8, 4)
+        >>> gate = gate_of(MoBAConfig(2, 3, head_top_k=((3, 1), (2, 2))), 0, q)
+        >>> gate["top_k"], gate["head_top_k"]
+        (3, tensor([3, 1]))
     """
     gate: dict[str, Any] = {
         "block_size": config.block_size,

@@ -1,0 +1,91 @@
+"""Public docstrings have examples, and the examples are true.
+
+They see torch, what moba_flex exports, and the public names of the module they are in.
+"""
+
+import doctest
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moba_flex
+from moba_flex import compile as compile_package
+
+MODULES = (
+    "moba_flex.diagnostics",
+    "moba_flex.integrations.transformers",
+    "moba_flex.masks.patterns",
+)
+
+# Public names that have no example yet: take out those that get one.
+MISSING: set[str] = {
+    "moba_flex.MoBAAttention",
+    "moba_flex.Routing",
+    "moba_flex.Tables",
+    "moba_flex.choose_plan",
+    "moba_flex.compile.export",
+    "moba_flex.compile.load",
+    "moba_flex.create_moba_block_mask",
+    "moba_flex.make_tables",
+    "moba_flex.masks.patterns.global_local",
+    "moba_flex.masks.patterns.sink_window",
+    "moba_flex.masks.patterns.sliding_window",
+    "moba_flex.masks.patterns.strided",
+    "moba_flex.moba_attention",
+    "moba_flex.route",
+    "moba_flex.routed_attention",
+}
+
+
+def public_objects() -> Iterator[tuple[str, Any]]:
+    """Yield every public function and class by the name that users import it by."""
+    for name in moba_flex.__all__:
+        yield f"moba_flex.{name}", getattr(moba_flex, name)
+    for name in ("export", "load"):
+        yield f"moba_flex.compile.{name}", getattr(compile_package, name)
+    for module in MODULES:
+        for name, found in vars(importlib.import_module(module)).items():
+            if not name.startswith("_") and getattr(found, "__module__", None) == module:
+                yield f"{module}.{name}", found
+
+
+OBJECTS = {
+    name: found
+    for name, found in public_objects()
+    if inspect.isfunction(found) or inspect.isclass(found)
+}
+
+
+def examples(name: str) -> list[doctest.DocTest]:
+    """Return the examples of an object and of its methods."""
+    found = OBJECTS[name]
+    module = inspect.getmodule(found)
+    assert module is not None
+    names = {key: x for key, x in vars(module).items() if not key.startswith("_")}
+    names |= {key: getattr(moba_flex, key) for key in moba_flex.__all__} | {"torch": torch}
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    tests = finder.find(found, name, module=module, globs=names)
+    return [test for test in tests if test.examples]
+
+
+def test_missing_examples_are_listed() -> None:
+    assert {name for name in OBJECTS if not examples(name)} == MISSING
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTS.keys() - MISSING))
+def test_examples_are_true(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("moba_flex.integrations.transformers."):
+        module = importlib.import_module("moba_flex.integrations.transformers")
+        monkeypatch.setattr(module, "_default", None)  # which an example sets
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    said: list[str] = []
+    for test in examples(name):
+        runner.run(test, out=said.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(said)
