@@ -75,6 +75,13 @@ def export(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The module cannot be exported; the message says what to do.
+
+    Example:
+        >>> attention = MoBAAttention(block_size=32, top_k=2).eval()
+        >>> q = k = v = torch.randn(1, 2, 128, 16)
+        >>> path = export(attention, (q, k, v), path="attention.pt2", dynamic_length=False)
+        >>> torch.allclose(load(path)(q, k, v), attention(q, k, v), atol=1e-5)
+        True
     """
     target = check_path(path)
     inputs = _check_example(example, dynamic_length, dynamic_batch)

@@ -7,7 +7,7 @@ import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,15 @@ from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
+from moba_flex.masks.exporting import is_traced
 from moba_flex.masks.inputs import contiguous
+from moba_flex.masks.layout import Layout
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
+from moba_flex.masks.request import Gate, Request
+from moba_flex.masks.routing import Routing
+
+Attention = Callable[[Request], Any]
+"""What takes a request and returns output and log-sum-exp."""
 
 _serial = itertools.count()
 _MOST_GRAPHS = 64
@@ -95,29 +102,106 @@ def _kernel_options(q: Tensor, v: Tensor, changed: bool) -> Any:
     return options
 
 
-@functools.cache
-def compiled(
-    function: Callable[..., Any],
-    kind: tuple[Hashable, ...],
-    softcap: float | None = None,
-    static: bool = False,
-    **options: Any,
-) -> Callable[..., Any]:
-    """Return `function`, with these options bound, compiled to one graph.
+class _Outline(NamedTuple):
+    """What a graph is compiled for: all of a request but its tensors and functions.
 
-    Uncompiled FlexAttention computes every score, masked or not, so it never runs in eager code.
+    Attributes:
+        gate: The gate's numbers, without `head_top_k`; None if a routing is given.
+        block_size: Keys per block.
+        causal: Whether a query sees only keys at its position and before.
+        scale: Factor on the scores.
+        softcap: Limit of the scores, if any.
+        lse: Whether the log-sum-exp is asked for.
+        given: Names of the tensors beside q, k and v.
+        kind: Device, dtype, numbers of heads, head dims, and which tensors need gradients.
+    """
+
+    gate: tuple[int, int, int, int] | None
+    block_size: int
+    causal: bool
+    scale: float
+    softcap: float | None
+    lse: bool
+    given: tuple[str, ...]
+    kind: tuple[Hashable, ...]
+
+    @classmethod
+    def of(cls, request: Request, layout: Layout, tensors: dict[str, Tensor]) -> "_Outline":
+        """Return the outline of a request."""
+        q, k, v, gate = request.q, request.k, request.v, request.gate
+        numbers = None
+        if gate is not None:
+            numbers = gate.block_size, gate.top_k, gate.sink_blocks, gate.local_blocks
+        grads = torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad
+        kind = q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], grads
+        return cls(
+            numbers,
+            layout.block_size,
+            layout.causal,
+            request.scale,
+            request.mods.softcap,
+            request.lse,
+            tuple(tensors),
+            kind,
+        )
+
+    def request(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], mods: Mods
+    ) -> Request:
+        """Return a request of this outline, put together within a graph."""
+        layout = Layout(q.shape[2], k.shape[2], self.block_size, self.causal)
+        layout = layout.with_tables(tensors.get("queries"), tensors.get("extents"))
+        gate = routing = None
+        if self.gate is not None:
+            gate = Gate(*self.gate, self.causal, tensors.get("head_top_k"))
+        else:
+            routing = Routing.over(layout, tensors["blocks"])
+        return Request(
+            q, k, v, self.scale, gate=gate, routing=routing, layout=layout, mods=mods, lse=self.lse
+        )
+
+
+def in_one_graph(function: Attention) -> Attention:
+    """Let a function that calls FlexAttention run compiled, whoever calls it.
+
+    Uncompiled FlexAttention computes every score, masked or not. So in eager code the function is
+    compiled to one graph for each outline of a request, which serves all lengths and batch sizes;
+    within a caller's graph it becomes part of that.
+    """
+
+    @functools.wraps(function)
+    def call(request: Request) -> Any:
+        if is_traced():
+            return function(request)
+        request = request.located()
+        layout, gate, routing = request.layout, request.gate, request.routing
+        assert layout is not None
+        tensors = {
+            "head_top_k": None if gate is None else gate.head_top_k,
+            "blocks": None if routing is None else routing.blocks,
+            "queries": layout.queries,
+            "extents": layout.extents,
+        }
+        given = {name: x for name, x in tensors.items() if x is not None}
+        # PyTorch's C++ template takes the tenth symbol of a graph for the first and a digit.
+        static = request.q.device.type == "cpu" and not (request.is_plain and request.mods.none)
+        graph = _compiled(function, _Outline.of(request, layout, given), static)
+        return graph(request, given)
+
+    return call
+
+
+@functools.cache
+def _compiled(
+    function: Attention, outline: _Outline, static: bool
+) -> Callable[[Request, dict[str, Tensor]], Any]:
+    """Return `function` for requests of an outline, compiled to one graph.
 
     Args:
-        function: A function of q, k and v, of tensors by name, and of options.
-        kind: What beside the options sets apart calls that share no graph: dtype, heads.
-        softcap: Of the function's `mods`.
+        function: What to compile.
+        outline: What all requests have in common. Functions that differ in what they capture alone
+            share a graph.
         static: Whether to compile anew for all sizes.
-        options: Keyword arguments of the function.
-
-    Returns:
-        A function of q, k and v, of tensors by name, and of a `score_mod` and a `mask_mod`; the
-        same one for the same arguments. Functions that differ in what they capture alone share a
-        graph.
     """
 
     # The names matter: PyTorch names the symbols of dynamic shapes after them, and those of *args
@@ -126,17 +210,15 @@ def compiled(
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        tensors: dict[str, Any],
+        tensors: dict[str, Tensor],
         score_mod: ScoreMod | None,
         mask_mod: MaskMod | None,
     ) -> Any:
         # As `fullgraph` does, which threads must not use at the same time: PyTorch 2.13 counts its
         # graphs in a global (pytorch/pytorch#185138).
         with torch._dynamo.error_on_graph_break(True):
-            if score_mod is None and mask_mod is None and softcap is None:
-                return function(q, k, v, **tensors, **options)
-            mods = Mods(score_mod, mask_mod, softcap)
-            return function(q, k, v, mods=mods, **tensors, **options)
+            mods = Mods(score_mod, mask_mod, outline.softcap)
+            return function(outline.request(q, k, v, tensors, mods))
 
     # PyTorch counts recompilations by code object, and learns from its name what varies from call
     # to call: a code object and a name for each kind of call leave both to lengths and batch
@@ -155,24 +237,17 @@ def compiled(
         **limit,
     )
 
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        score_mod: ScoreMod | None = None,
-        mask_mod: MaskMod | None = None,
-        **tensors: Any,
-    ) -> Any:
+    def call(request: Request, tensors: dict[str, Tensor]) -> Any:
         # Made ready here, all layouts share a graph.
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        inputs = [x.contiguous() for x in (request.q, request.k, request.v)]
+        mods = request.mods
         # One call at a time where threads share PyTorch's settings.
         limited = nullcontext() if _HAS_LIMIT else _limited()
         try:
             with limited:
-                return graph(q, k, v, tensors, score_mod, mask_mod)
+                return graph(*inputs, tensors, mods.score_mod, mods.mask_mod)
         except torch._dynamo.exc.Unsupported:
-            Mods(score_mod, mask_mod).check_results(q)  # which says what is wrong with them
+            mods.check_results(request.q)  # which says what is wrong with them
             raise
 
     return call

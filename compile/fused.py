@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
+from moba_flex.compile.engine import attention_op
 from moba_flex.compile.fused_kernels import (
     dkv_kernel,
     dkv_sum_kernel,
@@ -28,9 +29,9 @@ from moba_flex.compile.fused_kernels import (
     pair_forward_kernel,
     stats_kernel,
 )
-from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.inputs import dense_vectors
-from moba_flex.masks.kernel_op import kernel_op, launch
+from moba_flex.masks.kernel_op import launch
+from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.routing import Routing
 
@@ -186,13 +187,12 @@ class _Problem(NamedTuple):
         k: Tensor,
         v: Tensor,
         picks: int,
-        block_size: int,
-        causal: bool,
+        layout: Layout,
         scale: float,
         softcap: float,
-        extents: Tensor | None,
     ) -> "_Problem":
-        """Read the sizes off queries, keys, values and tables."""
+        """Read the sizes off queries, keys, values and layout."""
+        block_size, extents = layout.block_size, layout.extents
         batch, num_heads, q_len, head_dim = q.shape
         num_kv_heads, kv_len = k.shape[1:3]
         group = num_heads // num_kv_heads
@@ -201,7 +201,7 @@ class _Problem(NamedTuple):
             int(head_dim),
             int(v.shape[3]),
             int(block_size),
-            causal,
+            layout.causal,
             grouped=bool(group > 1),
             softcap=bool(softcap > 0),
             tables=extents is not None,
@@ -213,7 +213,7 @@ class _Problem(NamedTuple):
             group=group,
             q_len=q_len,
             kv_len=kv_len,
-            num_blocks=ceil_div(kv_len, block_size) if extents is None else extents.shape[2],
+            num_blocks=layout.num_blocks,
             block_size=block_size,
             picks=picks,
             scale=scale,
@@ -271,27 +271,24 @@ class _Problem(NamedTuple):
         return _options(kernel, self.kind)
 
 
-@kernel_op("moba_flex::attend_fused_backward")
-def attend_fused_backward(
+def _backward(
     grad: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    queries: Tensor | None,
-    extents: Tensor | None,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
-    rank: Tensor,
-    first: Tensor,
-    block_size: int,
-    causal: bool,
+    kept: tuple[Tensor, ...],
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `attend_fused` with respect to `q`, `k` and `v`."""
+    """Return the gradients of q, k and v; `kept` are `Pairs.rank` and `Pairs.first`."""
+    rank, first = kept
+    queries, extents, block_size = layout.queries, layout.extents, layout.block_size
     grad, q, k, v = dense_vectors(grad, q, k, v)
-    problem = _Problem.of(q, k, v, rank.shape[3], block_size, causal, scale, softcap, extents)
+    problem = _Problem.of(q, k, v, rank.shape[3], layout, scale, softcap)
     stats = _stats(problem, out, grad, lse, grad_lse, rank)
     if queries is None or extents is None:
         queries = extents = owners = rank  # they are not read
@@ -419,49 +416,23 @@ def _stats(
     return stats
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, _, ctx.block_size, ctx.causal, ctx.scale, ctx.softcap, queries, extents = inputs
-    ctx.save_for_backward(q, k, v, queries, extents, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, queries, extents, out, lse, rank, first = ctx.saved_tensors
-    grad = torch.zeros_like(out) if grad is None else grad
-    saved = q, k, v, queries, extents, out, lse, rank, first
-    options = ctx.block_size, ctx.causal, ctx.scale, ctx.softcap
-    grads = attend_fused_backward(grad, grad_lse, *saved, *options)
-    return *grads, None, None, None, None, None, None, None
-
-
-@kernel_op("moba_flex::attend_fused", setup_context=_save, backward=_backward)
-def attend_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    queries: Tensor | None,
-    extents: Tensor | None,
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attend to the own block and to the chosen ones; arguments as `attend_cpu`.
+    """Attend to the own block and to the chosen ones.
 
     The scale must not be negative: the kernels' maximum is that of products, before they are
-    scaled. A `softcap` of 0 is none.
+    scaled.
 
     Returns:
-        Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and of the `Pairs` what backward
-        reads: `rank` and `first`.
+        Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and what backward reads of the
+        `Pairs`: `rank` and `first`.
     """
     q, k, v = dense_vectors(q, k, v)
-    problem = _Problem.of(q, k, v, blocks.shape[3], block_size, causal, scale, softcap, extents)
-    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
+    layout = routing.layout
+    problem = _Problem.of(q, k, v, routing.blocks.shape[3], layout, scale, softcap)
     pairs = sort_pairs(routing, problem.num_kv_heads)
+    queries, extents = layout.queries, layout.extents
     # Without tables they are not read.
     if queries is None or extents is None:
         queries = extents = pairs.first
@@ -497,3 +468,6 @@ def attend_fused(
             **problem.options("own_forward"),
         )
     return out, lse, pairs.rank, pairs.first
+
+
+attend_fused = attention_op("attend_fused", _forward, _backward, kept=2, kernels=True)

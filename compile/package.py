@@ -140,6 +140,11 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or no package of moba_flex, or this machine or this PyTorch
             cannot run it, or it is for another kind of device.
+
+    Example:
+        >>> load("attention.pt2")  # which `export` has not written here
+        Traceback (most recent call last):
+        FileNotFoundError: path must be a file, got 'attention.pt2'
     """
     metadata = read_metadata(path)
     release, needed = (".".join(x.split(".")[:2]) for x in (torch.__version__, metadata.torch))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.layout import Tables
+from moba_flex.masks.layout import Layout as Tables
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 

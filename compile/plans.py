@@ -1,26 +1,31 @@
-"""The plans: several ways to compute the same function."""
+"""The plans: several ways to compute the same function, and who may serve a request.
+
+To add a plan, write a class with `refuses` and `__call__`, and name it in `PLANS`.
+"""
 
 import importlib.util
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from typing_extensions import override  # of typing from Python 3.12 on; PyTorch needs it too
 
 from moba_flex.compile.cpu import attend_parts, show_spoilt
-from moba_flex.compile.flex import attend
+from moba_flex.compile.flex import attend, in_one_graph
 from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.compile.modded import attend_modded
 from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
-from moba_flex.masks.blocks import LONGEST
-from moba_flex.masks.exporting import is_exporting, record
+from moba_flex.masks.checks import longest_sequence
+from moba_flex.masks.exporting import is_exporting
+from moba_flex.masks.gradients import is_transformed
 from moba_flex.masks.inputs import finite
-from moba_flex.masks.layout import Tables
-from moba_flex.masks.mods import Mods
+from moba_flex.masks.layout import LONGEST, ceil_div
 from moba_flex.masks.regroup import regroup
-from moba_flex.masks.router import choose_blocks
-from moba_flex.masks.routing import Routing
+from moba_flex.masks.request import Gate, Request
+from moba_flex.masks.router import route_request
 from moba_flex.masks.tiles import (
     TILE,
     lay_out_keys,
@@ -36,79 +41,193 @@ if _HAS_TRITON:
     from moba_flex.compile.fused import attend_fused
 
 Result = tuple[Tensor, Tensor | None]
+"""Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None."""
+
+PlanName = Literal["dense", "fused", "routed", "masked"]
+
+# What FlexAttention and this library compile kernels for.
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FUSED_HEAD_DIM = 256
 
 
-def dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    lse: bool,
-    tables: Tables | None = None,
-    mods: Mods | None = None,
-) -> Result:
-    """Attend to everything: each sequence is one block. Tables are of blocks of `LONGEST` keys."""
-    q, scale = _scaled_up(q, scale)
-    if tables is None and mods is None and _is_plain(q, k, causal=causal, lse=lse):
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
-        return out, None
-    # The one block of a sequence is the own block of its queries, and no other is left to choose.
-    q_len, kv_len = q.shape[2], k.shape[2]
-    if not _as_on_cpu(q) and tables is None and mods is None and not causal:
-        return attend(q, k, v, None, scale, lse=True)
-    none = q.new_empty((*q.shape[:3], 0), dtype=torch.int32)
-    # A number of keys that varies would be part of a mask_mod.
-    routing = Routing(none, LONGEST, q_len, kv_len, causal, tables)
-    return routed(q, k, v, routing, scale=scale, mods=mods)
+class Plan:
+    """One way to compute attention."""
+
+    name: PlanName
+
+    def refuses(self, request: Request) -> Exception | None:
+        """Return why the plan cannot serve a request; None if it can."""
+        raise NotImplementedError
+
+    def suits(self, request: Request) -> bool:
+        """Return whether "auto" takes the plan, if it can serve the request."""
+        return True
+
+    def __call__(self, request: Request) -> Result:
+        """Attend."""
+        raise NotImplementedError
 
 
-def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Return queries and a positive scale that give the same scores.
+class Dense(Plan):
+    """Attention to everything: a library call, or routed attention with one block a sequence."""
 
-    PyTorch's flash attention on CPU, for one, scales what it has masked: -inf would become inf.
-    """
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    name = "dense"
+
+    @override
+    def refuses(self, request: Request) -> Exception | None:
+        gate, kv_len = request.gate, request.k.shape[2]
+        if gate is None:
+            return _no_such_plan(PLANS[1:], self.name)
+        if gate.head_top_k is not None:
+            return ValueError(
+                "head_top_k must be None for plan='dense', got a Tensor: let plan be 'auto'"
+            )
+        if not gate.covers(kv_len):
+            longest = longest_sequence(kv_len, request.rows or {})
+            if not gate.covers(longest):
+                return ValueError(
+                    f"top_k must cover all {ceil_div(longest, gate.block_size)} blocks for "
+                    f"plan='dense', got {gate.top_k}: raise top_k, or let plan be 'auto'"
+                )
+        if on_cpu(request.q) or _is_plain_sdpa(request):
+            return None
+        return _refused_by_flex(request, self.name)
+
+    @override
+    def suits(self, request: Request) -> bool:
+        return request.gate is not None and request.gate.covers(request.k.shape[2])
+
+    @override
+    def __call__(self, request: Request) -> Result:
+        if _is_plain_sdpa(request):
+            (q, scale), k, v = _scaled_up(request), request.k, request.v
+            gqa = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=request.causal, scale=scale, enable_gqa=gqa
+            )
+            return out, None
+        if not (on_cpu(request.q) or request.causal) and request.is_plain and request.mods.none:
+            return _attend_to_all(request)
+        # The one block of a sequence is its queries' own, and no other is left to choose.
+        return _attend_routed(request.with_gate(Gate(LONGEST, 1, causal=request.causal)))
 
 
-def _is_plain(q: Tensor, k: Tensor, *, causal: bool, lse: bool) -> bool:
-    """Whether `scaled_dot_product_attention` serves.
+class Fused(Plan):
+    """Triton kernels that gather the queries of each block inside the load."""
 
-    It returns no lse, and masks from top left. On CPU a later key that is not finite would spoil
-    queries that do not see it, and few keys would hide from others what is not.
-    """
-    if _as_on_cpu(q) and (causal or not is_exporting()):
+    name = "fused"
+
+    @override
+    def refuses(self, request: Request) -> Exception | None:
+        if not request.q.is_cuda and not interpreted():
+            return ValueError(
+                f"q must be on cuda for plan='fused', got {request.q.device.type}: "
+                "let plan be 'auto'"
+            )
+        for name, x in (("q", request.q), ("v", request.v)):
+            if x.shape[3] > FUSED_HEAD_DIM:
+                return ValueError(
+                    f"{name} must have a head_dim of at most {FUSED_HEAD_DIM} for plan='fused', "
+                    f"got {x.shape[3]}: let plan be 'routed'"
+                )
+        for name in ("score_mod", "mask_mod"):
+            if getattr(request.mods, name) is not None:
+                return ValueError(
+                    f"{name} must be None for plan='fused', got a function: let plan be 'routed'"
+                )
+        return _refused_dtype(request)
+
+    @override
+    def suits(self, request: Request) -> bool:
+        return request.q.is_cuda  # and not where the kernels are interpreted
+
+    @override
+    def __call__(self, request: Request) -> Result:
+        routing = route_request(request)
+        (q, scale), softcap = _scaled_up(request), float(request.mods.softcap or 0.0)
+        out, lse, *_ = attend_fused(q, request.k, request.v, routing, scale, softcap)
+        return out, lse
+
+
+class Routed(Plan):
+    """Queries regrouped by block: by FlexAttention on CUDA, by flash attention on CPU."""
+
+    name = "routed"
+
+    @override
+    def refuses(self, request: Request) -> Exception | None:
+        return None if on_cpu(request.q) else _refused_by_flex(request, self.name)
+
+    @override
+    def __call__(self, request: Request) -> Result:
+        return _attend_routed(request)
+
+
+class Masked(Plan):
+    """FlexAttention in natural order, which skips the tiles that no query chose."""
+
+    name = "masked"
+
+    @override
+    def refuses(self, request: Request) -> Exception | None:
+        return _refused_by_flex(request, self.name) or self._refused_on_cpu(request)
+
+    def _refused_on_cpu(self, request: Request) -> Exception | None:
+        if request.q.is_cuda:
+            return None
+        if request.lse:
+            return ValueError(
+                "plan must be 'routed' or 'dense' to return lse on cpu, got 'masked'"
+            )
+        inputs = request.q, request.k, request.v
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            return ValueError(
+                "plan must be 'routed' or 'dense' for gradients on cpu, got 'masked': "
+                "FlexAttention has no backward there; for inference use torch.no_grad()"
+            )
+        return None
+
+    @override
+    def suits(self, request: Request) -> bool:
         return False
-    return not lse and (not causal or q.shape[2] == k.shape[2])
+
+    @override
+    def __call__(self, request: Request) -> Result:
+        return _attend_masked(request)
 
 
-def _as_on_cpu(q: Tensor) -> bool:
-    """Whether the engines for CPU serve: on meta the shapes of what they return."""
-    return q.device.type in ("cpu", "meta")
+PLANS: tuple[Plan, ...] = (Dense(), Fused(), Routed(), Masked())
+"""All plans, in the order in which "auto" asks them."""
 
 
-def uses_flex(
-    plan: str, q: Tensor, k: Tensor, *, causal: bool, lse: bool, changed: bool = False
-) -> bool:
-    """Whether a plan calls FlexAttention, which must be compiled.
+def find_plan(name: str, request: Request) -> Plan:
+    """Return the plan of a name, or the one that "auto" takes.
 
-    Args:
-        plan: Its name.
-        q: Queries, `[B, Hq, Q, D]`.
-        k: Keys, `[B, Hkv, KV, D]`.
-        causal: Whether a query sees only keys at its position and before.
-        lse: Whether log-sum-exps are asked for.
-        changed: Whether there are tables or mods.
+    Raises:
+        ValueError: There is no such plan, or it cannot serve the request.
+        TypeError: The plan computes in other dtypes.
     """
-    if plan == "dense" and not changed and _is_plain(q, k, causal=causal, lse=lse):
-        return False
-    return plan == "masked" or (plan != "fused" and not _as_on_cpu(q))
+    if name == "auto":
+        plan = next(x for x in PLANS if x.suits(request) and _may_be_auto(x, request))
+    else:
+        named = [x for x in PLANS if x.name == name]
+        if not named:
+            offered = PLANS if request.routing is None else PLANS[1:]
+            raise _no_such_plan(offered, name)
+        plan = named[0]
+    refusal = plan.refuses(request) or _refused_by_export(request)
+    if refusal is not None:
+        raise refusal
+    return plan
+
+
+def _may_be_auto(plan: Plan, request: Request) -> bool:
+    """Whether "auto" takes a plan: the last that it asks, even where that raises its refusal."""
+    return plan.name == "routed" or plan.refuses(request) is None
+
+
+def _no_such_plan(plans: tuple[Plan, ...], name: str) -> ValueError:
+    return ValueError(f"plan must be one of {('auto', *(x.name for x in plans))}, got {name!r}")
 
 
 def interpreted() -> bool:
@@ -116,65 +235,115 @@ def interpreted() -> bool:
     return _HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
-def masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routing: Routing,
-    *,
-    scale: float,
-    lse: bool,
-    mods: Mods | None = None,
-) -> Result:
-    """Attend in natural order; FlexAttention skips the tiles that no query chose."""
-    mods = mods or Mods()
-    mask = routing_to_block_mask(routing, mods.on_masks())
-    if not _as_on_cpu(q):
-        return attend(q, k, v, mask, scale, lse=lse, score_mod=mods.on_scores())
-    out, no_lse = attend(q, k, finite(v), mask, scale, lse=lse, score_mod=mods.on_scores())
-    bad_key = None
-    if mods.mask_mod is not None:
-        # What a query sees under it, FlexAttention knows: of equal weights none is 0.
-        bad_key = ~(k.isfinite().all(3, keepdim=True) & v.isfinite().all(3, keepdim=True))
-        marks = torch.cat((bad_key, torch.ones_like(bad_key)), dim=3).to(q.dtype)
-        bad_key = attend(q * 0, k * 0, F.pad(marks, (0, 14)), mask, scale, lse=False)[0]
-    blocks, block_size = routing.blocks, routing.block_size
-    options = block_size, routing.causal, *routing.located
-    return show_spoilt(out, q, k, v, blocks, *options, bad_key), no_lse
+def on_cpu(q: Tensor) -> bool:
+    """Whether the engines for CPU serve; on meta they return the shapes."""
+    return q.device.type in ("cpu", "meta")
 
 
-def routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routing: Routing,
-    *,
-    scale: float,
-    mods: Mods | None = None,
-) -> Result:
+def _is_plain_sdpa(request: Request) -> bool:
+    """Whether `scaled_dot_product_attention` computes what dense attention is.
+
+    It returns no log-sum-exp, and its causal mask starts at the first key, not at the last. On CPU
+    it lets a later key that is not finite spoil earlier queries, and hides NaN among few keys.
+    """
+    if request.lse or not (request.is_plain and request.mods.none):
+        return False
+    if on_cpu(request.q) and (request.causal or not is_exporting()):
+        return False
+    return not request.causal or request.q.shape[2] == request.k.shape[2]
+
+
+def _scaled_up(request: Request) -> tuple[Tensor, float]:
+    """Return queries and a positive scale that give the same scores; the gate sees the others.
+
+    Kernels scale what they have masked already: a negative scale would turn -inf into inf.
+    """
+    q, scale = request.q, request.scale
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
+def _refused_dtype(request: Request) -> Exception | None:
+    q = request.q
+    if q.dtype in _KERNEL_DTYPES:
+        return None
+    names = " or ".join(map(str, _KERNEL_DTYPES))
+    return TypeError(f"q must be {names} on {q.device.type}, got {q.dtype}: convert q, k and v")
+
+
+def _refused_by_flex(request: Request, plan: str) -> Exception | None:
+    """Return why FlexAttention cannot serve a request; None if it can."""
+    q, v, device = request.q, request.v, request.q.device.type
+    if device not in ("cpu", "cuda"):
+        return ValueError(f"q must be on cpu or cuda for plan={plan!r}, got {device}")
+    if is_transformed():
+        return ValueError(
+            f"plan must be one without FlexAttention under torch.func, got {plan!r} on {device}: "
+            "let plan be 'auto', or use backward"
+        )
+    if device == "cuda":
+        for name, x in (("q", q), ("v", v)):
+            if x.shape[3] < 16:
+                return ValueError(
+                    f"{name} must have a head_dim of at least 16 on cuda, got {x.shape[3]}: pad it"
+                )
+        largest = max(x.numel() for x in (q, request.k, v))
+        if largest >= 2**31:  # such a call ended in an illegal memory access
+            return ValueError(
+                f"q, k and v must have fewer than 2**31 elements each on cuda, got {largest}: "
+                "split the batch or the heads"
+            )
+    return _refused_dtype(request)
+
+
+def _refused_by_export(request: Request) -> Exception | None:
+    """Return why a package cannot hold a request that is being exported; None if it can."""
+    if not is_exporting():
+        return None
+    refusal = _refused_dtype(request)  # PyTorch 2.11 miscompiles the gate of float64 inputs
+    if refusal is not None or request.q.device.type != "cpu":
+        return refusal
+    unmet = {
+        "head_top_k": request.gate is not None and request.gate.head_top_k is not None,
+        "cu_seqlens and key_mask": not request.is_plain,
+        "routing": request.routing is not None,
+        "softcap, score_mod and mask_mod": not request.mods.none,
+    }
+    for name, given in unmet.items():
+        if given:
+            return ValueError(
+                f"{name} must be None in a package for cpu, got some: export for cuda"
+            )
+    return None
+
+
+def _attend_routed(request: Request) -> Result:
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
-    if not _as_on_cpu(q):
-        return _routed_flex(q, k, v, routing, scale=scale, mods=mods)
-    if is_exporting():  # of plain rows: see `check_export`
+    if not on_cpu(request.q):
+        return _attend_regrouped(request)
+    routing, (q, scale), k, v = route_request(request), _scaled_up(request), request.k, request.v
+    if is_exporting():  # rows are plain: see `_refused_by_export`
         return attend_portable(q, k, v, routing, scale=scale)
-    if mods is not None and not (q.is_meta or isinstance(q, FakeTensor)):  # no scores to change
-        return attend_modded(q, k, v, routing, mods, scale)
+    is_real = not (q.is_meta or isinstance(q, FakeTensor))  # else there are no scores to change
+    if is_real and not request.mods.none:
+        return attend_modded(q, k, v, routing, request.mods, scale)
     options = routing.block_size, routing.causal, scale
     out, lse = attend_parts(q, k, v, routing.blocks, *options, *routing.located)
     return out, lse
 
 
-def _routed_flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routing: Routing,
-    *,
-    scale: float,
-    mods: Mods | None = None,
-) -> Result:
-    """Attend to the own blocks in natural order and to the chosen ones in regrouped order."""
-    mods = mods or Mods()
+@in_one_graph
+def _attend_to_all(request: Request) -> Result:
+    q, scale = _scaled_up(request)
+    return attend(q, request.k, request.v, None, scale, lse=True)
+
+
+@in_one_graph
+def _attend_regrouped(request: Request) -> Result:
+    """Route; attend to own blocks in natural order, to chosen ones in regrouped order; merge."""
+    routing, (q, scale) = route_request(request), _scaled_up(request)
+    k, v, mods = request.k, request.v, request.mods
     own_mask = own_block_mask(routing, mods.on_masks())
     own_out, own_lse = attend(q, k, v, own_mask, scale, lse=True, score_mod=mods.on_scores())
     if routing.blocks.shape[3] == 0:
@@ -204,98 +373,21 @@ def _routed_flex(
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
-def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routing: Routing,
-    *,
-    scale: float,
-    mods: Mods | None = None,
-) -> Result:
-    """Do what `routed` does, with regrouping and merge inside of Triton kernels."""
-    softcap = 0.0 if mods is None or mods.softcap is None else float(mods.softcap)
-    blocks, block_size = routing.blocks, routing.block_size
-    options = block_size, routing.causal, scale, softcap
-    out, lse, *_ = attend_fused(q, k, v, blocks, *options, *routing.located)
-    return out, lse
-
-
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    plan: str,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int,
-    local_blocks: int,
-    causal: bool,
-    scale: float,
-    lse: bool,
-    head_top_k: Tensor | None = None,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
-    mods: Mods | None = None,
-) -> Result:
-    """Route and attend by the plan of this name, with the options of `moba_flex.moba_attention`.
-
-    Returns:
-        Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None.
-    """
-    record(
-        plan=plan,
-        block_size=block_size,
-        top_k=top_k,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        causal=causal,
-    )
-    size = LONGEST if plan == "dense" else block_size
-    tables = Tables.of_parts(queries, extents, size, causal, k.shape[2])
-    if plan == "dense":
-        return dense(q, k, v, causal=causal, scale=scale, lse=lse, tables=tables, mods=mods)
-    gate = block_size, top_k, sink_blocks, local_blocks, causal
-    routing = choose_blocks(q, k, *gate, head_top_k, tables)
-    return follow(q, k, v, routing, plan=plan, scale=scale, lse=lse, mods=mods)
-
-
-def run_given(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    plan: str,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    lse: bool,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
-    mods: Mods | None = None,
-) -> Result:
-    """Attend by the plan of this name to `blocks` `[B, Hq, Q, K - 1]`; returns what `run` does."""
-    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
-    return follow(q, k, v, routing, plan=plan, scale=scale, lse=lse, mods=mods)
-
-
-def follow(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routing: Routing,
-    *,
-    plan: str,
-    scale: float,
-    lse: bool,
-    mods: Mods | None,
-) -> Result:
-    """Attend to what a routing chose."""
-    q, scale = _scaled_up(q, scale)
-    if plan == "masked":
-        return masked(q, k, v, routing, scale=scale, lse=lse, mods=mods)
-    if plan == "fused":
-        return fused(q, k, v, routing, scale=scale, mods=mods)
-    return routed(q, k, v, routing, scale=scale, mods=mods)
+@in_one_graph
+def _attend_masked(request: Request) -> Result:
+    """Attend in natural order; FlexAttention skips the tiles that no query chose."""
+    routing, (q, scale) = route_request(request), _scaled_up(request)
+    k, v, mods = request.k, request.v, request.mods
+    mask = routing_to_block_mask(routing, mods.on_masks())
+    if not on_cpu(q):
+        return attend(q, k, v, mask, scale, lse=request.lse, score_mod=mods.on_scores())
+    out, no_lse = attend(q, k, finite(v), mask, scale, lse=False, score_mod=mods.on_scores())
+    bad_key = None
+    if mods.mask_mod is not None:
+        # Only FlexAttention knows what a query sees under a mask_mod. With equal scores every key
+        # that is seen has a weight, so attention to marks tells whether a marked key is seen.
+        bad_key = ~(k.isfinite().all(3, keepdim=True) & v.isfinite().all(3, keepdim=True))
+        marks = torch.cat((bad_key, torch.ones_like(bad_key)), dim=3).to(q.dtype)
+        bad_key = attend(q * 0, k * 0, F.pad(marks, (0, 14)), mask, scale, lse=False)[0]
+    options = routing.block_size, routing.causal, *routing.located
+    return show_spoilt(out, q, k, v, routing.blocks, *options, bad_key), no_lse

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_flex.compile.parts import spoilt_by
-from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.inputs import finite
+from moba_flex.masks.layout import ceil_div
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 

@@ -1,41 +1,26 @@
 """MoBA as a BlockMask in natural order, for any FlexAttention call."""
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask
 
-from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.checks import (
-    check_bool,
-    check_gate,
-    check_head_top_k,
-    check_layout,
-    check_qk,
-    check_transforms,
-)
-from moba_flex.masks.layout import Tables, make_tables
+from moba_flex.masks.layout import Coordinates, RowOptions, ceil_div
 from moba_flex.masks.mods import MaskMod
-from moba_flex.masks.router import choose_blocks
+from moba_flex.masks.request import GateOptions, gated_request
+from moba_flex.masks.router import route_request
 from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, capturable, list_tiles, row_of, settled
 
 
-def create_moba_block_mask(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    causal: bool = True,
-    head_top_k: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> BlockMask:
+class MaskOptions(GateOptions, RowOptions, total=False):
+    """The options of `moba_flex.moba_attention` that say which keys a query sees."""
+
+
+def create_moba_block_mask(q: Tensor, k: Tensor, **options: Unpack[MaskOptions]) -> BlockMask:
     """Route `q` over the blocks of `k` and return the choice as a BlockMask.
 
     The mask is for `flex_attention(q, k, v, block_mask=mask, score_mod=..., enable_gqa=...)` with
@@ -52,20 +37,8 @@ def create_moba_block_mask(
     Args:
         q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.
         k: Keys, `[B, Hkv, KV, D]`, with `Hq` a multiple of `Hkv`.
-        block_size: Keys per routed block.
-        top_k: Blocks a query attends to, its own included.
-        sink_blocks: First blocks of the sequence that are always chosen; they count in `top_k`.
-        local_blocks: Blocks right before the own one that are always chosen; they count in
-            `top_k`.
-        causal: Whether a query sees only keys at its position and before.
-        head_top_k: Blocks that the queries of each head attend to, int `[Hq]`, each from `1 +
-            sink_blocks + local_blocks` to `top_k`; None for `top_k` in all.
-        cu_seqlens: Where the documents of every row start, and the end `KV`, int `[docs + 1]`:
-            blocks are counted from each document's start, and no query sees another document.
-        cu_seqlens_q: Where the queries of each document start, and the end `Q`, likewise, if not
-            where the keys do. They are the last of the document's positions.
-        key_mask: True for the keys that are not padding, bool `[B, KV]`, in one run a row; blocks
-            are counted from the first. Not together with `cu_seqlens`.
+        options: `block_size`, `top_k`, `sink_blocks`, `local_blocks`, `causal`, `head_top_k`,
+            `cu_seqlens`, `cu_seqlens_q` and `key_mask`, as of `moba_flex.moba_attention`.
 
     Returns:
         A BlockMask of shape `[B, Hq, Q, KV]`, forward and transposed lists filled.
@@ -73,16 +46,15 @@ def create_moba_block_mask(
     Raises:
         ValueError: A size or an option is out of range.
         TypeError: An argument has the wrong type.
+
+    Example:
+        >>> q, k = torch.randn(1, 4, 1024, 64), torch.randn(1, 2, 1024, 64)
+        >>> mask = create_moba_block_mask(q, k, block_size=128, top_k=3)
+        >>> mask.shape, mask.BLOCK_SIZE
+        ((1, 4, 1024, 1024), (128, 128))
     """
-    check_transforms(q, k)
-    check_qk(q, k)
-    gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
-    check_head_top_k(head_top_k, q, *gate[1:])
-    causal = check_bool("causal", causal)
-    check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
-    layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
-    tables = make_tables(q.shape[2], k.shape[2], gate[0], causal, **layout)
-    return routing_to_block_mask(choose_blocks(q, k, *gate, causal, head_top_k, tables))
+    request = gated_request(q, k, k, **options)
+    return routing_to_block_mask(route_request(request))
 
 
 def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMask:
@@ -106,8 +78,7 @@ def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> 
     partial, full = _tile_table(routing, kv_tile)
     if mask_mod is not None:
         partial, full = partial | full, torch.zeros_like(full)
-    tables = routing.tables
-    attends = _attends(routing) if tables is None else _attends_by_table(routing, tables)
+    attends = (_attends if routing.tables is None else _attends_by_table)(routing)
 
     def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         allowed = attends(b, h, q_idx, kv_idx)
@@ -138,15 +109,15 @@ def _attends(routing: Routing) -> MaskMod:
     return attends
 
 
-def _attends_by_table(routing: Routing, tables: Tables) -> MaskMod:
+def _attends_by_table(routing: Routing) -> MaskMod:
     """Return which keys are in the own block or in a chosen one, of documents or padded rows."""
-    causal = routing.causal
+    causal, at = routing.causal, routing.layout.coordinates(routing.blocks.device)
     # PyTorch 2.11 compiles a search of what was computed, not of a view of it.
-    start, stop = (x.long() for x in tables.extents)
-    blocks = _with_own(routing, tables)
+    start, stop = at.start.long(), at.stop.long()
+    blocks = _with_own(routing, at)
     picks = blocks.shape[3]
     blocks = blocks.topk(picks, largest=False).values
-    position = capturable(tables.queries[0])
+    position = capturable(at.position)
     # The last block that starts at a key or before it; -1 where it ends before. PyTorch 2.11
     # compiles no search for values that all lists share: the minimum changes nothing.
     key = torch.arange(routing.kv_len, device=start.device)
@@ -165,26 +136,26 @@ def _attends_by_table(routing: Routing, tables: Tables) -> MaskMod:
     return attends
 
 
-def _with_own(routing: Routing, tables: Tables) -> Tensor:
+def _with_own(routing: Routing, at: Coordinates) -> Tensor:
     """Return all blocks that each query attends to, its own last, int32 `[B, Hq, Q, K]`."""
-    own = tables.queries[1][:, None, :, None].expand(*routing.blocks.shape[:3], 1)
+    own = at.own[:, None, :, None].expand(*routing.blocks.shape[:3], 1)
     return torch.cat((routing.blocks, own), dim=3)
 
 
 def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
     """Return the tiles to mask and the full ones, bool `[B, Hq, Q tiles, KV tiles]` each."""
     q_len, kv_len, device = routing.q_len, routing.kv_len, routing.blocks.device
-    tables = routing.places
+    at = routing.layout.coordinates(device)
     batch, num_heads = routing.blocks.shape[:2]
     q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, kv_tile)
-    blocks = _with_own(routing, tables)
+    blocks = _with_own(routing, at)
     index = blocks.long().flatten(1)
     start, stop = (
         F.pad(x, (0, 1)).expand(batch, -1).gather(1, index).view(blocks.shape)
-        for x in tables.extents
+        for x in (at.start, at.stop)
     )
     if routing.causal:  # which matters in the own block alone
-        stop = torch.minimum(stop, tables.queries[0][:, None, :, None] + 1)
+        stop = torch.minimum(stop, at.position[:, None, :, None] + 1)
 
     # Pairs of a query and a key, counted by tile: each block adds those up to its stop and takes
     # away those up to its start. A prefix of keys is a tile's width in each tile before its end

@@ -18,9 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
-from moba_flex.masks.blocks import LONGEST
 from moba_flex.masks.exporting import is_traced
-from moba_flex.masks.layout import Tables
+from moba_flex.masks.layout import Layout, RowOptions
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
 
@@ -47,36 +46,6 @@ def check_int(name: str, value: Any, least: int) -> int:
         raise ValueError(f"{name} must be at most 2**63 - 1, got {value}")
     checked: int = value
     return checked
-
-
-def check_gate(
-    block_size: Any, top_k: Any, sink_blocks: Any, local_blocks: Any
-) -> tuple[int, int, int, int]:
-    """Return the options of a gate as ints, none larger than the longest sequence.
-
-    Raises:
-        TypeError: One is no int.
-        ValueError: One is out of range, or `top_k` cannot hold the forced blocks.
-    """
-    block_size = check_int("block_size", block_size, 1)
-    top_k = check_int("top_k", top_k, 1)
-    sink_blocks = check_int("sink_blocks", sink_blocks, 0)
-    local_blocks = check_int("local_blocks", local_blocks, 0)
-    need = 1 + sink_blocks + local_blocks
-    if need > top_k:
-        raise ValueError(
-            f"top_k must be at least 1 + sink_blocks + local_blocks = {need}, got {top_k}: "
-            "the own and the forced blocks count in top_k"
-        )
-    options = block_size, top_k, sink_blocks, local_blocks
-    if all(type(x) is int and x <= LONGEST for x in options):
-        return options
-    return (_at_most(block_size), _at_most(top_k), _at_most(sink_blocks), _at_most(local_blocks))
-
-
-def _at_most(value: int) -> int:
-    """Return a number of keys or blocks that means the same and leaves room for sums."""
-    return min(value, LONGEST) if isinstance(value, int) else value
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -264,36 +233,38 @@ def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
         )
     if blocks.device != q.device:
         raise ValueError(f"routing must be on the device of q, {q.device}, got {blocks.device}")
-    check_tables(routing.tables, q, k, routing.block_size, routing.causal, "routing.tables")
+    check_tables("routing.tables", routing.tables, q, k, routing)
 
 
-def check_tables(
-    tables: Tables | None,
-    q: Tensor,
-    k: Tensor,
-    block_size: int,
-    causal: bool,
-    name: str = "tables",
-) -> None:
-    """Raise unless `tables` are None, or those of `q` and `k` with these options.
+def check_tables(name: str, tables: Layout | None, q: Tensor, k: Tensor, options: Any) -> None:
+    """Raise unless `tables` are None, or the layout of `q` and `k` with these options.
+
+    Args:
+        name: What the caller calls the tables.
+        tables: The tables.
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        options: A gate or a routing, with a `block_size` and `causal`.
 
     Raises:
-        TypeError: They are no tables.
+        TypeError: They are no layout.
         ValueError: They are of other tensors, or were made with other options.
     """
     if tables is None:
         return
-    if not isinstance(tables, Tables):
-        raise TypeError(f"{name} must be Tables, got {type(tables).__name__}: see make_tables")
+    if not isinstance(tables, Layout):
+        raise TypeError(f"{name} must be a Layout, got {type(tables).__name__}: see make_tables")
     made = {
-        "block_size": (tables.block_size, block_size),
-        "causal": (tables.causal, causal),
+        "block_size": (tables.block_size, options.block_size),
+        "causal": (tables.causal, options.causal),
         "kv_len": (tables.kv_len, k.shape[2]),
-        "q_len": (tables.queries.shape[2], q.shape[2]),
+        "q_len": (tables.q_len, q.shape[2]),
     }
     for option, (got, want) in made.items():
         if got != want:
             raise ValueError(f"{name} must be made with {option}={want}, got {option}={got}")
+    if tables.queries is None or tables.extents is None:
+        return
     rows = tables.queries.shape[1], tables.extents.shape[1]
     if rows not in ((1, 1), (q.shape[0], q.shape[0])):
         raise ValueError(f"{name} must be of 1 or {q.shape[0]} rows, got {rows}")
@@ -303,10 +274,11 @@ def check_tables(
         )
 
 
-def longest_sequence(kv_len: int, cu_seqlens: Tensor | None, key_mask: Tensor | None) -> int:
+def longest_sequence(kv_len: int, rows: RowOptions) -> int:
     """Return the keys of the longest document or row; `kv_len` where nobody may look."""
     if is_traced():
         return kv_len
+    cu_seqlens, key_mask = rows.get("cu_seqlens"), rows.get("key_mask")
     if cu_seqlens is not None:
         return max(_values(cu_seqlens.diff()), default=kv_len)
     if key_mask is not None:
@@ -314,10 +286,14 @@ def longest_sequence(kv_len: int, cu_seqlens: Tensor | None, key_mask: Tensor | 
     return kv_len
 
 
-def check_head_top_k(
-    head_top_k: Tensor | None, q: Tensor, top_k: int, sink_blocks: int, local_blocks: int
-) -> None:
+def check_head_top_k(head_top_k: Tensor | None, q: Tensor, least: int, most: int) -> None:
     """Raise unless `head_top_k` is None, or a number of blocks for each head of `q`.
+
+    Args:
+        head_top_k: The numbers, int `[Hq]`.
+        q: Queries, `[B, Hq, Q, D]`.
+        least: `1 + sink_blocks + local_blocks`.
+        most: `top_k`.
 
     Raises:
         TypeError: It is no tensor of integers.
@@ -330,12 +306,11 @@ def check_head_top_k(
         raise ValueError(
             f"head_top_k must have shape [Hq] = ({q.shape[1]},), got {tuple(head_top_k.shape)}"
         )
-    least = 1 + sink_blocks + local_blocks
     for number in _values(head_top_k):
-        if not least <= number <= top_k:
+        if not least <= number <= most:
             raise ValueError(
                 "head_top_k must be from 1 + sink_blocks + local_blocks to top_k, "
-                f"{least} to {top_k}, got {number}"
+                f"{least} to {most}, got {number}"
             )
 
 

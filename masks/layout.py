@@ -1,21 +1,35 @@
-"""Where the blocks of packed documents and of padded rows lie, and which each query may choose."""
+"""Where the sequences of a batch lie, and where their blocks do.
 
-from typing import NamedTuple, TypedDict, Unpack
+This is the only place that turns lengths, documents and padding into positions and block numbers.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.blocks import ceil_div
+Number = TypeVar("Number", int, Tensor)
+
+LONGEST = 2**30
+"""No sequence is longer, so that positions, and a block or two past them, fit into int32."""
 
 
-class Layout(TypedDict, total=False):
-    """What a caller says of rows that are more or less than one sequence.
+def ceil_div(length: Number, size: int) -> Number:
+    """Return how many blocks of `size` cover `length` positions; the last may be short."""
+    return (length + size - 1) // size
+
+
+class RowOptions(TypedDict, total=False):
+    """What a caller says about rows that hold more or less than one sequence.
 
     Attributes:
-        cu_seqlens: Where documents start, as of `document_tables`.
-        cu_seqlens_q: Where their queries start; where their keys do if None.
-        key_mask: Which keys are real, as of `padded_tables`.
+        cu_seqlens: Where the documents of every row start, and where the last one ends, int `[docs
+            + 1]`. What lies behind the last document is padding.
+        cu_seqlens_q: Where the queries of each document start, likewise; None if queries start
+            where keys do. The queries of a document are the last of its positions.
+        key_mask: True for the keys that are not padding, bool `[B, KV]`: one run a row, or none.
     """
 
     cu_seqlens: Tensor | None
@@ -23,187 +37,203 @@ class Layout(TypedDict, total=False):
     key_mask: Tensor | None
 
 
-class Tables(NamedTuple):
-    """Queries and blocks by number, where arithmetic on positions alone does not tell.
+class Coordinates(NamedTuple):
+    """Positions and block numbers as tensors, int32; `R` is 1 where all rows are alike, else `B`.
 
-    `R` is the batch size, or 1 where all rows are alike. Blocks are numbered in the order of their
-    keys; there are at most `N`. A query that sees nothing, being padding, has the position -1, the
-    own block `N`, and no candidates.
+    Two documents of 3 and 1 tokens, in blocks of 2 keys, have 3 blocks; `N` is 4, the most that 4
+    tokens in 2 documents can have:
+
+        token      0  1  2 | 3         block    0  1  2  3
+        position   0  1  2 | 3         start    0  2  3  4
+        own        0  0  1 | 2         stop     2  3  4  4
+        oldest     0  0  0 | 2
+        newest    -1 -1  0 | 1
+
+    Token 2 may choose block 0; token 3 may choose none, since 1 lies before 2.
 
     Attributes:
-        queries: Of each query its position among the keys, its own block, and the first and the
-            last block that it may choose (none if that is before the first), int32 `[4, R, Q]`.
-        extents: Of each block its first key and the key after its last, int32 `[2, R, N]`; blocks
-            follow each other without gaps, and what is no block is empty, at the end.
-        block_size: Keys per block.
-        causal: Whether only blocks before the own one can be chosen.
-        kv_len: Number of keys.
+        position: Place of each query among the keys, `[R, Q]`; -1 for padding.
+        own: Block of that place; `N` for padding.
+        oldest: First block that the query may choose.
+        newest: Last block that the query may choose; none if it lies before `oldest`.
+        start: First key of each block, `[R, N]`. Blocks follow each other without gaps.
+        stop: The key after the last of each block; numbers that no block has are empty, at the
+            end.
     """
 
-    queries: Tensor
-    extents: Tensor
+    position: Tensor
+    own: Tensor
+    oldest: Tensor
+    newest: Tensor
+    start: Tensor
+    stop: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the queries and the blocks of a batch lie.
+
+    `make_tables` makes those of packed documents and of padded rows.
+
+    Rows that are one sequence each need no tensors: arithmetic on the numbers below tells all.
+    Packed documents and padded rows carry `queries` and `extents`, which kernels read.
+
+    Example:
+        >>> Layout(q_len=3, kv_len=5, block_size=2, causal=True).coordinates("cpu").own.tolist()
+        [[1, 1, 2]]
+
+    Attributes:
+        q_len: Number of queries, `Q`.
+        kv_len: Number of keys, `KV`. Queries of a plain row are the last of these positions.
+        block_size: Keys per block.
+        causal: Whether only blocks before the own one can be chosen.
+        queries: `position`, `own`, `oldest` and `newest` of `Coordinates`, int32 `[4, R, Q]`; None
+            for plain rows.
+        extents: `start` and `stop` of `Coordinates`, int32 `[2, R, N]`; None for plain rows.
+    """
+
+    q_len: int
+    kv_len: int
     block_size: int
     causal: bool
-    kv_len: int
+    queries: Tensor | None = None
+    extents: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
-        """`N`, the number that stands for no block."""
-        return self.extents.shape[2]
+        """`N`, which is also the number that stands for no block."""
+        if self.extents is not None:
+            return self.extents.shape[2]
+        return ceil_div(self.kv_len, self.block_size)
 
-    @classmethod
-    def of_parts(
-        cls,
-        queries: Tensor | None,
-        extents: Tensor | None,
-        block_size: int,
-        causal: bool,
-        kv_len: int,
-    ) -> "Tables | None":
-        """Put together what a graph or an op got one by one; None if there are no tensors."""
-        if queries is None or extents is None:
-            return None
-        return cls(queries, extents, block_size, causal, kv_len)
+    @property
+    def q_offset(self) -> int:
+        """Position of the first query of a plain row."""
+        return self.kv_len - self.q_len
+
+    def with_tables(self, queries: Tensor | None, extents: Tensor | None) -> "Layout":
+        """Return the layout of the same sizes and options that carries these tensors."""
+        return Layout(self.q_len, self.kv_len, self.block_size, self.causal, queries, extents)
+
+    def coordinates(self, device: torch.device | str) -> Coordinates:
+        """Return positions and block numbers as tensors, for plain rows too."""
+        if self.queries is not None and self.extents is not None:
+            return Coordinates(*self.queries, *self.extents)
+        start = torch.arange(self.num_blocks, device=device) * self.block_size
+        position = torch.arange(self.q_offset, self.kv_len, device=device)
+        # No `clamp`: PyTorch 2.11 does not compile a least number that becomes part of an index.
+        stop = start + self.block_size
+        stop = stop.where(stop < self.kv_len, self.kv_len)
+        columns = *plain_coordinates(position, start, self.causal), start, stop
+        return Coordinates(*(x.int().unsqueeze(0) for x in columns))
+
+
+Tables = Layout
+
+
+def locate(plain: Layout, rows: RowOptions) -> Layout:
+    """Return the layout of the same sizes and options, for what the rows of a batch hold."""
+    cu_seqlens, key_mask = rows.get("cu_seqlens"), rows.get("key_mask")
+    if cu_seqlens is not None:
+        starts = rows.get("cu_seqlens_q")
+        return _packed(plain, cu_seqlens if starts is None else starts, cu_seqlens)
+    return plain if key_mask is None else _padded(plain, key_mask)
 
 
 def make_tables(
-    q_len: int, kv_len: int, block_size: int, causal: bool, **layout: Unpack[Layout]
-) -> Tables | None:
-    """Return the tables of packed documents or of padded rows; None if the rows are neither.
+    q_len: int, kv_len: int, block_size: int, causal: bool, **rows: Unpack[RowOptions]
+) -> Layout | None:
+    """Return the layout of packed documents or of padded rows; None if the rows are neither.
 
     Args:
         q_len: Number of queries.
         kv_len: Number of keys.
         block_size: Keys per block.
         causal: Whether only blocks before the own one can be chosen.
-        layout: What the rows are.
+        rows: `cu_seqlens`, `cu_seqlens_q` and `key_mask`, as of `moba_flex.moba_attention`.
+
+    Example:
+        >>> import torch
+        >>> layout = make_tables(4, 4, 2, True, cu_seqlens=torch.tensor([0, 3, 4]))
+        >>> layout.num_blocks, layout.coordinates("cpu").own.tolist()
+        (4, [[0, 0, 1, 2]])
     """
-    cu_seqlens, key_mask = layout.get("cu_seqlens"), layout.get("key_mask")
-    if cu_seqlens is not None:
-        starts = layout.get("cu_seqlens_q")
-        starts = cu_seqlens if starts is None else starts
-        return document_tables(starts, cu_seqlens, q_len, kv_len, block_size, causal)
-    if key_mask is not None:
-        return padded_tables(key_mask, q_len, block_size, causal)
-    return None
+    layout = locate(Layout(q_len, kv_len, block_size, causal), rows)
+    return None if layout.extents is None else layout
 
 
-def plain_tables(
-    q_len: int, kv_len: int, block_size: int, causal: bool, device: torch.device
-) -> Tables:
-    """Return the tables `R = 1` of one sequence a row, of which queries are the last positions."""
-    start = torch.arange(ceil_div(kv_len, block_size), device=device) * block_size
-    position = torch.arange(kv_len - q_len, kv_len, device=device)
-    queries = plain_queries(position, start, causal)
-    # No `clamp`: PyTorch 2.11 does not compile a least number that becomes part of an index.
-    stop = start + block_size
-    extents = torch.stack((start, stop.where(stop < kv_len, kv_len)))
-    queries, extents = (x.int().unsqueeze(1) for x in (queries, extents))
-    return Tables(queries, extents, block_size, causal, kv_len)
-
-
-def plain_queries(position: Tensor, start: Tensor, causal: bool) -> Tensor:
-    """Return what `Tables` say of queries at positions `[n]` of one sequence, int `[4, n]`.
+def plain_coordinates(position: Tensor, start: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """Return position, own, oldest and newest of queries of one sequence, int `[n]` each.
 
     Args:
-        position: The positions.
-        start: Where the blocks start, `[N]`.
+        position: Places of the queries, int `[n]`.
+        start: First key of each block, `[N]`.
         causal: Whether only blocks before the own one can be chosen.
     """
-    # By search, since PyTorch 2.13 compiles a division of all of a range, on CPU, to a loop over
-    # whole multiples that leaves the rest unwritten.
+    # A search, since PyTorch 2.13 compiles a division of a whole range for CPU into a loop over
+    # full vectors, and leaves the rest of the result unwritten.
     own = torch.bucketize(position, start, right=True) - 1
     newest = own - 1 if causal else torch.full_like(own, start.shape[0] - 1)
-    return torch.stack((position, own, torch.zeros_like(own), newest))
+    return position, own, torch.zeros_like(own), newest
 
 
-def document_tables(
-    cu_seqlens_q: Tensor,
-    cu_seqlens: Tensor,
-    q_len: int,
-    kv_len: int,
-    block_size: int,
-    causal: bool,
-) -> Tables:
-    """Return the tables `R = 1` of documents that lie one after another.
+def _packed(plain: Layout, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Layout:
+    """Return the layout of documents that lie one after another in every row.
 
-    Blocks start at the start of each document, and a query chooses among those of its own. What
-    lies behind the last document is padding.
-
-    Args:
-        cu_seqlens_q: Where the queries of each document start, and the end, int `[docs + 1]`.
-        cu_seqlens: Where its keys start, and the end, likewise. The queries of a document are the
-            last of its positions.
-        q_len: Number of queries.
-        kv_len: Number of keys.
-        block_size: Keys per block.
-        causal: Whether only blocks before the own one can be chosen.
+    Blocks are counted from the start of each document, and a query chooses among those of its own
+    document.
     """
+    block_size = plain.block_size
     device, cu_q, cu_k = cu_seqlens.device, cu_seqlens_q.int(), cu_seqlens.int()
     per_document = ceil_div(cu_k.diff(), block_size)
     after = per_document.cumsum(0, dtype=torch.int32)  # number of the block after each document
     before = after - per_document
     last_document = after.shape[0] - 1
     # Each document has at most one short block.
-    block = torch.arange(kv_len // block_size + after.shape[0], device=device, dtype=torch.int32)
+    most = plain.kv_len // block_size + after.shape[0]
+    block = torch.arange(most, device=device, dtype=torch.int32)
     document = torch.searchsorted(after, block, right=True).clamp(max=last_document)
     start = cu_k[document] + (block - before[document]) * block_size
     stop = torch.minimum(start + block_size, cu_k[document + 1])
     exists = block < after[last_document]
     extents = torch.stack((start, stop)).where(exists, cu_k[last_document + 1])
 
-    query = torch.arange(q_len, device=device, dtype=torch.int32)
+    query = torch.arange(plain.q_len, device=device, dtype=torch.int32)
     document = (torch.searchsorted(cu_q, query, right=True) - 1).clamp(max=last_document)
     real = query < cu_q[last_document + 1]
     position = query - cu_q[document + 1] + cu_k[document + 1]
     own = before[document] + (position - cu_k[document]) // block_size
-    newest = (own if causal else after[document]) - 1
+    newest = (own if plain.causal else after[document]) - 1
     queries = _queries(real, position, own, before[document], newest, block.shape[0])
-    return Tables(queries.unsqueeze(1), extents.int().unsqueeze(1), block_size, causal, kv_len)
+    return plain.with_tables(queries.unsqueeze(1), extents.int().unsqueeze(1))
+
+
+def _padded(plain: Layout, key_mask: Tensor) -> Layout:
+    """Return the layout of padded rows, whose blocks are counted from the first real key."""
+    block_size, device = plain.block_size, key_mask.device
+    # Padded by one column, so that `argmax` finds one where there are no keys.
+    first = F.pad(key_mask.int(), (0, 1)).argmax(dim=1, keepdim=True)
+    after = first + key_mask.sum(dim=1, keepdim=True)
+    num_blocks = ceil_div(plain.kv_len, block_size)
+    start = first + torch.arange(num_blocks, device=device) * block_size
+    extents = torch.stack((torch.minimum(start, after), torch.minimum(start + block_size, after)))
+
+    position = torch.arange(plain.q_offset, plain.kv_len, device=device)
+    real = (position >= first) & (position < after)
+    own = (position - first) // block_size
+    newest = own - 1 if plain.causal else ceil_div(after - first, block_size) - 1
+    queries = _queries(real, position, own, torch.zeros_like(own), newest, num_blocks)
+    return plain.with_tables(queries, extents.int())
 
 
 def _queries(
     real: Tensor, position: Tensor, own: Tensor, oldest: Tensor, newest: Tensor, num_blocks: int
 ) -> Tensor:
-    """Return what `Tables` say of queries `[..., Q]`, int32 `[4, ..., Q]`.
-
-    Args:
-        real: Which queries are not padding.
-        position: Where they are among the keys.
-        own: Their own blocks.
-        oldest: The first block that each may choose.
-        newest: The last one.
-        num_blocks: `N`.
-    """
-    queries = (
+    """Return the coordinates of queries, int32 `[4, ..., Q]`, where `real` says which exist."""
+    columns = (
         position.where(real, -1),
         own.where(real, num_blocks),
         oldest.where(real, 0),
         newest.where(real, -1),
     )
-    return torch.stack(queries).int()
-
-
-def padded_tables(key_mask: Tensor, q_len: int, block_size: int, causal: bool) -> Tables:
-    """Return the tables `R = B` of rows with padding.
-
-    Args:
-        key_mask: True for the keys that are not padding, bool `[B, KV]`: one run a row, or none.
-        q_len: Number of queries, the last of the positions.
-        block_size: Keys per block, counted from each row's first key.
-        causal: Whether only blocks before the own one can be chosen.
-    """
-    kv_len, device = key_mask.shape[1], key_mask.device
-    # Padded, so that there is a largest value where there are no keys.
-    first = F.pad(key_mask.int(), (0, 1)).argmax(dim=1, keepdim=True)
-    after = first + key_mask.sum(dim=1, keepdim=True)
-    num_blocks = ceil_div(kv_len, block_size)
-    start = first + torch.arange(num_blocks, device=device) * block_size
-    extents = torch.stack((torch.minimum(start, after), torch.minimum(start + block_size, after)))
-
-    position = torch.arange(kv_len - q_len, kv_len, device=device)
-    real = (position >= first) & (position < after)
-    own = (position - first) // block_size
-    newest = own - 1 if causal else ceil_div(after - first, block_size) - 1
-    queries = _queries(real, position, own, torch.zeros_like(own), newest, num_blocks)
-    return Tables(queries, extents.int(), block_size, causal, kv_len)
+    return torch.stack(columns).int()

@@ -33,6 +33,11 @@ class Mods:
     softcap: float | None = None
 
     @property
+    def none(self) -> bool:
+        """Whether nothing changes."""
+        return not self.ask and self.softcap is None
+
+    @property
     def ask(self) -> bool:
         """Whether a function is among them, which asks for indices."""
         return self.score_mod is not None or self.mask_mod is not None
@@ -91,6 +96,9 @@ class Mods:
             None if mask_mod is None else moved_mask,
             self.softcap,
         )
+
+
+NO_MODS = Mods()
 
 
 def checked_score(mod: ScoreMod) -> ScoreMod:

@@ -58,8 +58,9 @@ def pool_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def launch_pool(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | None) -> Tensor:
-    """Average the keys of each block, as `moba_flex.masks.blocks.pool_keys` does.
+@kernel_op("moba_flex::pool_triton")
+def pool_triton(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | None) -> Tensor:
+    """Average the keys of each block, as `moba_flex.masks.pool.pool` does.
 
     Args:
         k: Keys, `[B, Hkv, KV, D]`.
@@ -92,6 +93,3 @@ def launch_pool(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | N
             num_warps=1,
         )
     return out
-
-
-pool_triton = kernel_op("moba_flex::pool_triton")(launch_pool)

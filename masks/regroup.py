@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.exporting import holds
+from moba_flex.masks.layout import ceil_div
 from moba_flex.masks.routing import Routing
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.kernel_op import kernel_op, launch
+from moba_flex.masks.layout import ceil_div
 
 # Pairs that a warp places at a time. A chunk is a number of such tiles: with more blocks a chunk
 # holds more, so that there are half as many counts as pairs.

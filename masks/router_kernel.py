@@ -1,14 +1,15 @@
 """The gate on CUDA: a streaming top-k in Triton that never writes the affinities."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.kernel_op import kernel_op, launch
-from moba_flex.masks.pool_kernel import launch_pool
+from moba_flex.masks.layout import ceil_div
 
 _TILE_Q = 64
 _TILE_N = 32
@@ -149,25 +150,22 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + out_row + slot, block, mask=(row[:, None] < q_len) & (slot < picks))
 
 
-@kernel_op("moba_flex::gate_triton")
-def gate_triton(
+@kernel_op("moba_flex::choose_triton")
+def choose_triton(
     q: Tensor,
-    k: Tensor,
-    block_size: int,
-    picks: int,
-    sink_blocks: int,
-    local_blocks: int,
+    block_keys: Tensor,
+    numbers: Sequence[int],
     causal: bool,
-    head_top_k: Tensor | None = None,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
+    head_top_k: Tensor | None,
+    q_offset: int,
+    queries: Tensor | None,
 ) -> Tensor:
-    """Choose at most `picks` blocks besides the own one; arguments and result as of `gate_cpu`."""
+    """Choose blocks besides the own one; arguments and result as of `choose_cpu`."""
     batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, num_blocks = block_keys.shape[1:3]
+    picks, block_size, sink_blocks, local_blocks = numbers
     out = torch.empty(batch, num_heads, q_len, picks, dtype=torch.int32, device=q.device)
     if out.numel():
-        num_blocks = ceil_div(k.shape[2], block_size) if extents is None else extents.shape[2]
-        block_keys = launch_pool(k, block_size, num_blocks, extents)
         launch(
             wrap_triton(gate_kernel),
             (ceil_div(q_len, _TILE_Q), batch * num_heads),
@@ -180,9 +178,9 @@ def gate_triton(
             *q.stride(),
             *block_keys.stride(),
             num_heads,
-            num_heads // k.shape[1],
+            num_heads // num_kv_heads,
             q_len,
-            k.shape[2] - q_len,
+            q_offset,
             num_blocks,
             block_size,
             sink_blocks,

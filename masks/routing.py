@@ -6,31 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.blocks import ceil_div
-from moba_flex.masks.layout import Tables, plain_tables
+from moba_flex.masks.layout import Layout, ceil_div
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The blocks that every query chose, and the geometry that gives them meaning.
+    """The blocks that every query chose, and the layout that gives their numbers a meaning.
 
-    What a query chose is a *set* of blocks. Its own block belongs to the set, listed or not.
+    The choice of a query is a *set* of blocks. Its own block belongs to the set, listed or not.
     Entries that repeat, blocks that the query may not see (of the future, if causal, or of another
     document) and numbers out of range, such as -1, add nothing to it.
 
-    Without tables queries are the last `q_len` of `kv_len` positions, and the own block of query
-    `i` is number `(q_offset + i) // block_size`.
+    Four tokens in blocks of 2, of which token 2 chose block 0, and what `blocks` may hold:
+
+        token             0     1     2     3
+        own block         0     0     1     1
+        blocks          [-1]  [-1]  [ 0]  [ 1]
+        attends to      {0}   {0}  {0,1}  {1}
+
+    Example:
+        >>> blocks = torch.tensor([-1, -1, 0, 1]).view(1, 1, 4, 1)
+        >>> routing = Routing(blocks, block_size=2, q_len=4, kv_len=4, causal=True)
+        >>> routing.as_set().blocks.flatten().tolist()  # 2 blocks: number 2 stands for none
+        [2, 2, 0, 2]
 
     Attributes:
         blocks: The chosen blocks, integers `[B, Hq, Q, K]`, in any order; or `[B, Hkv, Q, K]`, if
-            the query heads of a key/value head choose alike. The library's own gates list the
-            other blocks alone, `K - 1` of them, as int32, ascending, `num_blocks` for none.
+            the query heads of a key/value head choose alike. The library's own gates list only the
+            other blocks, `K - 1` of them, as int32, ascending, with `num_blocks` for none.
         block_size: Keys per block.
         q_len: Number of queries.
-        kv_len: Number of keys.
+        kv_len: Number of keys. Queries are the last of these positions, if rows are plain.
         causal: Whether a query sees only keys at its position and before.
-        tables: Where blocks lie, and which a query may see, if rows are packed documents or are
-            padded; None for one sequence a row.
+        tables: The layout of packed documents or of padded rows, as of `moba_flex.make_tables`;
+            None if each row is one sequence.
     """
 
     blocks: Tensor
@@ -38,26 +47,29 @@ class Routing:
     q_len: int
     kv_len: int
     causal: bool
-    tables: Tables | None = None
+    tables: Layout | None = None
+
+    @classmethod
+    def over(cls, layout: Layout, blocks: Tensor) -> "Routing":
+        """Return the choice of `blocks` of a layout."""
+        tables = None if layout.extents is None else layout
+        return cls(blocks, layout.block_size, layout.q_len, layout.kv_len, layout.causal, tables)
 
     @property
-    def num_blocks(self) -> int:
-        """Number of key blocks, `N`."""
-        if self.tables is not None:
-            return self.tables.num_blocks
-        return ceil_div(self.kv_len, self.block_size)
+    def layout(self) -> Layout:
+        """Where queries and blocks lie."""
+        return self.tables or Layout(self.q_len, self.kv_len, self.block_size, self.causal)
 
     @property
-    def places(self) -> Tables:
-        """Where blocks lie, and which a query may see, also if rows are one sequence each."""
-        return self.tables or plain_tables(
-            self.q_len, self.kv_len, self.block_size, self.causal, self.blocks.device
-        )
+    def places(self) -> Layout:
+        """The layout, with tensors."""
+        at = self.layout.coordinates(self.blocks.device)
+        return self.layout.with_tables(torch.stack(at[:4]), torch.stack(at[4:]))
 
     @property
-    def located(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The tensors of `tables`, as ops take them."""
-        return (None, None) if self.tables is None else (self.tables.queries, self.tables.extents)
+    def located(self) -> tuple[Tensor | None, Tensor | None]:
+        """The tensors of the layout."""
+        return self.layout.queries, self.layout.extents
 
     @classmethod
     def of_parts(
@@ -71,13 +83,17 @@ class Routing:
         extents: Tensor | None,
     ) -> "Routing":
         """Put together what an op, which takes tensors and numbers alone, got one by one."""
-        q_len, kv_len = q.shape[2], k.shape[2]
-        tables = Tables.of_parts(queries, extents, block_size, causal, kv_len)
-        return cls(blocks, block_size, q_len, kv_len, causal, tables)
+        plain = Layout(q.shape[2], k.shape[2], block_size, causal)
+        return cls.over(plain.with_tables(queries, extents), blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of key blocks, `N`."""
+        return self.layout.num_blocks
 
     @property
     def q_offset(self) -> int:
-        """Position of the first query."""
+        """Position of the first query, if rows are plain."""
         return self.kv_len - self.q_len
 
     def as_set(self, num_heads: int | None = None) -> "Routing":
@@ -89,7 +105,8 @@ class Routing:
         blocks, none = self.blocks, self.num_blocks
         if blocks.dtype not in (torch.int32, torch.int64):
             blocks = blocks.long()
-        _, own, oldest, newest = self.places.queries[:, :, None, :, None]
+        at = self.layout.coordinates(blocks.device)
+        own, oldest, newest = (x[:, None, :, None] for x in (at.own, at.oldest, at.newest))
         # Compared before they are cast to int32, which would wrap large numbers around.
         chosen = (blocks >= oldest) & (blocks <= newest) & (blocks != own)
         blocks = torch.where(chosen, blocks, none).int().sort(dim=3).values
@@ -100,4 +117,4 @@ class Routing:
             blocks = blocks[..., : max(most - 1, 0)]
         if num_heads is not None and num_heads != blocks.shape[1]:
             blocks = blocks.repeat_interleave(num_heads // blocks.shape[1], dim=1)
-        return Routing(blocks, self.block_size, self.q_len, self.kv_len, self.causal, self.tables)
+        return Routing.over(self.layout, blocks)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from moba_flex.masks.blocks import ceil_div
+from moba_flex.masks.layout import ceil_div
 from moba_flex.masks.mods import Indices, MaskMod
 from moba_flex.masks.regroup import Regrouping
 from moba_flex.masks.routing import Routing
@@ -108,7 +108,8 @@ def lay_out_keys(routing: Routing) -> tuple[KeyLayout, Routing]:
     if routing.tables is None and stride == block_size and (causal or kv_len % block_size == 0):
         return KeyLayout(stride, kv_len), routing
     device = routing.blocks.device
-    start, stop = routing.places.extents
+    at = routing.layout.coordinates(routing.blocks.device)
+    start, stop = at.start, at.stop
     whole = stop - start == block_size
     offered = whole
     if not causal:  # a short block too, if there is another before it
@@ -234,9 +235,9 @@ def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
     int64 `[R, Q]`; both ascend. Equal for queries that see nothing.
     """
     device, kv_len = routing.blocks.device, routing.kv_len
-    tables = routing.places
-    position, own = tables.queries[0].long(), tables.queries[1].long()
-    start, stop = (F.pad(x, (0, 1)).long().gather(1, own) for x in tables.extents)
+    at = routing.layout.coordinates(device)
+    position, own = at.position.long(), at.own.long()
+    start, stop = (F.pad(x, (0, 1)).long().gather(1, own) for x in (at.start, at.stop))
     if routing.causal:
         stop = torch.minimum(stop, position + 1)
     if routing.tables is None:

@@ -1,87 +1,48 @@
 """`moba_attention`: one function, and the plans that compute it."""
 
 import contextlib
-import math
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
-from moba_flex.compile.flex import compiled
-from moba_flex.compile.limits import FUSED_HEAD_DIM, check_export, check_flex, check_fused
-from moba_flex.compile.plans import run, run_given, uses_flex
-from moba_flex.masks.blocks import LONGEST, ceil_div
-from moba_flex.masks.checks import (
-    check_aux,
-    check_bool,
-    check_gate,
-    check_head_top_k,
-    check_layout,
-    check_mods,
-    check_qkv,
-    check_routing,
-    check_scale,
-    check_softcap,
-    check_transforms,
-    longest_sequence,
-)
-from moba_flex.masks.exporting import holds, is_exporting, is_traced
+from moba_flex.compile.plans import PlanName, Result, find_plan
+from moba_flex.masks.exporting import record
 from moba_flex.masks.inputs import cast_by_autocast
-from moba_flex.masks.layout import Layout, Tables, make_tables
-from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
+from moba_flex.masks.mods import MaskMod, ScoreMod
+from moba_flex.masks.request import (
+    Options,
+    Request,
+    ScoreOptions,
+    gated_request,
+    given_request,
+)
 from moba_flex.masks.routing import Routing
 
-Plan = Literal["dense", "fused", "routed", "masked"]
+Plan = PlanName
 
-_PLANS: tuple[Plan, ...] = ("dense", "fused", "routed", "masked")
+
+class _Options(Options, total=False):
+    """Options of `moba_attention`."""
+
+    plan: Plan | Literal["auto"]
+
+
+class _RoutedOptions(ScoreOptions, total=False):
+    """Options of `routed_attention`."""
+
+    plan: Literal["auto", "fused", "routed", "masked"]
 
 
 @overload
 def moba_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    causal: bool = True,
-    scale: float | None = None,
-    head_top_k: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
-    plan: Plan | Literal["auto"] = "auto",
-    return_aux: None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, return_aux: None = None, **options: Unpack[_Options]
 ) -> Tensor: ...
 @overload
 def moba_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    causal: bool = True,
-    scale: float | None = None,
-    head_top_k: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
-    plan: Plan | Literal["auto"] = "auto",
-    return_aux: AuxRequest,
+    q: Tensor, k: Tensor, v: Tensor, *, return_aux: AuxRequest, **options: Unpack[_Options]
 ) -> tuple[Tensor, AuxOutput]: ...
 def moba_attention(
     q: Tensor,
@@ -156,35 +117,36 @@ def moba_attention(
         ValueError: A shape, a device or an option is out of range, or the plan cannot serve the
             request.
         TypeError: An argument has the wrong type.
+
+    Example:
+        >>> q = torch.randn(2, 8, 1000, 64, requires_grad=True)
+        >>> k, v = torch.randn(2, 2, 2, 1000, 64)
+        >>> out = moba_attention(q, k, v, block_size=64, top_k=4)
+        >>> out.sum().backward()
+        >>> out.shape, q.grad.shape
+        (torch.Size([2, 8, 1000, 64]), torch.Size([2, 8, 1000, 64]))
     """
     q, k, v = cast_by_autocast(q, k, v)
-    mods = _mods(softcap, score_mod, mask_mod)
-    check_transforms(q, k, v)
-    check_qkv(q, k, v)
-    block_size, top_k, sink_blocks, local_blocks = check_gate(
-        block_size, top_k, sink_blocks, local_blocks
+    request = gated_request(
+        q,
+        k,
+        v,
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        causal=causal,
+        head_top_k=head_top_k,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        key_mask=key_mask,
+        scale=scale,
+        softcap=softcap,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        return_aux=return_aux,
     )
-    check_head_top_k(head_top_k, q, top_k, sink_blocks, local_blocks)
-    causal, scale = check_bool("causal", causal), check_scale(scale)
-    check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
-    chosen = _choose(q, k, v, block_size, top_k, head_top_k, mods) if plan == "auto" else plan
-    if chosen not in _PLANS:
-        raise ValueError(f"plan must be one of {('auto', *_PLANS)}, got {plan!r}")
-    if plan == "dense":
-        longest = longest_sequence(k.shape[2], cu_seqlens, key_mask)
-        _check_dense(block_size, top_k, head_top_k, longest)
-
-    layout: Layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "key_mask": key_mask}
-    size = LONGEST if chosen == "dense" else block_size
-    tables = make_tables(q.shape[2], k.shape[2], size, causal, **layout)
-    options: dict[str, Any] = {
-        "block_size": block_size,
-        "top_k": top_k,
-        "sink_blocks": sink_blocks,
-        "local_blocks": local_blocks,
-    }
-    tensors = {"head_top_k": head_top_k, **_located(tables)}
-    return _execute(run, q, k, v, tensors, options, chosen, causal, scale, mods, return_aux)
+    return _attend(request, plan, return_aux)
 
 
 @overload
@@ -194,12 +156,8 @@ def routed_attention(
     v: Tensor,
     routing: Routing,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
-    plan: Literal["auto", "fused", "routed", "masked"] = "auto",
     return_aux: None = None,
+    **options: Unpack[_RoutedOptions],
 ) -> Tensor: ...
 @overload
 def routed_attention(
@@ -208,12 +166,8 @@ def routed_attention(
     v: Tensor,
     routing: Routing,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
-    plan: Literal["auto", "fused", "routed", "masked"] = "auto",
     return_aux: AuxRequest,
+    **options: Unpack[_RoutedOptions],
 ) -> tuple[Tensor, AuxOutput]: ...
 def routed_attention(
     q: Tensor,
@@ -221,12 +175,9 @@ def routed_attention(
     v: Tensor,
     routing: Routing,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
     plan: Literal["auto", "fused", "routed", "masked"] = "auto",
     return_aux: AuxRequest | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend with every query to its own block and to those that a given routing says.
 
@@ -237,12 +188,9 @@ def routed_attention(
         k: Keys, `[B, Hkv, KV, D]`.
         v: Values, `[B, Hkv, KV, Dv]`.
         routing: Which blocks each query attends to.
-        scale: Factor on the scores; `1 / sqrt(D)` if None.
-        softcap: As of `moba_attention`, like all that follow.
-        score_mod: Changes scores.
-        mask_mod: Hides keys.
         plan: How to compute it.
-        return_aux: What to return beside the output.
+        return_aux: What to return beside the output, as of `moba_attention`.
+        options: `scale`, `softcap`, `score_mod` and `mask_mod`, as of `moba_attention`.
 
     Returns:
         The output `[B, Hq, Q, Dv]`, or with `return_aux` the output and an `AuxOutput`.
@@ -251,22 +199,17 @@ def routed_attention(
         ValueError: A shape, a device or an option is out of range, or the plan cannot serve the
             request.
         TypeError: An argument has the wrong type.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4, 256, 32)
+        >>> blocks = torch.zeros(1, 4, 256, 1, dtype=torch.int64)  # the first block, and the own
+        >>> routing = Routing(blocks, block_size=64, q_len=256, kv_len=256, causal=True)
+        >>> routed_attention(q, k, v, routing).shape
+        torch.Size([1, 4, 256, 32])
     """
     q, k, v = cast_by_autocast(q, k, v)
-    mods = _mods(softcap, score_mod, mask_mod)
-    check_transforms(q, k, v)
-    check_qkv(q, k, v)
-    check_routing(routing, q, k)
-    scale = check_scale(scale)
-    chosen = _choose_sparse(q, v, mods) if plan == "auto" else plan
-    if chosen not in _PLANS[1:]:
-        raise ValueError(f"plan must be one of {('auto', *_PLANS[1:])}, got {plan!r}")
-    blocks = routing.as_set(q.shape[1]).blocks
-    tensors = {"blocks": blocks, **_located(routing.tables)}
-    options = {"block_size": routing.block_size}
-    return _execute(
-        run_given, q, k, v, tensors, options, chosen, routing.causal, scale, mods, return_aux
-    )
+    request = given_request(q, k, v, routing, return_aux=return_aux, **options)
+    return _attend(request, plan, return_aux)
 
 
 def choose_plan(
@@ -274,20 +217,8 @@ def choose_plan(
     k: Tensor,
     v: Tensor | None = None,
     *,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    causal: bool = True,
-    scale: float | None = None,
-    head_top_k: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
     return_aux: AuxRequest | None = None,
+    **options: Unpack[Options],
 ) -> Plan:
     """Say which plan `moba_attention(..., plan="auto")` takes; nothing is computed.
 
@@ -295,147 +226,53 @@ def choose_plan(
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
         v: Values, `[B, Hkv, KV, Dv]`; None if they have the head_dim of `k`.
-        block_size: Keys per block; this and what follows is as of `moba_attention`.
-        top_k: Blocks a query attends to, its own included.
-        sink_blocks: First blocks that are always chosen.
-        local_blocks: Blocks right before the own one that are always chosen.
-        causal: Whether a query sees only keys at its position and before.
-        scale: Factor on the scores.
-        head_top_k: Blocks that the queries of each head attend to.
-        cu_seqlens: Where documents start.
-        cu_seqlens_q: Where their queries start.
-        key_mask: Which keys are not padding.
-        softcap: Limit of the scores.
-        score_mod: What changes scores.
-        mask_mod: What hides keys.
         return_aux: What to return beside the output.
+        options: Those of `moba_attention`.
 
     Returns:
         "dense" if `top_k` blocks cover all keys, in every head; else "fused" on CUDA, for head
         dims of at most 256 and neither `score_mod` nor `mask_mod`; else "routed".
 
     Raises:
-        ValueError: A shape or an option is out of range.
+        ValueError: A shape or an option is out of range, or no plan can serve the request.
         TypeError: An argument has the wrong type.
+
+    Example:
+        >>> q = k = torch.randn(1, 2, 256, 64)
+        >>> choose_plan(q, k, block_size=64, top_k=2)
+        'routed'
     """
     v = k if v is None else v
-    check_qkv(q, k, v)
-    gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
-    check_head_top_k(head_top_k, q, *gate[1:])
-    check_bool("causal", causal)
-    check_scale(scale)
-    check_layout(q, k, cu_seqlens, cu_seqlens_q, key_mask)
-    check_aux(return_aux)
-    mods = _mods(softcap, score_mod, mask_mod)
-    return _choose(q, k, v, *gate[:2], head_top_k, mods)
+    request = gated_request(q, k, v, return_aux=return_aux, **options)
+    return find_plan("auto", request).name
 
 
-def _choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: int,
-    top_k: int,
-    head_top_k: Tensor | None,
-    mods: Mods | None,
-) -> Plan:
-    if head_top_k is None and holds(top_k >= ceil_div(k.shape[2], block_size)):
-        return "dense"
-    return _choose_sparse(q, v, mods)
-
-
-def _choose_sparse(q: Tensor, v: Tensor, mods: Mods | None) -> Plan:
-    functions = mods is not None and mods.ask
-    small = max(q.shape[3], v.shape[3]) <= FUSED_HEAD_DIM
-    return "fused" if q.device.type == "cuda" and small and not functions else "routed"
-
-
-def _mods(
-    softcap: float | None, score_mod: ScoreMod | None, mask_mod: MaskMod | None
-) -> Mods | None:
-    """Return the changes to scores, checked; None if there are none."""
-    mods = Mods(score_mod, mask_mod, check_softcap(softcap))
-    if mods == Mods():
-        return None
-    check_mods(mods)
-    return mods
-
-
-def _located(tables: Tables | None) -> dict[str, Tensor | None]:
-    """Return the tensors of tables by name: a graph would take their numbers for symbols."""
-    if tables is None:
-        return {"queries": None, "extents": None}
-    return {"queries": tables.queries, "extents": tables.extents}
-
-
-def _check_dense(block_size: int, top_k: int, head_top_k: Tensor | None, longest: int) -> None:
-    """Raise if not every query is to see all keys, of which there are `longest` at most."""
-    if head_top_k is not None:
-        raise ValueError(
-            "head_top_k must be None for plan='dense', got a Tensor: let plan be 'auto'"
-        )
-    num_blocks = ceil_div(longest, block_size)
-    if not holds(top_k >= num_blocks):
-        raise ValueError(
-            f"top_k must cover all {num_blocks} blocks for plan='dense', got {top_k}: "
-            "raise top_k, or let plan be 'auto'"
-        )
-
-
-def _execute(
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: dict[str, Any],
-    options: dict[str, Any],
-    plan: Plan,
-    causal: bool,
-    scale: float | None,
-    mods: Mods | None,
-    return_aux: AuxRequest | None,
+def _attend(
+    request: Request, name: str, return_aux: AuxRequest | None
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """Call `run` or `run_given`, compiled if the plan needs that, and return what is asked for."""
-    lse = check_aux(return_aux)
-    changed = tensors["extents"] is not None or mods is not None
-    flex = uses_flex(plan, q, k, causal=causal, lse=lse, changed=changed)
-    if flex:
-        check_flex(q, k, v, lse, plan)
-    if plan == "fused":
-        check_fused(q, v, mods)
-    if is_exporting():
-        check_export(q, tensors, mods)
-
-    options = options | {
-        "plan": plan,
-        "causal": causal,
-        "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
-        "lse": lse,
-    }
-    device = q.device.type
-    # What is cast is cast: within, autocast would round the scores.
-    autocast = torch.is_autocast_enabled(device) if device != "meta" else False
+    """Attend by the plan of a name, and return what is asked for."""
+    plan = find_plan(name, request)
+    gate, device = request.gate, request.q.device.type
+    if gate is not None:
+        record(
+            plan=plan.name,
+            block_size=gate.block_size,
+            top_k=gate.top_k,
+            sink_blocks=gate.sink_blocks,
+            local_blocks=gate.local_blocks,
+            causal=gate.causal,
+        )
+    # Inputs are cast already: within the plan, autocast would round the scores.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        if statically_known_true(q.numel() == 0):
-            out, out_lse = _nothing(q, k, v)
-        elif flex and not is_traced():
-            grads = torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad
-            sizes = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-            given = tuple(name for name, x in tensors.items() if x is not None)
-            kind = q.device, q.dtype, sizes, grads, given
-            changes = mods or Mods()
-            # PyTorch's C++ template takes the tenth symbol of a graph for the first and a digit.
-            static = device == "cpu" and changed
-            graph = compiled(function, kind, changes.softcap, static, **options)
-            functions = {"score_mod": changes.score_mod, "mask_mod": changes.mask_mod}
-            out, out_lse = graph(q, k, v, **functions, **tensors)
-        else:
-            out, out_lse = function(q, k, v, mods=mods, **tensors, **options)
-    return out if return_aux is None else (out, AuxOutput(lse=out_lse if lse else None))
+        empty = statically_known_true(request.q.numel() == 0)
+        out, lse = _attend_nothing(request) if empty else plan(request)
+    return out if return_aux is None else (out, AuxOutput(lse=lse if request.lse else None))
 
 
-def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_nothing(request: Request) -> Result:
     """Return the output and the log-sum-exps of no queries, or of an empty batch."""
-    none = q[..., 0] + 0 * (k.sum() + v.sum())
+    q, v = request.q, request.v
+    none = q[..., 0] + 0 * (request.k.sum() + v.sum())
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     return none.unsqueeze(3).expand(*q.shape[:3], v.shape[3]), none.to(exact)

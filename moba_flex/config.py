@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from moba_flex.masks.checks import check_gate, check_int
+from moba_flex.masks.checks import check_int
+from moba_flex.masks.request import Gate
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,10 @@ class MoBAConfig:
     head_top_k: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        gate = self.block_size, self.top_k, self.sink_blocks, self.local_blocks
-        # As plain ints, for JSON knows no others.
-        names = ("block_size", "top_k", "sink_blocks", "local_blocks")
-        for name, value in zip(names, check_gate(*gate), strict=True):
-            object.__setattr__(self, name, value)
+        gate = Gate(self.block_size, self.top_k, self.sink_blocks, self.local_blocks)
+        for name in ("block_size", "top_k", "sink_blocks", "local_blocks"):
+            # The gate has them as plain ints; JSON knows no others.
+            object.__setattr__(self, name, getattr(gate, name))
         if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
             raise TypeError(
                 f"dense_layers must be a tuple of ints, got {type(self.dense_layers).__name__}"

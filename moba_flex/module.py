@@ -1,22 +1,29 @@
 """`moba_attention` as a module that keeps a layer's options."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest
 
 from moba_flex.attention import Plan, moba_attention
 from moba_flex.masks.checks import (
-    check_bool,
-    check_gate,
     check_int,
     check_scale,
     check_softcap,
     is_readable,
 )
 from moba_flex.masks.inputs import numbers_beside
+from moba_flex.masks.layout import RowOptions
 from moba_flex.masks.mods import MaskMod, ScoreMod
+from moba_flex.masks.request import Gate
+
+
+class CallOptions(RowOptions, total=False):
+    """What differs from call to call; see `moba_flex.moba_attention`."""
+
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
 
 
 class MoBAAttention(nn.Module):
@@ -39,6 +46,18 @@ class MoBAAttention(nn.Module):
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is out of range, or `top_k` cannot hold the forced blocks.
+
+    Example:
+        >>> attention = MoBAAttention(block_size=64, top_k=3)
+        >>> q, k = torch.randn(1, 4, 512, 32), torch.randn(1, 2, 512, 32)
+        >>> sparse = attention(q, k, k)
+        >>> attention.top_k = 8  # of 8 blocks
+        >>> dense = attention(q, k, k)
+        >>> exact = torch.nn.functional.scaled_dot_product_attention(
+        ...     q, k, k, is_causal=True, enable_gqa=True
+        ... )
+        >>> torch.allclose(dense, exact, atol=1e-5), torch.allclose(sparse, exact, atol=1e-5)
+        (True, False)
     """
 
     def __init__(
@@ -55,9 +74,10 @@ class MoBAAttention(nn.Module):
         plan: Plan | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        gate = check_gate(block_size, top_k, sink_blocks, local_blocks)
-        self.block_size, self.top_k, self.sink_blocks, self.local_blocks = gate
-        self.causal, self.plan = check_bool("causal", causal), plan
+        gate = Gate(block_size, top_k, sink_blocks, local_blocks, causal)
+        self.block_size, self.top_k = gate.block_size, gate.top_k
+        self.sink_blocks, self.local_blocks = gate.sink_blocks, gate.local_blocks
+        self.causal, self.plan = gate.causal, plan
         self.scale, self.softcap = check_scale(scale), check_softcap(softcap)
         self.head_top_k = _as_ints(head_top_k)
 
@@ -67,12 +87,8 @@ class MoBAAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         *,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        score_mod: ScoreMod | None = None,
-        mask_mod: MaskMod | None = None,
         return_aux: AuxRequest | None = None,
+        **options: Unpack[CallOptions],
     ) -> Any:
         """Attend, see `moba_attention`.
 
@@ -80,12 +96,9 @@ class MoBAAttention(nn.Module):
             q: Queries, `[B, Hq, Q, D]`.
             k: Keys, `[B, Hkv, KV, D]`.
             v: Values, `[B, Hkv, KV, Dv]`.
-            cu_seqlens: Where the documents of every row start, and the end `KV`.
-            cu_seqlens_q: Where the queries of each document start, and the end `Q`.
-            key_mask: True for the keys that are not padding, bool `[B, KV]`.
-            score_mod: Changes scores.
-            mask_mod: Hides keys.
             return_aux: What to return beside the output.
+            options: `cu_seqlens`, `cu_seqlens_q`, `key_mask`, `score_mod` and `mask_mod`, as of
+                `moba_attention`.
 
         Returns:
             The output `[B, Hq, Q, Dv]`, or with `return_aux` the output and an `AuxOutput`.
@@ -102,14 +115,10 @@ class MoBAAttention(nn.Module):
             q,
             k,
             v,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_q=cu_seqlens_q,
-            key_mask=key_mask,
-            score_mod=score_mod,
-            mask_mod=mask_mod,
             return_aux=return_aux,
             head_top_k=head_top_k,
             **self._options(),
+            **options,
         )
 
     def _options(self) -> dict[str, Any]:

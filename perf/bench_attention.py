@@ -19,9 +19,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from moba_flex import choose_plan, route
-from moba_flex.compile import plans
+from moba_flex import route
+from moba_flex.compile.plans import find_plan
 from moba_flex.masks.regroup import sort_pairs
+from moba_flex.masks.request import Request
 from perf.check import check
 from perf.peers import PEERS, Attention, Unavailable
 from perf.shapes import PARTS, STAGES, Shape, draw
@@ -134,11 +135,12 @@ def part_calls(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Calla
     """Return what to time of the plan that moba_flex takes by itself."""
     options: dict[str, Any] = {"block_size": shape.block_size, "top_k": shape.top_k}
     routing = route(q, k, **options)
-    plan = getattr(plans, choose_plan(q, k, **options))
+    given = Request(q, k, v, shape.head_dim**-0.5, routing=routing, layout=routing.layout)
+    plan = find_plan("auto", given)
     return {
         "route": lambda: route(q, k, **options),
         "regroup": lambda: sort_pairs(routing, shape.num_kv_heads),
-        "attend": lambda: plan(q, k, v, routing, scale=shape.head_dim**-0.5),
+        "attend": lambda: plan(given),
     }
 
 

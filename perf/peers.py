@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import create_moba_block_mask, moba_attention
 from moba_flex.compile.flex import repeatable
-from moba_flex.masks.layout import Layout
+from moba_flex.masks.layout import RowOptions
 from perf.shapes import Shape
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ def _moba_flex(shape: Shape, device: torch.device, plan: Literal["auto", "routed
     return attend
 
 
-def layout(shape: Shape, device: torch.device) -> Layout:
+def layout(shape: Shape, device: torch.device) -> RowOptions:
     """Return what tells moba_flex that a row is packed of documents, or padded."""
     if shape.documents:
         starts = range(0, shape.seq_len + 1, shape.length)

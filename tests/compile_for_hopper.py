@@ -10,6 +10,7 @@ from triton.compiler import ASTSource
 
 from moba_flex.compile import fused, fused_kernels
 from moba_flex.masks import pool_kernel, regroup_kernel, router_kernel
+from moba_flex.masks.layout import Layout
 
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
@@ -105,11 +106,11 @@ def attention(
 ) -> list[dict[str, Any]]:
     """Compile the kernels of the fused plan, plain or with all that they can do."""
     q, k = (torch.empty(1, heads, 256, head_dim, dtype=dtype) for heads in (2, 1))
-    v, softcap, extents = k, 0.0, None
+    v, softcap, layout = k, 0.0, Layout(256, 256, block_size, causal=True)
     if everything:
         v, softcap = k[..., : head_dim // 2], 30.0
-        extents = torch.empty(2, 1, 8, dtype=torch.int32)
-    problem = fused._Problem.of(q, k, v, 2, block_size, True, 1.0, softcap, extents)
+        layout = layout.with_tables(*(torch.empty(n, 1, 8, dtype=torch.int32) for n in (4, 2)))
+    problem = fused._Problem.of(q, k, v, 2, layout, 1.0, softcap)
     found = []
     for name in fused._TILES:
         tiles, constants = problem.tiles(name), problem.options(name)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -140,6 +140,11 @@ def route_case(case: Case, q: Tensor, k: Tensor) -> Routing:
     return route(q, k, **case.gate, tables=tables)
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a function made by `in_one_graph` runs, to be run as it is."""
+    return cast(Callable[..., Any], inspect.unwrap(function))
+
+
 def chosen_blocks(routing: Routing) -> Tensor:
     """Return the blocks that each query attends to, own one included: bool `[B, Hq, Q, N]`."""
     blocks, num_blocks = routing.blocks.long(), routing.num_blocks
@@ -147,12 +152,8 @@ def chosen_blocks(routing: Routing) -> Tensor:
         *blocks.shape[:3], num_blocks + 1, dtype=torch.bool, device=blocks.device
     ).scatter(3, blocks, True)[..., :-1]
     number = torch.arange(num_blocks, device=blocks.device)
-    if routing.tables is not None:
-        own = routing.tables.queries[1].unsqueeze(1)
-    else:
-        position = routing.q_offset + torch.arange(routing.q_len, device=blocks.device)
-        own = position // routing.block_size
-    return table | (number == own.unsqueeze(-1))
+    own = routing.layout.coordinates(blocks.device).own[:, None, :, None]
+    return table | (number == own)
 
 
 def given_routing(case: Case) -> Routing:

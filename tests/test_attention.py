@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moba_flex import choose_plan, moba_attention, moba_attention_reference, route
 from moba_flex.compile import plans
+from moba_flex.masks.request import gated_request
 from tests.helpers import (
     Case,
     assert_matches_oracle,
@@ -22,6 +23,7 @@ from tests.helpers import (
     attention,
     cases,
     chosen_blocks,
+    uncompiled,
 )
 
 EXAMPLES = settings().max_examples
@@ -53,8 +55,9 @@ def test_flex_form_of_routed_is_the_oracle(case: Case) -> None:
     """The form that runs on CUDA, its two FlexAttention calls read from their lists."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
-        return plans._routed_flex(q, k, v, route(q, k, **case.gate), scale=scale)
+        return uncompiled(plans._attend_regrouped)(
+            gated_request(q, k, v, **case.gate, scale=case.scale)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "attend", attend_by_lists)
@@ -64,8 +67,9 @@ def test_flex_form_of_routed_is_the_oracle(case: Case) -> None:
 @given(case=cases(max_len=400))
 def test_masked_by_lists_is_the_oracle(case: Case) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
-        return plans.masked(q, k, v, route(q, k, **case.gate), scale=scale, lse=True)
+        lse = AuxRequest(lse=True)
+        request = gated_request(q, k, v, **case.gate, scale=case.scale, return_aux=lse)
+        return uncompiled(plans._attend_masked)(request)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "attend", attend_by_lists)

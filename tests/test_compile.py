@@ -27,11 +27,13 @@ from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows
 from moba_flex.masks import router
 from moba_flex.masks.block_mask import routing_to_block_mask
-from moba_flex.masks.layout import padded_tables
+from moba_flex.masks.layout import Layout, make_tables
+from moba_flex.masks.pool import pool
 from moba_flex.masks.regroup import regroup
+from moba_flex.masks.request import Gate, Request, gated_request
 from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, lay_out_keys, own_block_mask, routed_block_mask
-from tests.helpers import Case, assert_matches_oracle, attention, run_script
+from tests.helpers import Case, assert_matches_oracle, attention, run_script, uncompiled
 
 LENGTHS = [200, 333, 512, 700, 1024, 1111]
 
@@ -132,8 +134,8 @@ def test_fewer_blocks_than_top_k_are_a_number_of_picks(number: int) -> None:
     picks: list[Any] = []
 
     def record(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
-        (gate,) = (n for n in graph.graph.nodes if "gate_cpu" in str(n.target))
-        picks.append(gate.args[3])
+        (gate,) = (n for n in graph.graph.nodes if "choose_cpu" in str(n.target))
+        picks.append(gate.args[2][0])
         return graph.forward
 
     def choose(q: Tensor, k: Tensor) -> Tensor:
@@ -173,22 +175,27 @@ def test_masks_in_the_routed_plan_suit_the_backward_on_hopper(
     monkeypatch.setattr(plans, "attend", record)
     for block_size in (1, 16, 100, 128, 200, 512):
         q, k, v = qkv(1000)
-        routing = route(q, k, block_size=block_size, top_k=3)
-        plans._routed_flex(q, k, v, routing, scale=1.0)
-        plans.masked(q, k, v, routing, scale=1.0, lse=True)
+        request = gated_request(q, k, v, block_size=block_size, top_k=3)
+        uncompiled(plans._attend_regrouped)(request)
+        uncompiled(plans._attend_masked)(request)
     assert all(size % 128 == 0 for pair in sizes for size in pair), sizes
 
 
 def test_compiled_function_is_made_once() -> None:
-    def double(q: Tensor, k: Tensor, v: Tensor, *, times: int) -> Tensor:
-        return q * times
+    def double(request: Request) -> Tensor:
+        return request.q * request.scale
 
-    first = flex.compiled(double, ("kind",), times=2)
-    assert flex.compiled(double, ("kind",), times=2) is first
-    assert flex.compiled(double, ("kind",), times=3) is not first
-    assert flex.compiled(double, ("other",), times=2) is not first
-    x = torch.ones(3)
-    assert flex.compiled(double, ("kind",), times=3)(x, x, x).tolist() == [3, 3, 3]
+    def outline(**changed: Any) -> Any:
+        layout, request = Layout(3, 3, 2, causal=True), request_of(x, scale=2.0)
+        return flex._Outline.of(request, layout, {})._replace(**changed)
+
+    x = torch.ones(1, 1, 3, 2)
+    first = flex._compiled(double, outline(), static=False)
+    assert flex._compiled(double, outline(), static=False) is first
+    assert flex._compiled(double, outline(scale=3.0), static=False) is not first
+    assert flex._compiled(double, outline(kind=("other",)), static=False) is not first
+    made = flex.in_one_graph(double)
+    assert (made(request_of(x, scale=3.0)) == 3).all()
 
 
 @pytest.mark.slow
@@ -196,13 +203,13 @@ def test_compiled_function_is_made_once() -> None:
 def test_backward_of_a_compiled_function_runs_twice(keep_first: bool) -> None:
     """Also after a backward that ran once and was compiled for that."""
 
-    def mix(q: Tensor, k: Tensor, v: Tensor, *, kept: bool) -> Tensor:
-        return (q.sin() * k).cos() @ v.mT
+    @flex.in_one_graph
+    def mix(request: Request) -> Tensor:
+        return (request.q.sin() * request.k).cos() @ request.v.mT
 
     inputs = [torch.randn(1, 1, 8, 8, requires_grad=True) for _ in range(3)]
-    run = flex.compiled(mix, ("twice",), kept=keep_first)
-    torch.autograd.grad(run(*inputs).sum(), inputs, retain_graph=keep_first)
-    out = run(*inputs).sum()
+    torch.autograd.grad(mix(request_of(*inputs)).sum(), inputs, retain_graph=keep_first)
+    out = mix(request_of(*inputs)).sum()
     first = torch.autograd.grad(out, inputs, retain_graph=True)
     for x, y in zip(first, torch.autograd.grad(out, inputs), strict=True):
         assert torch.equal(x, y)
@@ -219,17 +226,18 @@ def test_threads_call_compiled_functions_and_leave_pytorch_as_it_was() -> None:
             *(getattr(dynamo_config, name) for name in names),
         )
 
-    def mix(q: Tensor, k: Tensor, v: Tensor, *, times: int) -> Tensor:
-        return times * (q.sin() * k).cos() @ v.mT
+    def mix(request: Request) -> Tensor:
+        return request.scale * (request.q.sin() * request.k).cos() @ request.v.mT
 
+    run = flex.in_one_graph(mix)
     before, wrong, interval = settings(), list[object](), sys.getswitchinterval()
 
     def call(number: int) -> None:
         try:
             for length in (8, 9, 10, 11) * 20:
                 inputs = [torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3)]
-                run = flex.compiled(mix, ("threads",), times=1 + number % 2)
-                out, want = run(*inputs), mix(*inputs, times=1 + number % 2)
+                request = request_of(*inputs, scale=1.0 + number % 2)
+                out, want = run(request), mix(request)
                 grads = [
                     torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (want, out)
                 ]
@@ -254,13 +262,19 @@ def test_threads_call_compiled_functions_and_leave_pytorch_as_it_was() -> None:
 
 
 def test_compiled_functions_are_one_graph() -> None:
-    def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @flex.in_one_graph
+    def broken(request: Request) -> Tensor:
         torch._dynamo.graph_break()
-        return q
+        return request.q
 
-    x = torch.ones(3)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
-        flex.compiled(broken, ("broken",))(x, x, x)
+        broken(request_of(torch.ones(1, 1, 3, 2)))
+
+
+def request_of(*tensors: Tensor, scale: float = 1.0) -> Request:
+    """Return a request of q, k and v, or of one tensor as all three."""
+    q, k, v = tensors if len(tensors) == 3 else tensors * 3
+    return Request(q, k, v, scale, gate=Gate(2, 1))
 
 
 def turned(x: Tensor) -> Tensor:
@@ -316,16 +330,33 @@ def test_masked_plan_shows_what_is_not_finite(mods: dict[str, Any]) -> None:
         assert_matches_oracle("masked, planted", case, run, backward=False)
 
 
-def test_flex_attention_never_runs_uncompiled() -> None:
-    """Every plan that calls it says so, and then `moba_attention` compiles."""
+def test_flex_attention_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan that calls it goes through a graph of its own."""
+
+    class Compiled(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Compiled
+
+    def is_compiled(plan: str, q: Tensor, k: Tensor, **options: Any) -> bool:
+        try:
+            moba_attention(q, k, k, block_size=16, top_k=9, plan=plan, **options)  # type: ignore[call-overload]
+        except Compiled:
+            return True
+        return False
+
+    monkeypatch.setattr(flex, "_compiled", stop)
+    monkeypatch.setattr(plans, "attend", None)  # outside of a graph
     with FakeTensorMode():
         q, k = torch.empty(1, 2, 64, 16, device="cuda"), torch.empty(1, 2, 96, 16, device="cuda")
         for plan in ("dense", "masked", "routed"):
-            assert plans.uses_flex(plan, q, k, causal=True, lse=False)
-        assert plans.uses_flex("dense", k, k, causal=True, lse=True)
-        assert not plans.uses_flex("dense", k, k, causal=True, lse=False)
-        assert plans.uses_flex("masked", q.cpu(), k.cpu(), causal=True, lse=False)
-        assert not plans.uses_flex("routed", q.cpu(), k.cpu(), causal=True, lse=True)
+            assert is_compiled(plan, q, k)
+        assert is_compiled("dense", k, k, causal=False, return_aux=AuxRequest(lse=True))
+        assert is_compiled("dense", k, k, return_aux=AuxRequest(lse=True))
+        assert not is_compiled("dense", k, k)
+        assert is_compiled("masked", q.cpu(), k.cpu())
+        assert not is_compiled("routed", q.cpu(), k.cpu(), return_aux=AuxRequest(lse=True))
 
 
 def test_lse_inside_a_graph() -> None:
@@ -342,9 +373,10 @@ def test_lse_inside_a_graph() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_ops_keep_the_rules_of_torch_library(q_len: int, causal: bool) -> None:
     q, k, v = (x.requires_grad_() for x in Case(2, 2, 3, q_len, 90).inputs())
-    gate = (q, k, 16, 3, 1, 0, causal)
-    torch.library.opcheck(router.gate_cpu, gate)
-    blocks = router.gate_cpu(*gate)
+    block_keys = pool(k, Layout(q_len, 90, 16, causal)).detach()
+    gate = (q.detach(), block_keys, (3, 16, 1, 0), causal, None, 90 - q_len, None)
+    torch.library.opcheck(router.choose_cpu, gate)
+    blocks = router.choose_cpu(*gate)
     torch.library.opcheck(cpu.attend_cpu, (q, k, v, blocks, 16, causal, 0.3))
     out, lse = cpu.attend_cpu(q, k, v, blocks, 16, causal, 0.3)
     for grad_lse in (None, torch.randn_like(lse)):
@@ -411,7 +443,9 @@ def test_lists_follow_each_other(
     found = []
 
     def attend_to(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-        tables = padded_tables(key_mask, q.shape[2], 64, True) if padded else None
+        tables = (
+            make_tables(q.shape[2], k.shape[2], 64, True, key_mask=key_mask) if padded else None
+        )
         return function(q, k, v, route(q, k, block_size=64, top_k=3, tables=tables))
 
     def look(*args: Any, **kwargs: Any) -> None:

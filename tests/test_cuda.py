@@ -21,7 +21,8 @@ from moba_flex import (
     moba_attention_reference,
     route,
 )
-from moba_flex.masks.blocks import pool_keys
+from moba_flex.masks.layout import Layout
+from moba_flex.masks.pool import pool
 from tests import fuzz
 from tests.case import MEMORY, lay_out
 from tests.helpers import (
@@ -185,14 +186,17 @@ def test_block_keys_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
         k = torch.randn(2, 3, kv_len, head_dim) * torch.randn(2, 3, kv_len, head_dim).exp()
         k = lay_out(k.to(dtype), MEMORY[block_size % len(MEMORY)])
         want, there = means_in_order(k, block_size), lay_out(k.cuda(), MEMORY[block_size % 3])
-        assert torch.equal(pool_keys(k, block_size), want)
-        assert torch.equal(pool_keys(there, block_size).cpu(), want)
+        plain = Layout(kv_len, kv_len, block_size, causal=True)
+        assert torch.equal(pool(k, plain), want)
+        assert torch.equal(pool(there, plain).cpu(), want)
         starts = torch.tensor([0, block_size + 1, block_size + 1, kv_len - 1])
-        tables = make_tables(kv_len, kv_len, block_size, True, cu_seqlens=starts)
-        assert tables is not None
-        extents = tables.extents
-        want = pool_keys(k, block_size, extents)
-        assert torch.equal(pool_keys(there, block_size, extents.cuda()).cpu(), want)
+        here, on_cuda = (
+            make_tables(kv_len, kv_len, block_size, True, cu_seqlens=x)
+            for x in (starts, starts.cuda())
+        )
+        assert here is not None
+        assert on_cuda is not None
+        assert torch.equal(pool(there, on_cuda).cpu(), pool(k, here))
 
 
 @settings(max_examples=10 * settings().max_examples, phases=PHASES)

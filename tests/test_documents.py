@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from moba_flex import moba_attention, moba_attention_reference, route
 from moba_flex.compile import cpu, parts
 from moba_flex.masks import router
-from moba_flex.masks.blocks import pool_keys
 from moba_flex.masks.layout import make_tables
+from moba_flex.masks.pool import pool
 from tests.case import Case, Span
 from tests.helpers import assert_matches_oracle, attention, cases, chosen_blocks, route_case
 
@@ -283,9 +283,18 @@ def test_ops_keep_the_rules_of_torch_library(causal: bool) -> None:
         q, k, v = (x.requires_grad_() for x in case.inputs())
         tables = make_tables(71, 71, 8, causal, **case.layout)
         assert tables is not None
-        gate = (q, k, 8, 2, 1, 0, causal, torch.tensor([2, 3]), *tables[:2])
-        torch.library.opcheck(router.gate_cpu, gate)
-        options = (router.gate_cpu(*gate), 8, causal, 0.3, *tables[:2])
+        place = tables.queries, tables.extents
+        gate = (
+            q.detach(),
+            pool(k.detach(), tables),
+            (2, 8, 1, 0),
+            causal,
+            torch.tensor([2, 3]),
+            0,
+            tables.queries,
+        )
+        torch.library.opcheck(router.choose_cpu, gate)
+        options = (router.choose_cpu(*gate), 8, causal, 0.3, *place)
         torch.library.opcheck(cpu.attend_cpu, (q, k, v, *options))
 
 
@@ -296,7 +305,7 @@ def test_block_keys_are_means_of_each_block(dtype: torch.dtype) -> None:
         _, k, _ = case.inputs()
         tables = make_tables(79, 79, 8, True, **case.layout)
         assert tables is not None
-        keys = pool_keys(k, case.block_size, tables.extents)
+        keys = pool(k, tables)
         assert keys.dtype == dtype
         assert keys.shape == (3, 2, tables.num_blocks, 16)
         for b in range(3):

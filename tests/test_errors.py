@@ -322,7 +322,7 @@ GIVEN_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (
         given(tables="documents"),
         TypeError,
-        "routing.tables must be Tables, got str: see make_tables",
+        "routing.tables must be a Layout, got str: see make_tables",
     ),
 ]
 TABLES_ERRORS: list[tuple[Any, type[Exception], str]] = [
@@ -356,7 +356,7 @@ TABLES_ERRORS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "tables must be on the device of q, cpu, got meta",
     ),
-    ((STARTS, STARTS), TypeError, "tables must be Tables, got tuple: see make_tables"),
+    ((STARTS, STARTS), TypeError, "tables must be a Layout, got tuple: see make_tables"),
 ]
 MOD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": "50"}, TypeError, "softcap must be a number, got str"),
@@ -903,6 +903,7 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 # Raised where a test needs more than a call: below, and in the file that is named.
 MORE_MESSAGES = {
     "here": [
+        "module 'moba_flex' has no attribute 'nonsense'",
         "q must be on cuda for plan='fused', got cpu: let plan be 'auto'",
         "q must be a local tensor, got a DTensor: heads are independent of each other, so shard "
         "them and pass x.to_local()",
@@ -1235,7 +1236,7 @@ def test_functions_that_the_fused_plan_does_not_take(name: str) -> None:
 
 
 def test_the_fused_plan_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moba_flex.compile.limits.interpreted", lambda: False)
+    monkeypatch.setattr("moba_flex.compile.plans.interpreted", lambda: False)
     message = "q must be on cuda for plan='fused', got cpu: let plan be 'auto'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         moba_attention(x(), x(), x(), **GATE, plan="fused")
@@ -1254,6 +1255,11 @@ def test_tensors_past_32_bit_offsets_on_cuda(plan: Any) -> None:
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             moba_attention(q, k, k, block_size=4096, top_k=3, plan=plan)
+
+
+def test_names_that_the_package_lacks() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = moba_flex.nonsense
 
 
 @pytest.mark.parametrize(("options", "error", "message"), CONFIG_ERRORS, ids=identify)
@@ -1285,15 +1291,17 @@ def messages_in_code() -> Iterator[tuple[str, str]]:
         for file in sorted((root / folder).glob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
                 where = f"{folder}/{file.name}:{getattr(node, 'lineno', 0)}"
-                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                    if ast.unparse(node.exc.args[0]) != "message":  # _require's, see below
-                        yield where, pattern_of(node.exc.args[0])
-                elif isinstance(node, ast.Call):
-                    called = ast.unparse(node.func)
-                    if called == "_require" or (
-                        called == "torch._assert_async" and not isinstance(node.args[1], ast.Name)
-                    ):
-                        yield where, pattern_of(node.args[1])
+                if not isinstance(node, ast.Call):
+                    continue
+                called = ast.unparse(node.func)
+                # Raised here, or returned as a plan's refusal.
+                if called.endswith("Error"):
+                    if isinstance(node.args[0], ast.Constant | ast.JoinedStr):  # others below
+                        yield where, pattern_of(node.args[0])
+                elif called == "_require" or (
+                    called == "torch._assert_async" and not isinstance(node.args[1], ast.Name)
+                ):
+                    yield where, pattern_of(node.args[1])
 
 
 def test_the_tables_hold_every_message() -> None:

@@ -31,6 +31,8 @@ from moba_flex.compile import package as packages
 from moba_flex.compile.export import worst_error, writers_told_apart
 from moba_flex.compile.portable import attend_portable
 from moba_flex.masks import router
+from moba_flex.masks.layout import Layout
+from moba_flex.masks.pool import pool
 from tests.case import Case, lay_out
 from tests.helpers import assert_matches_oracle, cases, run_script
 
@@ -105,10 +107,11 @@ def static_package(folder: Path) -> Path:
 def test_portable_gate_is_the_gate(case: Case) -> None:
     q, k, _ = case.inputs()
     want = route(q, k, **case.gate)
-    options = case.block_size, case.top_k - 1, case.sink_blocks, case.local_blocks, case.causal
+    layout = Layout(case.q_len, case.kv_len, case.block_size, case.causal)
+    numbers = case.top_k - 1, case.block_size, case.sink_blocks, case.local_blocks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(router, "_CHUNK", case.q_len)
-        got = router.gate_portable(q, k, *options)
+        got = router.choose_portable(q, pool(k, layout), layout, numbers)
     picks = want.blocks.shape[3]
     assert torch.equal(got[..., :picks], want.blocks)
     assert (got[..., picks:] == want.num_blocks).all()
@@ -119,7 +122,8 @@ def test_portable_gate_goes_chunk_by_chunk(causal: bool, monkeypatch: pytest.Mon
     case = Case(2, 2, 2, 130, 200, block_size=8, top_k=5, ties=True, causal=causal)
     q, k, _ = case.inputs()
     monkeypatch.setattr(router, "_CHUNK", 32)
-    got = router.gate_portable(q, k, 8, 4, 0, 0, causal)
+    layout = Layout(130, 200, 8, causal)
+    got = router.choose_portable(q, pool(k, layout), layout, (4, 8, 0, 0))
     assert torch.equal(got, route(q, k, **case.gate).blocks)
 
 
@@ -671,7 +675,11 @@ def test_cuda_packages_run_on_either_device(made_on: str, tmp_path: Path) -> Non
 def test_cuda_graph_holds_kernels_for_any_length() -> None:
     """Traced without a GPU."""
     found = run_script("trace_export.py")
-    assert found["ops"] == ["moba_flex.gate_triton", "moba_flex.attend_fused"]
+    assert found["ops"] == [
+        "moba_flex.pool_triton",
+        "moba_flex.choose_triton",
+        "moba_flex.attend_fused",
+    ]
     assert found["lengths"] == [[1, 2**20], [1, 2**20]]
     queries, *others = found["padded"]
     assert queries not in others

@@ -27,7 +27,9 @@ from moba_flex.compile import cpu, modded
 from moba_flex.masks import router
 from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.inputs import copy_cpu
-from moba_flex.masks.layout import document_tables
+from moba_flex.masks.layout import Layout, locate
+from moba_flex.masks.pool import pool, pool_cpu
+from moba_flex.masks.routing import Routing
 from tests.helpers import DEVICES, Case, needs_interpreter
 
 LENGTHS = [100, 5000, 130, 256, 400, 555, 777, 1024, 1500, 2048, 3000, 4096]
@@ -215,23 +217,26 @@ def test_hugging_face_model(device: str) -> None:
 # Ops.
 
 
-def tables() -> Iterator[tuple[Tensor, Tensor] | tuple[None, None]]:
-    """Yield what ops are given of 50 queries and 90 keys: nothing, and two packed documents."""
-    yield None, None
-    starts = torch.tensor([0, 20, 50]), torch.tensor([0, 30, 90])
-    packed = document_tables(*starts, 50, 90, 16, True)
-    yield packed.queries, packed.extents
+def layouts(device: str) -> Iterator[Layout]:
+    """Yield layouts of 50 queries and 90 keys: of plain rows, and of two packed documents."""
+    plain = Layout(50, 90, 16, causal=True)
+    yield plain
+    starts = torch.tensor([0, 30, 90], device=device), torch.tensor([0, 20, 50], device=device)
+    yield locate(plain, {"cu_seqlens": starts[0], "cu_seqlens_q": starts[1]})
 
 
 def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Yield the ops that are Python on CPU, and arguments."""
-    for queries, extents in tables():
+    for layout in layouts("cpu"):
+        queries, extents = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(2, 2, 3, 50, 90).inputs())
         by_head = None if queries is None else torch.randint(2, 5, (6,))
-        gate = (q.detach(), k.detach(), 16, 3, 1, 0, True, by_head, queries, extents)
-        yield router.gate_cpu, gate
+        yield pool_cpu, (k.detach(), 16, layout.num_blocks, extents)
+        block_keys = pool(k.detach(), layout)
+        gate = (q.detach(), block_keys, (3, 16, 1, 0), True, by_head, layout.q_offset, queries)
+        yield router.choose_cpu, gate
         yield copy_cpu, (q.detach().mT,)
-        blocks = router.gate_cpu(*gate)
+        blocks = router.choose_cpu(*gate)
         inputs = [x.detach() for x in (q, q, k, v)]
         yield cpu.show_spoilt, (*inputs, blocks, 16, True, queries, extents)
         for forward, backward, options in (
@@ -251,28 +256,27 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     from moba_flex.masks import pool_kernel, regroup_kernel, router_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pool: Any = pool_kernel.pool_triton
-    gate_triton: Any = router_kernel.gate_triton
+    pool_op: Any = pool_kernel.pool_triton
+    choose: Any = router_kernel.choose_triton
     sort_pairs: Any = regroup_kernel.sort_pairs_triton
     attend: Any = fused.attend_fused
-    backward: Any = fused.attend_fused_backward
-    for queries, extents in tables():
-        if queries is not None and extents is not None:
-            queries, extents = queries.to(device), extents.to(device)
+    for layout in layouts(device):
+        place = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(1, 2, 2, 50, 90, device=device).inputs())
-        num_blocks = 6 if extents is None else extents.shape[2]
-        yield pool.op, (k.detach(), 16, num_blocks, extents)
-        gate = (q.detach(), k.detach(), 16, 3, 1, 0, True, None, queries, extents)
-        yield gate_triton.op, gate
-        blocks = gate_triton(*gate)
-        yield sort_pairs.op, (blocks, 2, num_blocks)
-        options = 16, True, 0.3, 0.0 if queries is None else 20.0
-        yield attend.op, (q, k, v, blocks, *options, queries, extents)
+        pooling = k.detach(), 16, layout.num_blocks, layout.extents
+        yield pool_op.op, pooling
+        block_keys, offset = pool_op(*pooling), layout.q_offset
+        gate = (q.detach(), block_keys, (3, 16, 1, 0), True, None, offset, layout.queries)
+        yield choose.op, gate
+        blocks = choose(*gate)
+        yield sort_pairs.op, (blocks, 2, layout.num_blocks)
+        scores = 0.3, 0.0 if layout.queries is None else 20.0
+        yield attend.op, (q, k, v, blocks, *place, 16, True, *scores)
         with torch.no_grad():
-            made = attend(q, k, v, blocks, *options, queries, extents)
+            made = attend(q, k, v, Routing.over(layout, blocks), *scores)
         saved = [x.detach() for x in (q, k, v)]
         grads = torch.randn_like(made[0]), torch.randn_like(made[1])
-        yield backward.op, (*grads, *saved, queries, extents, *made, *options)
+        yield attend.backward_op, (*grads, *saved, *made, *place, 16, True, *scores)
 
 
 def test_every_op_is_checked() -> None:
@@ -282,10 +286,10 @@ def test_every_op_is_checked() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("moba_flex::")
     }
-    known = {"gate_cpu", "attend_cpu", "attend_cpu_backward"}
+    known = {"pool_cpu", "choose_cpu", "attend_cpu", "attend_cpu_backward"}
     known |= {"attend_softcap", "attend_softcap_backward", "copy_cpu", "show_spoilt"}
     if pytest.importorskip("triton"):
-        known |= {"pool_triton", "gate_triton", "sort_pairs_triton"}
+        known |= {"pool_triton", "choose_triton", "sort_pairs_triton"}
         known |= {"attend_fused", "attend_fused_backward"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moba_flex.masks.layout import Tables, make_tables, plain_tables
+from moba_flex.masks.layout import Layout, make_tables
 from tests.case import Case
 
 
@@ -34,7 +34,7 @@ def layouts(draw: st.DrawFn) -> Case:
     )
 
 
-def tables_of(case: Case) -> Tables:
+def tables_of(case: Case) -> Layout:
     tables = make_tables(case.q_len, case.kv_len, case.block_size, case.causal, **case.layout)
     assert tables is not None
     return tables
@@ -43,9 +43,9 @@ def tables_of(case: Case) -> Tables:
 @given(case=layouts())
 def test_tables_say_where_things_lie(case: Case) -> None:
     tables, places = tables_of(case), case.places
-    none = tables.num_blocks
-    assert tables.queries.dtype == tables.extents.dtype == torch.int32
-    position, own, oldest, newest = tables.queries.long()
+    none, at = tables.num_blocks, tables.coordinates("cpu")
+    assert {x.dtype for x in at} == {torch.int32}
+    position, own, oldest, newest = (x.long() for x in at[:4])
     real = places.own >= 0
     assert torch.equal(position, places.position.where(real, -1))
     assert torch.equal(own, places.own.where(real, none))
@@ -54,7 +54,7 @@ def test_tables_say_where_things_lie(case: Case) -> None:
     assert torch.equal(newest[real], last[real])
     assert (newest < oldest)[~real].all(), "padding has no candidates"
 
-    start, stop = tables.extents.long()
+    start, stop = at.start.long(), at.stop.long()
     assert (start <= stop).all()
     assert torch.equal(start[:, 1:], stop[:, :-1]), "blocks follow each other"
     key, block = torch.arange(case.kv_len), torch.arange(none)
@@ -65,13 +65,14 @@ def test_tables_say_where_things_lie(case: Case) -> None:
 def test_plain_tables_are_those_of_one_document() -> None:
     for causal in (True, False):
         case = Case(block_size=7, causal=causal, docs=(40,), q_docs=(13,))
-        plain, packed = (
-            plain_tables(13, 40, 7, causal, torch.device("cpu")),
-            tables_of(case),
-        )
-        assert torch.equal(plain.queries, packed.queries)
-        assert torch.equal(plain.extents, packed.extents[..., : plain.num_blocks])
-        assert (packed.extents[..., plain.num_blocks :] == 40).all(), "no block"
+        layout, packed = Layout(13, 40, 7, causal), tables_of(case).coordinates("cpu")
+        plain = layout.coordinates("cpu")
+        for name in ("position", "own", "oldest", "newest"):
+            assert torch.equal(getattr(plain, name), getattr(packed, name))
+        for name in ("start", "stop"):
+            found = getattr(packed, name)
+            assert torch.equal(getattr(plain, name), found[:, : layout.num_blocks])
+            assert (found[:, layout.num_blocks :] == 40).all(), "no block"
 
 
 def test_rows_of_one_sequence_have_no_tables() -> None:
@@ -84,19 +85,23 @@ def test_dtype_of_cu_seqlens(dtype: torch.dtype) -> None:
     starts = torch.tensor([0, 3, 3, 10], dtype=dtype)
     tables = make_tables(10, 10, 4, True, cu_seqlens=starts)
     assert tables is not None
-    assert tables.queries[1, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
-    assert tables.extents.tolist() == [[[0, 3, 7, 10, 10]], [[3, 7, 10, 10, 10]]]
+    at = tables.coordinates("cpu")
+    assert at.own[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert at.start.tolist() == [[0, 3, 7, 10, 10]]
+    assert at.stop.tolist() == [[3, 7, 10, 10, 10]]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_lies_behind_the_last_document_is_padding(causal: bool) -> None:
     tables = make_tables(9, 12, 4, causal, cu_seqlens=cu(0, 3, 8), cu_seqlens_q=cu(0, 2, 6))
     assert tables is not None
-    position, own, oldest, newest = tables.queries[:, 0]
+    at = tables.coordinates("cpu")
+    position, own, oldest, newest = (x[0] for x in at[:4])
     assert position.tolist() == [1, 2, 4, 5, 6, 7, -1, -1, -1]
     assert own.tolist() == [0, 0, 1, 1, 1, 2] + [tables.num_blocks] * 3
     assert (newest < oldest)[6:].all()
-    assert tables.extents.tolist() == [[[0, 3, 7, 8, 8]], [[3, 7, 8, 8, 8]]]
+    assert at.start.tolist() == [[0, 3, 7, 8, 8]]
+    assert at.stop.tolist() == [[3, 7, 8, 8, 8]]
 
 
 def cu(*starts: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from moba_flex import moba_attention, moba_attention_reference, route
 from moba_flex.compile import modded, plans
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import Regrouping
+from moba_flex.masks.request import Request
 from moba_flex.masks.routing import Routing
 from moba_flex.masks.tiles import TILE, KeyLayout, routed_block_mask
 from tests.helpers import (
@@ -23,6 +24,7 @@ from tests.helpers import (
     attention,
     layouts,
     route_case,
+    uncompiled,
 )
 
 EXAMPLES = settings().max_examples
@@ -60,14 +62,12 @@ def by_lists(case: Case, plan: str) -> Any:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> tuple[Tensor, Tensor | None]:
         score_mod = case.score_mod(dict(zip(case.captured(), captured, strict=True)))
-        options: dict[str, Any] = {
-            "scale": case.factor,
-            "mods": Mods(score_mod, case.mask_mod(), case.softcap),
-        }
-        routing = route_case(case, q, k)
-        if plan == "masked":
-            return plans.masked(q, k, v, routing, lse=True, **options)
-        return plans._routed_flex(q, k, v, routing, **options)
+        mods, routing = Mods(score_mod, case.mask_mod(), case.softcap), route_case(case, q, k)
+        layout = routing.layout
+        request = Request(q, k, v, case.factor, None, routing, None, layout, mods, lse=True)
+        attend = plans._attend_masked if plan == "masked" else plans._attend_regrouped
+        result: tuple[Tensor, Tensor | None] = uncompiled(attend)(request)
+        return result
 
     return attend
 
@@ -381,7 +381,8 @@ def test_form_on_cuda_is_one_graph_for_any_length(
     ) -> Any:
         routing = Routing.of_parts(q, k, blocks, base.block_size, True, *located)
         mods = Mods(score_mod, mask_mod, base.softcap)
-        return plans._routed_flex(q, k, v, routing, scale=0.2, mods=mods)
+        request = Request(q, k, v, 0.2, routing=routing, layout=routing.layout, mods=mods)
+        return plans._attend_regrouped(request)
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moba_flex import Routing, moba_attention_reference, route
-from moba_flex.masks import blocks as blocks_module
+from moba_flex.masks import pool as pool_module
 from moba_flex.masks import router
-from moba_flex.masks.blocks import ceil_div, pool_keys
-from moba_flex.masks.layout import make_tables, plain_tables
+from moba_flex.masks.layout import Layout, make_tables
+from moba_flex.masks.pool import pool
+from moba_flex.masks.request import Gate
 from tests.case import MEMORY, lay_out
 from tests.helpers import (
     Case,
@@ -64,16 +65,23 @@ def launch_kernel(q: Tensor, k: Tensor, case: Case) -> Tensor:
     """Run the CUDA kernel: on CUDA for real, on CPU interpreted."""
     if not q.is_cuda:
         needs_interpreter()
-    from moba_flex.masks import router_kernel
+    return choose_by_kernel(q, k, **case.gate)
 
-    picks = min(case.top_k, ceil_div(case.kv_len, case.block_size)) - 1
-    gate = case.block_size, picks, case.sink_blocks, case.local_blocks, case.causal
-    if q.is_cuda:
-        return router_kernel.gate_triton(q, k, *gate)
-    with pytest.MonkeyPatch.context() as patch:
-        # The kernel that pools has a test of its own, and takes ten times as long, interpreted.
-        patch.setattr(router_kernel, "launch_pool", lambda k, *place: pool_keys(k, place[0]))
-        return router_kernel.gate_triton(q, k, *gate)
+
+def choose_by_kernel(q: Tensor, k: Tensor, **options: Any) -> Tensor:
+    from moba_flex.masks.router_kernel import choose_triton
+
+    gate = Gate(**options)
+    layout = over(k, gate.block_size, q.shape[2])
+    # The kernel that pools has a test of its own, and takes ten times as long, interpreted.
+    block_keys = pool(k, layout)
+    picks = min(gate.top_k, layout.num_blocks) - 1
+    numbers = picks, gate.block_size, gate.sink_blocks, gate.local_blocks
+    return choose_triton(q, block_keys, numbers, gate.causal, None, layout.q_offset, None)
+
+
+def over(k: Tensor, block_size: int, q_len: int = 1) -> Layout:
+    return Layout(q_len, k.shape[2], block_size, causal=True)
 
 
 def test_no_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +158,7 @@ def test_signed_zeros_tie(kernel: bool) -> None:
 
 def test_block_keys_are_means_rounded_once() -> None:
     k = torch.randn(2, 3, 100, 16, dtype=torch.bfloat16)
-    keys = pool_keys(k, 32)
+    keys = pool(k, over(k, 32))
     assert keys.dtype == torch.bfloat16
     assert keys.shape == (2, 3, 4, 16)
     exact = torch.stack([part.double().mean(2) for part in k.split(32, dim=2)], dim=2)
@@ -186,9 +194,11 @@ def test_block_keys_have_the_bits_of_sums_in_order(
     k = torch.randn(sizes, generator=generator) * torch.randn(sizes, generator=generator).exp()
     k = lay_out(k.to(dtype), memory)
     want = means_in_order(k, block_size)
-    assert torch.equal(pool_keys(k, block_size), want)
-    plain = plain_tables(1, k.shape[2], block_size, True, k.device)
-    assert torch.equal(pool_keys(k, block_size, plain.extents), want)
+    plain = over(k, block_size)
+    assert torch.equal(pool(k, plain), want)
+    at = plain.coordinates(k.device)
+    located = plain.with_tables(torch.stack(at[:4]), torch.stack(at[4:]))
+    assert torch.equal(pool(k, located), want)
 
 
 def test_kernel_and_chunks_give_the_bits_of_sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,15 +214,15 @@ def test_kernel_and_chunks_give_the_bits_of_sums_in_order(monkeypatch: pytest.Mo
         assert torch.equal(pool_triton(strided, block_size, want.shape[2], None), want)
         tables = make_tables(150, 150, block_size, True, key_mask=mask)
         assert tables is not None
-        padded = pool_keys(k, block_size, tables.extents)
+        padded = pool(k, tables)
         alone = means_in_order(k[1:, :, 33:], block_size)
         assert torch.equal(padded[1:, :, : alone.shape[2]], alone)
         num_blocks = tables.num_blocks
         assert torch.equal(pool_triton(k, block_size, num_blocks, tables.extents), padded)
         with monkeypatch.context() as patch:
-            patch.setattr(blocks_module, "_POOL_CHUNK", 150 * 24)
-            assert torch.equal(pool_keys(k, block_size), want)
-            assert torch.equal(pool_keys(k, block_size, tables.extents), padded)
+            patch.setattr(pool_module, "_POOL_CHUNK", 150 * 24)
+            assert torch.equal(pool(k, over(k, block_size)), want)
+            assert torch.equal(pool(k, tables), padded)
 
 
 def test_later_keys_never_matter() -> None:
@@ -236,17 +246,16 @@ def test_transposed_inputs_route_alike() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_gate_op_pools_and_chooses_like_the_cpu(causal: bool) -> None:
+def test_gate_kernel_chooses_like_the_cpu(causal: bool) -> None:
     needs_interpreter()
-    from moba_flex.masks.router_kernel import gate_triton
-
     q, k = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16)
     q, k = (x.round() for x in (q, k))  # sums of small integers are exact
     k[:, :, 80:] = 0  # as is the mean of a short block
     gate: dict[str, Any] = {"block_size": 16, "top_k": 4, "sink_blocks": 1, "causal": causal}
     expected = route(q, k, **gate).blocks
-    assert torch.equal(gate_triton(q, k, 16, 3, 1, 0, causal), expected)
-    assert gate_triton(q, k, 16, 0, 0, 0, causal).shape == (2, 4, 70, 0)
+    assert torch.equal(choose_by_kernel(q, k, **gate), expected)
+    gate = {"block_size": 16, "top_k": 1, "causal": causal}
+    assert choose_by_kernel(q, k, **gate).shape == (2, 4, 70, 0)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDriver())
     # The plan is for CUDA; here the tensors are not, and nothing runs.
     with (
-        patch("moba_flex.compile.limits.interpreted", lambda: True),
+        patch("moba_flex.compile.plans.interpreted", lambda: True),
         patch("moba_flex.masks.regroup._has_kernels", lambda device: True),
     ):
         graphs = [  # one tile and several

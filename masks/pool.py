@@ -1,30 +1,22 @@
-"""Where the blocks lie, and what stands for them at the gate."""
+"""Block keys: what stands for a block at the gate."""
 
 import importlib.util
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_flex.masks.exporting import is_exporting
+from moba_flex.masks.layout import Layout
+
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.pool_kernel import pool_triton
-
-Number = TypeVar("Number", int, Tensor)
-
-LONGEST = 2**30
-"""No sequence is longer, so that places, and a block or two past them, fit into int32."""
 
 # Keys are held in float32 for so many values at a time.
 _POOL_CHUNK = 1 << 26
 
 
-def ceil_div(length: Number, size: int) -> Number:
-    """Return how many blocks of `size` cover `length` positions; the last may be short."""
-    return (length + size - 1) // size
-
-
-def pool_keys(k: Tensor, block_size: int, extents: Tensor | None = None) -> Tensor:
+def pool(k: Tensor, layout: Layout) -> Tensor:
     """Average the keys of each block: the block keys of the gate (arXiv 2502.13189, equation 6).
 
     The keys of a block are added in float32, one after another in their order, and the sum is
@@ -33,19 +25,40 @@ def pool_keys(k: Tensor, block_size: int, extents: Tensor | None = None) -> Tens
 
     Args:
         k: Keys, `[B, Hkv, KV, D]`.
-        block_size: Keys per block.
-        extents: The first key of each block and the key after its last, int32 `[2, R, N]` with `R`
-            being 1 or `B`, if the rows are not one sequence each. Blocks follow each other without
-            gaps, and what is no block is empty.
+        layout: Where the blocks lie.
 
     Returns:
         `[B, Hkv, N, D]` in the dtype of `k`. A short block is averaged over the keys that it has;
-        what is no block is zeros.
+        numbers that no block has get zeros. No gradient flows through them.
     """
+    place = layout.block_size, layout.num_blocks, layout.extents
+    with torch.no_grad():
+        if k.is_cuda:
+            return pool_triton(k, *place)
+        return (_pool if is_exporting() else pool_cpu)(k, *place)
+
+
+@torch.library.custom_op("moba_flex::pool_cpu", mutates_args=(), device_types="cpu")
+def pool_cpu(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | None) -> Tensor:
+    """Average the keys of each block, out of a compiler's sight.
+
+    Compiled, the rounding to 16 bits would get lost: Inductor drops a narrowing cast that a
+    widening one follows, and the gate widens block keys.
+    """
+    if k.numel() == 0:
+        return k.new_zeros((*k.shape[:2], num_blocks, k.shape[3]))
+    return _pool(k, block_size, num_blocks, extents)
+
+
+@pool_cpu.register_fake
+def _shape_of_block_keys(
+    k: Tensor, block_size: int, num_blocks: int, extents: Tensor | None
+) -> Tensor:
+    return k.new_empty((*k.shape[:2], num_blocks, k.shape[3]))
+
+
+def _pool(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | None) -> Tensor:
     batch, num_heads, kv_len, head_dim = k.shape
-    num_blocks = ceil_div(kv_len, block_size) if extents is None else extents.shape[2]
-    if k.is_cuda:
-        return pool_triton(k, block_size, num_blocks, extents)
     if extents is None:
         edges = torch.arange(num_blocks + 1, device=k.device) * block_size
         edges = edges.where(edges < kv_len, kv_len).expand(batch, -1)

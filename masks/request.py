@@ -1,0 +1,245 @@
+"""What is asked of attention: the options, written once, and the objects that carry them."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Required, TypedDict, Unpack
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from moba_flex.masks.checks import (
+    check_aux,
+    check_bool,
+    check_head_top_k,
+    check_int,
+    check_layout,
+    check_mods,
+    check_qkv,
+    check_routing,
+    check_scale,
+    check_softcap,
+    check_transforms,
+)
+from moba_flex.masks.exporting import holds
+from moba_flex.masks.layout import LONGEST, Layout, RowOptions, ceil_div, locate
+from moba_flex.masks.mods import NO_MODS, MaskMod, Mods, ScoreMod
+from moba_flex.masks.routing import Routing
+
+_LEAST = {"block_size": 1, "top_k": 1, "sink_blocks": 0, "local_blocks": 0}
+
+
+class GateOptions(TypedDict, total=False):
+    """How blocks are chosen; see `moba_flex.moba_attention` for what each option means."""
+
+    block_size: Required[int]
+    top_k: Required[int]
+    sink_blocks: int
+    local_blocks: int
+    causal: bool
+    head_top_k: Tensor | None
+
+
+class Functions(TypedDict, total=False):
+    """Changes to scores and masks that are functions."""
+
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+
+
+class ScoreOptions(Functions, total=False):
+    """What is done to scores; see `moba_flex.moba_attention`."""
+
+    scale: float | None
+    softcap: float | None
+
+
+class Options(GateOptions, RowOptions, ScoreOptions, total=False):
+    """The options of `moba_flex.moba_attention` that say what is computed."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How many blocks each query chooses, and which of them are forced.
+
+    Attributes:
+        block_size: Keys per block.
+        top_k: Blocks a query attends to, its own included.
+        sink_blocks: First blocks of the sequence that are always chosen.
+        local_blocks: Blocks right before the own one that are always chosen.
+        causal: Whether only past blocks are candidates.
+        head_top_k: Blocks that the queries of each head attend to, int `[Hq]`; None for `top_k`.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range, or `top_k` cannot hold the forced blocks.
+    """
+
+    block_size: int
+    top_k: int
+    sink_blocks: int = 0
+    local_blocks: int = 0
+    causal: bool = True
+    head_top_k: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            object.__setattr__(self, name, check_int(name, getattr(self, name), least))
+        object.__setattr__(self, "causal", check_bool("causal", self.causal))
+        if self.least_top_k > self.top_k:
+            raise ValueError(
+                "top_k must be at least 1 + sink_blocks + local_blocks = "
+                f"{self.least_top_k}, got {self.top_k}: "
+                "the own and the forced blocks count in top_k"
+            )
+        for name in _LEAST:
+            value = getattr(self, name)
+            # No sequence has more keys or blocks, and sums of such numbers fit into 64 bits.
+            if isinstance(value, int) and value > LONGEST:
+                object.__setattr__(self, name, LONGEST)
+
+    @property
+    def least_top_k(self) -> int:
+        """The own block and the forced ones."""
+        return 1 + self.sink_blocks + self.local_blocks
+
+    def covers(self, kv_len: int) -> bool:
+        """Whether every query attends to every key that it may see, of `kv_len`.
+
+        Under `torch.export` the answer is yes only if it is for every length.
+        """
+        if self.head_top_k is not None:
+            return False
+        return holds(self.top_k >= ceil_div(kv_len, self.block_size))
+
+    def check_heads(self, q: Tensor) -> None:
+        """Raise unless `head_top_k` gives a number of blocks to each head of `q`."""
+        check_head_top_k(self.head_top_k, q, self.least_top_k, self.top_k)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of attention, checked.
+
+    Attributes:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
+        scale: Factor on the scores.
+        gate: How blocks are chosen; None if `routing` says which.
+        routing: The blocks that were chosen, as a set; None if the gate chooses.
+        rows: What the rows of the batch hold.
+        layout: Where queries and blocks lie, if that is known already.
+        mods: Changes to scores and masks.
+        lse: Whether the log-sum-exp of the scores is asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    gate: Gate | None = None
+    routing: Routing | None = None
+    rows: RowOptions | None = None
+    layout: Layout | None = None
+    mods: Mods = NO_MODS
+    lse: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each row is one sequence, without padding."""
+        if self.layout is not None:
+            return self.layout.extents is None
+        rows = self.rows or {}
+        return rows.get("cu_seqlens") is None and rows.get("key_mask") is None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees only keys at its position and before."""
+        if self.gate is not None:
+            return self.gate.causal
+        return self.routing is None or self.routing.causal
+
+    def with_gate(self, gate: Gate) -> "Request":
+        """Return the request with another gate, and so with other blocks."""
+        return self._with(gate, None)
+
+    def located(self) -> "Request":
+        """Return the request with its layout worked out."""
+        if self.layout is not None or self.gate is None:
+            return self
+        sizes = self.q.shape[2], self.k.shape[2]
+        plain = Layout(*sizes, self.gate.block_size, self.gate.causal)
+        return self._with(self.gate, locate(plain, self.rows or {}))
+
+    def _with(self, gate: Gate | None, layout: Layout | None) -> "Request":
+        # Not by `dataclasses.replace`, which torch.compile would have to trace.
+        tensors = self.q, self.k, self.v, self.scale
+        return Request(*tensors, gate, self.routing, self.rows, layout, self.mods, self.lse)
+
+
+def gated_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    causal: bool = True,
+    head_top_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_aux: AuxRequest | None = None,
+    **scores: Unpack[ScoreOptions],
+) -> Request:
+    """Return the checked request of a call whose gate chooses the blocks."""
+    scale, mods = _check_scores(q, k, v, **scores)
+    lse = check_aux(return_aux)
+    gate = Gate(block_size, top_k, sink_blocks, local_blocks, causal, head_top_k)
+    gate.check_heads(q)
+    # A literal, since torch.compile traces no call of a TypedDict.
+    rows: RowOptions = {
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_q": cu_seqlens_q,
+        "key_mask": key_mask,
+    }
+    check_layout(q, k, **rows)
+    return Request(q, k, v, scale, gate=gate, rows=rows, mods=mods, lse=lse)
+
+
+def given_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    *,
+    return_aux: AuxRequest | None = None,
+    **scores: Unpack[ScoreOptions],
+) -> Request:
+    """Return the checked request of a call that says itself which blocks are chosen."""
+    scale, mods = _check_scores(q, k, v, **scores)
+    lse = check_aux(return_aux)
+    check_routing(routing, q, k)
+    routing = routing.as_set(q.shape[1])
+    return Request(q, k, v, scale, routing=routing, layout=routing.layout, mods=mods, lse=lse)
+
+
+def _check_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    **functions: Unpack[Functions],
+) -> tuple[float, Mods]:
+    """Check the tensors, and return the scale and the changes to scores."""
+    mods = Mods(**functions, softcap=check_softcap(softcap))
+    check_mods(mods)
+    check_transforms(q, k, v)
+    check_qkv(q, k, v)
+    scale = check_scale(scale)
+    scale = 1 / sqrt(q.shape[3]) if scale is None else scale
+    return scale, mods
