@@ -12,7 +12,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 DOCUMENTED = (
     "moba_flex",
     "moba_flex.compile",
-    "!moba_flex.compile.export",  # the function of that name is in moba_flex.compile
+    "!moba_flex.compile.exporter",  # the function of that name is in moba_flex.compile
     "moba_flex.diagnostics",
     "moba_flex.integrations.transformers",
     "moba_flex.masks.patterns",

@@ -66,6 +66,18 @@ one, that test fails and the detour can go.
 - 2.11 miscompiles the exported gate of float64 inputs: packages hold 16-bit or float32 attention.
 """
 
-from moba_flex.compile.export import export, load
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moba_flex.compile.exporter import export, load
 
 __all__ = ["export", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'moba_flex.compile' has no attribute {name!r}")
+    # Now and not before, since PyTorch's compiler takes longer to import than all else.
+    from moba_flex.compile import exporter
+
+    return getattr(exporter, name)

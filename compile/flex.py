@@ -11,9 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
 from torch._guards import TracingContext
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 from moba_flex.masks.exporting import is_traced
@@ -255,7 +253,9 @@ def _compiled(
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    with _calls, dynamo_config.patch(recompile_limit=_MOST_GRAPHS):
+    from torch._dynamo import config
+
+    with _calls, config.patch(recompile_limit=_MOST_GRAPHS):
         yield
 
 
@@ -268,6 +268,8 @@ def repeatable(
     refuse to keep them. PyTorch's setting against that fails: up to 2.13 a backward that keeps the
     graph takes "not looked for" for "some are overwritten". So here none are found.
     """
+    from torch._inductor.compile_fx import compile_fx
+
     compiled: Any = compile_fx(
         graph, example, inner_compile=_donating_nothing, config_patches=options
     )
@@ -275,6 +277,8 @@ def repeatable(
 
 
 def _donating_nothing(*args: Any, **options: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx_inner
+
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         context.fw_metadata.bw_donated_idxs = []

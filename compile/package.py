@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moba_flex.compile.outside import check_device, reason
 
+MOST_TOKENS = 2**20
+"""The longest input of a package of dynamic length."""
+
 _KEY = "moba_flex"
 _FORMAT = 2
 _Device = torch.device  # within `Metadata`, "torch" is an attribute

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from moba_flex import cli_export
 from moba_flex.cli_door import TRACEBACK, Parser, guarded, integer, need, say
-from moba_flex.compile.export import MOST_TOKENS
 from moba_flex.compile.outside import check_output, reason, whole_file
-from moba_flex.compile.package import own_version
+from moba_flex.compile.package import MOST_TOKENS, own_version
 
 _EVAL = """\
 Run a language model over a text with dense attention, then with Mixture of Block Attention at

@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moba_flex.cli_door import integer, need, say
-from moba_flex.compile.export import (
-    MOST_TOKENS,
-    check_compiler,
-    check_path,
-    export,
-    worst_error,
-)
 from moba_flex.compile.outside import reason
-from moba_flex.compile.package import Package, load
+from moba_flex.compile.package import MOST_TOKENS, Package, load
 
 _EXPORT = """\
 Compile a language model with Mixture of Block Attention into one .pt2 file that PyTorch runs
@@ -90,13 +83,14 @@ def _add_model(job: argparse.ArgumentParser, meaning: str) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     need("hf", "transformers", "tqdm")
+    from moba_flex.compile import exporter
     from moba_flex.config import MoBAConfig
 
     # What can be wrong is found before the model loads.
-    path = check_path(arguments.out)
+    path = exporter.check_path(arguments.out)
     gate = arguments.block_size, arguments.top_k, arguments.sink_blocks, arguments.local_blocks
     config = MoBAConfig(*gate)
-    check_compiler()
+    exporter.check_compiler()
 
     import torch
     import transformers
@@ -113,7 +107,7 @@ def _export(arguments: argparse.Namespace) -> int:
     prefill = Prefill(apply(model, config)).eval()
     example = torch.zeros(1, arguments.seq_len, dtype=torch.int64, device=device)
     began = time.perf_counter()
-    export(prefill, example, path=path, dynamic_length=not arguments.static)
+    exporter.export(prefill, example, path=path, dynamic_length=not arguments.static)
     seconds, size = time.perf_counter() - began, path.stat().st_size / 1e6
     say(f"wrote {path}: {size:.0f} MB in {seconds:.0f} s")
     if not arguments.no_check:
@@ -124,6 +118,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _check(model: Any, path: Path, arguments: argparse.Namespace) -> None:
     """Run package and model at other lengths, or if there is one, with other tokens."""
     import torch
+
+    from moba_flex.compile.exporter import worst_error
 
     weight = next(model.parameters())
     package, seq_len = load(path, device=weight.device), arguments.seq_len

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from moba_flex import cli, cli_export
+from moba_flex.compile import exporter
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -544,9 +545,9 @@ def test_export_fails_where_the_package_differs(
         path.write_bytes(b"package")
         return path
 
-    monkeypatch.setattr(cli_export, "export", fake)
+    monkeypatch.setattr(exporter, "export", fake)
     monkeypatch.setattr(cli_export, "load", lambda path, device: None)
-    monkeypatch.setattr(cli_export, "worst_error", lambda *_: 0.5)
+    monkeypatch.setattr(exporter, "worst_error", lambda *_: 0.5)
     command = ("export", "--model", home / "model", "--device", "cpu", "--out", home / "bad.pt2")
     assert run(*command) == 2
     assert "error: the package must be within 3.5e-04 of the model" in capsys.readouterr().err

@@ -904,6 +904,7 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 MORE_MESSAGES = {
     "here": [
         "module 'moba_flex' has no attribute 'nonsense'",
+        "module 'moba_flex.compile' has no attribute 'nonsense'",
         "q must be on cuda for plan='fused', got cpu: let plan be 'auto'",
         "q must be a local tensor, got a DTensor: heads are independent of each other, so shard "
         "them and pass x.to_local()",
@@ -1258,8 +1259,11 @@ def test_tensors_past_32_bit_offsets_on_cuda(plan: Any) -> None:
 
 
 def test_names_that_the_package_lacks() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        _ = moba_flex.nonsense
+    for module in (moba_flex, moba_flex.compile):
+        with pytest.raises(
+            AttributeError, match=f"'{module.__name__}' has no attribute 'nonsense'"
+        ):
+            _ = module.nonsense
 
 
 @pytest.mark.parametrize(("options", "error", "message"), CONFIG_ERRORS, ids=identify)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.value_ranges import bound_sympy
 
 from moba_flex import moba_attention
-from moba_flex.compile.export import _check_ops, _specs, _trace
+from moba_flex.compile.exporter import _check_ops, _specs, _trace
 from tests.trace_fused import NoDriver
 
 

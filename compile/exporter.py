@@ -25,12 +25,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
 from moba_flex.compile.outside import check_device, check_output, reason, whole_file
-from moba_flex.compile.package import Metadata, Package, Spec, length_dim, load
+from moba_flex.compile.package import MOST_TOKENS, Metadata, Package, Spec, length_dim, load
 from moba_flex.masks.exporting import recorded
 
 __all__ = ["Package", "check_path", "export", "load", "worst_error"]
 
-MOST_TOKENS = 2**20
 _MOST_ROWS = 2**10
 
 # What is changed in PyTorch and in Python's warnings for an export concerns the whole process.
