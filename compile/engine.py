@@ -30,7 +30,7 @@ _NUMBERS = {"block_size": int, "causal": bool, "scale": float, "softcap": float}
 
 def attention_op(
     name: str, forward: Forward, backward: Backward, *, kept: int = 0, kernels: bool = False
-) -> Callable[[Tensor, Tensor, Tensor, Routing, float, float], tuple[Tensor, ...]]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """Make an engine's ops, `name` and `name_backward`, and return what calls them.
 
     Args:
@@ -41,8 +41,8 @@ def attention_op(
         kernels: Whether the functions launch Triton kernels; else they run on CPU.
 
     Returns:
-        A function like `forward`, differentiable, whose attributes `op` and `backward_op` are the
-        ops.
+        A differentiable function of q, k, v, the `parts` of a routing, scale and softcap. Its
+        attributes `op` and `backward_op` are the ops.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -113,16 +113,8 @@ def attention_op(
         call_backward = backward_op
         call_op = with_gradient(op, setup_context=save, backward=gradients)
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float, softcap: float
-    ) -> tuple[Tensor, ...]:
-        tables = routing.tables
-        place = (None, None) if tables is None else (tables.queries, tables.extents)
-        numbers = routing.block_size, routing.causal, scale, softcap
-        return cast(tuple[Tensor, ...], call_op(q, k, v, routing.blocks, *place, *numbers))
-
-    call.op, call.backward_op = op, backward_op  # type: ignore[attr-defined]
-    return call
+    call_op.op, call_op.backward_op = op, backward_op
+    return cast(Callable[..., tuple[Tensor, ...]], call_op)
 
 
 def _layout_of(

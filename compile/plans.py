@@ -145,7 +145,7 @@ class Fused(Plan):
     def __call__(self, request: Request) -> Result:
         routing = route_request(request)
         (q, scale), softcap = _scaled_up(request), float(request.mods.softcap or 0.0)
-        out, lse, *_ = attend_fused(q, request.k, request.v, routing, scale, softcap)
+        out, lse, *_ = attend_fused(q, request.k, request.v, *routing.parts, scale, softcap)
         return out, lse
 
 

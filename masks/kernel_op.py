@@ -35,7 +35,7 @@ _known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and layout of i
 
 
 class _Call:
-    """A plain call of a function: what it launches.
+    """A plain call of a function, within a `with` statement: what it launches.
 
     Attributes:
         replay: The launches of an earlier call that are still to come; None for a first call.
@@ -49,24 +49,20 @@ class _Call:
         self.record: list[_Launch] = []
         self.awaited: list[Any] = []
 
-    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Call the function."""
-        outer = _running.call
-        try:
-            _running.call = self
-            with set_wrap_triton_enabled(False):
-                return function(*args)
-        finally:
-            _running.call = outer
+    def __enter__(self) -> "_Call":
+        self._outer, _running.call = _running.call, self
+        self._unwrapped = set_wrap_triton_enabled(False)
+        self._unwrapped.__enter__()
+        return self
 
-    def launch(
+    def __exit__(self, *error: Any) -> None:
+        self._unwrapped.__exit__(*error)
+        _running.call = self._outer
+
+    def find(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        """Launch a kernel as before, or find it and note it down."""
-        if self.replay is not None:
-            run, constants = next(self.replay)
-            run(*args, *constants)
-            return
+        """Find a kernel in a first call, launch it, and note it down."""
         compiled = kernel.warmup(*args, grid=grid, **options)
         if compiled is None:  # interpreted kernels are not
             kernel[grid](*args, **options)
@@ -96,10 +92,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         args: The kernel's arguments.
         options: Its compile-time arguments and launch options.
     """
-    if _running.call is None:
+    call = _running.call
+    if call is None:
         kernel[grid](*args, **options)
+    elif call.replay is None:
+        call.find(kernel, grid, args, options)
     else:
-        _running.call.launch(kernel, grid, args, options)
+        run, constants = next(call.replay)
+        run(*args, *constants)
 
 
 def kernel_op(
@@ -121,14 +121,16 @@ def kernel_op(
     def decorate(function: F) -> F:
         op = cast(CustomOpDef, triton_op(name, function, mutates_args=()))
         watched: Callable[..., Any] = op
-        plain = _remember_launches(function)
+        plain = differentiable = _remember_launches(function)
         if backward is not None and setup_context is not None:
             watched = with_gradient(op, setup_context=setup_context, backward=backward)
-            plain = _differentiable(plain, setup_context, backward)
+            differentiable = _differentiable(plain, setup_context, backward)
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            return watched(*args) if _is_watched(args) else plain(*args)
+            if _is_watched(args):
+                return watched(*args)
+            return differentiable(*args) if _wants_gradient(args) else plain(*args)
 
         call.op = op  # type: ignore[attr-defined]
         return cast(F, call)
@@ -146,6 +148,11 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    """Whether autograd is to follow a plain call on `args`."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
 def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run a function outside of an op, from the second time on with its kernels at hand."""
 
@@ -159,15 +166,15 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         layout = (function, device, *map(_layout, args))
         launches = _known.get(layout)
         if launches is not None:
-            return _Call(iter(launches)).run(function, args)
-        call = _Call()
-        with _compiling_side_by_side(args[0]):
-            result = call.run(function, args)
+            with _Call(iter(launches)):
+                return function(*args)
+        with _compiling_side_by_side(args[0]), _Call() as call:
+            result = function(*args)
         while call.awaited:
             for kernel in call.awaited:
                 kernel.result()  # raises what failed in a caller's own threads
-            call = _Call()
-            result = call.run(function, args)
+            with _Call() as call:
+                result = function(*args)
         if call.record:
             if len(_known) >= _MOST_LAYOUTS:
                 _known.clear()

@@ -96,6 +96,13 @@ class Routing:
         """Position of the first query, if rows are plain."""
         return self.kv_len - self.q_len
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, int, bool]:
+        """The routing as ops take it, which know tensors and numbers alone."""
+        tables = self.tables
+        place = (None, None) if tables is None else (tables.queries, tables.extents)
+        return self.blocks, *place, self.block_size, self.causal
+
     def as_set(self, num_heads: int | None = None) -> "Routing":
         """Return the same choice in the form that the library's own gates give it.
 

@@ -273,7 +273,7 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         scores = 0.3, 0.0 if layout.queries is None else 20.0
         yield attend.op, (q, k, v, blocks, *place, 16, True, *scores)
         with torch.no_grad():
-            made = attend(q, k, v, Routing.over(layout, blocks), *scores)
+            made = attend(q, k, v, blocks, *place, 16, True, *scores)
         saved = [x.detach() for x in (q, k, v)]
         grads = torch.randn_like(made[0]), torch.randn_like(made[1])
         yield attend.backward_op, (*grads, *saved, *made, *place, 16, True, *scores)
