@@ -1,69 +1,103 @@
-"""The execution plans of MoBA attention, and their export into packages.
+"""The plans that compute MoBA attention, and their export into packages.
 
-Limits of PyTorch 2.11 to 2.13 that were met here, and what is done about each.
-`tests/test_graphs.py` pins those marked with its test's name, `test_limit_...`: if PyTorch lifts
-one, that test fails and the detour can go.
+This is the ledger of PyTorch's limits: what fails in PyTorch 2.11 to 2.13, or in the versions
+named, why, and what we do about it. An entry names the test of its limit, if there is one, in
+`tests/test_graphs.py` unless it says otherwise. A test with `limit` in its name fails once PyTorch
+lifts the limit; then the workaround can go.
 
-- FlexAttention on CPU returns no log-sum-exp (`..._has_no_lse`) and has no backward
-  (`..._has_no_backward`). The plan "routed" runs flash attention there, part by part (`cpu.py`).
-- A mask_mod that captures what `scatter` wrote reads it as it was before, or does not compile
-  (`..._scatter_has_not_yet_written`): what is captured is a result of `topk`.
-- FlexAttention on CPU wants lists of tiles at full width (`..._have_full_width_on_cpu`).
-- FlexAttention captures symbols of lengths but no expressions of them, and pins a length of one
-  tile too late (`masks/tiles.py`, `settled`).
-- Code compiled in one place counts towards one limit of recompilations, whatever its options, and
-  a kept graph overwrites saved tensors (`flex.py`).
-- 2.13 counts the graphs of `fullgraph=True` in a global, so that calls in several threads fail at
-  random (pytorch/pytorch#185138): graph breaks are refused inside the function (`flex.py`).
-- `x.contiguous()` in a graph is laid out as the compiler likes, and FlexAttention on CPU reads it
-  as contiguous (`..._reads_a_copy_as_contiguous`): strides are asked for (`masks/inputs.py`). Nor
-  does it know where in its memory a view begins (`..._forgets_where_a_view_begins`): there it gets
-  copies.
-- FlexAttention on CPU gives zeros for rows of NaN (`..._hides_nan`), multiplies what it masks by
-  zero, and does not compile with operations on its output (`..._with_what_follows`): an op looks
-  for what is not finite, and makes whole rows NaN that see it (`cpu.py`).
-- Flash attention on CPU gives zeros for rows of NaN if there are fewer than 16 keys
-  (pytorch/pytorch#141128, `..._hides_nan_among_few_keys`), and multiplies what it masks by zero:
-  it is given finite numbers, and rows that see others are computed apart (`cpu.py`).
-- FlexAttention on CUDA takes the lists of a BlockMask to lie one after the other, but a compiler
-  may lay out what it computes in any order, and a view of one head has stride 0: sequences of a
-  batch would take other sequences' lists, silently (`test_lists_follow_each_other`,
-  `tests/test_compile.py`). All lists go through `_contiguous` (`masks/tiles.py`).
-- Inductor leaves out a rounding to 16 bits that is followed by a widening, which the gate's block
-  keys need: packages are compiled with `emulate_precision_casts`. In sums 2.11 and 2.12 leave it
-  out all the same: there the gate of a 16-bit package for CPU averages keys before they are
-  rounded, and may choose another block where two are nearly as good.
-- The C++ template of FlexAttention takes the tenth symbol of a graph for the first and a digit:
-  calls with documents, padding or mods are compiled for their sizes on CPU
-  (`test_masked_plan_on_cpu_at_a_second_size`, `tests/test_fuzz.py`).
-- In 2.11 `torch.compiler.is_exporting` says yes in every compiled graph
-  (`test_compiled_graphs_are_not_taken_for_exported_ones`): `masks/exporting.py` asks further.
-- 2.11 for CUDA compiles no `clamp` of a range that becomes an index, no search of a view, and no
-  search for values that all lists share (`masks/layout.py`, `block_mask.py`, `tiles.py`).
-- 2.11 for CUDA compiles no scan of so many values that their numbers might take 64 bits, which it
-  concludes from the bounds of lengths: a kernel of the counting sort sums counts, PyTorch their
-  totals (`masks/regroup_kernel.py`).
-- Before 2.13 the C++ of a large graph may lack declarations (`writers_told_apart`, `export.py`).
-- Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
-- A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
-  PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).
-- An op with a gradient of its own is refused by `torch.func.grad`, and gives tangents of zero
-  (`..._ops_do_not_know_torch_func`): there autograd.Functions stand for ops, and tangents are
-  refused (`masks/gradients.py`, `masks/checks.py`).
-- A package reads its inputs as those of the export lay, whatever they are: it is made for
-  contiguous ones, and `load` makes them so (`test_inputs_lie_anywhere`, `tests/test_export.py`).
-- Export decides conditions on lengths for the example's: those that matter ask for every length
-  (`masks/exporting.py`), sizes of 0 and 1 are no special case (`backed_size_oblivious`), and an
-  example of one block is traced as a longer one.
-- Lengths that are slices of padded ones stay expressions, each of which slows down the compiler in
-  all that follows (`..._stay_expressions`): exported code takes rows by index, and the number of
-  tiles is read from a tensor.
-- torch.export has torch.compile trace a `while_loop`, which asks the sizes of one export whether
-  they are those of an earlier one, and so pins them: loops are forgotten before each export
-  (`_forget_loops`, `export.py`).
-- `map` over a number of chunks that varies does not compile (`..._map_over_a_length_...`):
-  `while_loop` does.
-- 2.11 miscompiles the exported gate of float64 inputs: packages hold 16-bit or float32 attention.
+FlexAttention on CPU:
+
+- It returns no log-sum-exp (`test_limit_flex_attention_on_cpu_has_no_lse`) and has no backward
+  (`test_limit_flex_attention_on_cpu_has_no_backward`). The plan "routed" runs flash attention
+  instead, part by part (`cpu.py`).
+- It does not compile if a BlockMask lists fewer tiles per row than there are key tiles
+  (`test_limit_lists_of_a_block_mask_have_full_width_on_cpu`). The plan "masked" lists as many.
+- It reads the copy that `x.contiguous()` makes in a graph with contiguous strides, although
+  inductor may have laid it out otherwise
+  (`test_limit_flex_attention_on_cpu_reads_a_copy_as_contiguous`), and it ignores the storage
+  offset of a view (`test_limit_flex_attention_on_cpu_forgets_where_a_view_begins`). Results are
+  wrong. A custom op copies its inputs (`masks/inputs.py`).
+- It returns zeros for queries of NaN (`test_limit_flex_attention_on_cpu_hides_nan`), and
+  multiplies masked values by zero, so that NaN reaches queries that do not see it. It gets finite
+  inputs, and an op sets the output of every query that sees a non-finite value to NaN (`cpu.py`).
+  It must be an op: the C++ template does not compile if the graph computes with its output
+  (`test_limit_flex_attention_on_cpu_does_not_compile_with_what_follows`).
+- It does not compile in graphs of ten symbolic sizes or more: the C++ template mistakes the tenth
+  symbol for the first one followed by a digit. Calls with documents, padding or mods are compiled
+  for fixed sizes (`flex.py`; `test_masked_plan_on_cpu_at_a_second_size` in `tests/test_fuzz.py`).
+
+Flash attention on CPU:
+
+- It returns zeros for queries of NaN if there are fewer than 16 keys (pytorch/pytorch#141128,
+  `test_limit_flash_attention_on_cpu_hides_nan_among_few_keys`), and multiplies masked values by
+  zero. It gets finite inputs, and queries that see a non-finite value are computed apart
+  (`cpu.py`).
+
+Mask mods and block masks:
+
+- A mask_mod that captures the result of `scatter` reads it as it was before the scatter, or does
+  not compile (`test_limit_mask_mod_reads_what_a_scatter_has_not_yet_written`). Mask mods capture
+  results of `topk` instead (`capturable` in `masks/tiles.py`).
+- A mask_mod can capture symbolic lengths but no expressions of them: it captures each length by
+  itself. And a length of one tile is specialized to 128 only after the mask_mod has captured its
+  symbol, for which 2.11 generates code that does not compile: `settled` specializes it first
+  (`masks/tiles.py`).
+- FlexAttention on CUDA assumes that the lists of a BlockMask are contiguous. In a graph, inductor
+  chooses their layout, and a view of one head has stride 0: one sequence then silently reads the
+  lists of another. `_contiguous` makes all lists contiguous (`masks/tiles.py`;
+  `test_lists_follow_each_other` in `tests/test_compile.py`).
+
+torch.compile:
+
+- Recompilations are counted per code object, whatever the options of the compilation. Each kind of
+  call gets a code object of its own (`flex.py`).
+- Backward overwrites saved tensors, so that it cannot run again with `retain_graph=True`. The
+  backend `repeatable` keeps them (`flex.py`).
+- Calls from several threads fail at random in 2.13: `fullgraph=True` counts graphs in a global
+  (pytorch/pytorch#185138). Graph breaks are refused inside the function instead (`flex.py`).
+- Inductor pads strides, and 2.11 then reads some tensors with the unpadded ones
+  (pytorch/pytorch#194281). Padding is off (`flex.py`, `export.py`).
+- `torch.compiler.is_exporting` is true in every compiled graph in 2.11
+  (`test_compiled_graphs_are_not_taken_for_exported_ones`). Ours is false while Dynamo
+  compiles (`masks/exporting.py`).
+- 2.11 on CUDA does not compile a `clamp` of a range that becomes an index, a `searchsorted` in a
+  view, or one for values that all lists share. `where`, copies and values of each list's own
+  replace them (`layout.py`, `block_mask.py` and `tiles.py` in `masks/`).
+- 2.11 on CUDA does not compile a scan over so many values that an index might need 64 bits, which
+  it concludes from the bounds of lengths. In the counting sort a kernel sums the counts of each
+  block, and `cumsum` only their totals (`masks/regroup_kernel.py`).
+
+Export and packages:
+
+- A Python custom op in a package would need Python. Graphs exported on CPU consist of PyTorch's
+  own ops (`portable.py`, and the gate in `masks/router.py`).
+- A package reads its inputs with the strides of the export's example. It is made for contiguous
+  inputs, and `load` makes them contiguous (`test_inputs_lie_anywhere` in `tests/test_export.py`).
+- A condition on lengths is decided for the example's length. Where that matters, we ask whether it
+  holds at every length (`masks/exporting.py`). Sizes of 0 and 1 would be specialized:
+  `backed_size_oblivious` prevents that, and an example of one block is traced as a longer one.
+- Slices of a padded length keep an expression as their length, and each of these slows down the
+  compiler from there on (`test_limit_slices_of_padded_lengths_stay_expressions`). Exported code
+  takes rows by index, and reads the number of tiles from a tensor.
+- `map` over a variable number of chunks does not compile
+  (`test_limit_map_over_a_length_does_not_compile`). `while_loop` does (`masks/router.py`).
+- `while_loop` fixes variable sizes to those of an earlier export: torch.export has torch.compile
+  trace the loop, and comparing sizes with those of a cached graph makes them constants.
+  `_forget_loops` clears these graphs before each export (`export.py`).
+- Inductor omits a rounding to 16 bits whose result is widened again, but the gate's block keys
+  need it: packages are compiled with `emulate_precision_casts`. 2.11 and 2.12 still omit it within
+  sums: there the gate of a 16-bit package for CPU averages keys before they are rounded, and may
+  choose another block where two are nearly as good.
+- The C++ of a large graph may lack declarations before 2.13. `writers_told_apart` patches that
+  (`export.py`).
+- 2.11 miscompiles the exported gate of float64 inputs. Packages hold 16-bit or float32 attention
+  (`plans.py`).
+
+Gradients:
+
+- `torch.func.grad` refuses an op with a gradient of its own, and forward-mode AD gives it tangents
+  of zero (`test_limit_ops_do_not_know_torch_func`). Under `torch.func` an autograd.Function stands
+  in for the op, and tangents are refused (`masks/gradients.py`, `masks/checks.py`).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
 """Packages: a module with MoBA as one `.pt2` file, which PyTorch runs without moba_flex or Python.
 
 `torch.export` traces the module, AOTInductor compiles it. On CUDA the package holds the Triton
-kernels of the plan "fused". The custom ops of the plan "routed" on CPU are Python, so that a
-package holds what `moba_flex.masks.router.gate_portable` and `moba_flex.compile.portable` do in
-their place, with the same result.
+kernels of the plan "fused". On CPU the custom ops of the plan "routed" would need Python: the
+package holds the ops of `moba_flex.masks.router.choose_portable` and `moba_flex.compile.portable`
+instead, which give the same result.
 """
 
 import os
@@ -32,7 +32,7 @@ __all__ = ["Package", "check_path", "export", "load", "worst_error"]
 
 _MOST_ROWS = 2**10
 
-# What is changed in PyTorch and in Python's warnings for an export concerns the whole process.
+# An export changes settings of PyTorch and of Python's warnings, which the whole process shares.
 _exporting = threading.Lock()
 
 
@@ -47,16 +47,17 @@ def export(
 ) -> Path:
     """Compile a module that calls `moba_attention` into a package.
 
-    The package takes what `example` is like, runs forward alone, and needs neither Python nor
-    moba_flex: `moba_flex.compile.load(path)` or `torch._inductor.aoti_load_package(path)` load it
-    in Python, `torch::inductor::AOTIModelPackageLoader` in C++ (`compile/cpp/`). It takes
-    contiguous tensors: `load` makes them so, the others trust that they are.
+    The package takes inputs like `example`, runs the forward only, and needs neither Python nor
+    moba_flex. Load it by `moba_flex.compile.load(path)` or
+    `torch._inductor.aoti_load_package(path)` in Python, or by
+    `torch::inductor::AOTIModelPackageLoader` in C++ (`compile/cpp/`). It requires contiguous
+    tensors: `load` makes inputs contiguous, the other two do not check.
 
     A dynamic length is dimension 2 of inputs of 4 dimensions, `[B, H, length, D]`, and dimension 1
     of others, `[B, length, ...]`; a package then serves every length from 1 to 2**20. A dynamic
-    batch is dimension 0 of inputs of 2 dimensions and more, from 1 to 2**10. Inputs whose sizes
-    the module does not need to be equal keep sizes of their own, so that fewer queries than keys
-    are served too. Inputs of one dimension keep their size.
+    batch is dimension 0 of inputs of 2 dimensions and more, from 1 to 2**10. Sizes vary
+    independently unless the module needs them to be equal, so that a package may take fewer
+    queries than keys. Inputs of one dimension keep their size.
 
     Only one export runs at a time; others wait.
 
@@ -90,10 +91,10 @@ def export(
         module, inputs = module.to(device), tuple(x.to(device) for x in inputs)
     place = _check_places(module, inputs)
     check_compiler()
-    # A package reads its inputs as the example's lay, whatever it is given.
+    # A package reads its inputs with the strides of the example.
     inputs = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
     if dynamic_batch and any(x.dim() > 1 and x.shape[0] == 1 for x in inputs):
-        # Of one row the trace takes for granted that there is one.
+        # The trace specializes a batch of one row.
         inputs = tuple(_enlarged(x, 0, 1) for x in inputs)
 
     with _exporting:
@@ -101,7 +102,7 @@ def export(
         specs = _specs(program)
         block_size = max(int(call["block_size"]) for call in attention)
         if any(most <= block_size for spec in specs for _, _, most in spec.varying):
-            # Of an example of one block the trace takes for granted that there is one.
+            # The trace specializes an example of one block.
             longer = tuple(_enlarged(x, length_dim(x), 2 * block_size) for x in inputs)
             program, attention = _trace(module, longer, dynamic_length, dynamic_batch)
             specs = _specs(program)
@@ -111,14 +112,15 @@ def export(
         metadata = Metadata.of(attention, specs, place)
         configs = {
             "aot_inductor.metadata": metadata.to_strings(),
-            # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
+            # PyTorch 2.11 pads strides, then reads some tensors with the unpadded ones
+            # (pytorch/pytorch#194281).
             "comprehensive_padding": False,
-            # Else what is rounded to 16 bits and then widened is not rounded at all: block keys
-            # and queries of the gate are, and other blocks would be chosen.
+            # Otherwise inductor omits a rounding to 16 bits whose result is widened again, as that
+            # of the gate's block keys and queries: the gate would choose other blocks.
             "emulate_precision_casts": True,
         }
         with whole_file(target) as fresh, warnings.catch_warnings(), writers_told_apart():
-            warnings.simplefilter("ignore", FutureWarning)  # of what PyTorch itself does
+            warnings.simplefilter("ignore", FutureWarning)  # from PyTorch's own code
             torch._inductor.aoti_compile_and_package(
                 program, package_path=os.fspath(fresh), inductor_configs=configs
             )
@@ -127,10 +129,12 @@ def export(
 
 @contextmanager
 def writers_told_apart() -> Iterator[None]:
-    """Let AOTInductor know for good the buffers that it writes C++ to.
+    """Give each buffer that AOTInductor writes C++ to an identity that lasts.
 
-    Before 2.13 it knows them by the id of a bound method that lives for one call. Of a model of
-    many layers some get the id of another one, and what they declare is missing elsewhere.
+    Before PyTorch 2.13 the C++ of a model of many layers may lack declarations of arrays.
+    `CppWrapperCpu.codegen_int_array_var` tells buffers apart by the `id` of a bound method that
+    lives for one call only: once an id recurs, an array counts as declared in the wrong buffer. So
+    the bound methods are kept alive here.
     """
     if torch.__version__ >= "2.13":
         yield
@@ -184,7 +188,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     """Raise unless a package can be written to `path`.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: A package cannot be written there.
     """
     target = Path(path)
     if target.suffix == ".onnx":
@@ -199,10 +203,10 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_compiler() -> None:
-    """Raise unless there is a C++ compiler, which packages for CPU and for CUDA are made with.
+    """Raise unless there is a C++ compiler, which packages for CPU and for CUDA need.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no C++ compiler.
     """
     try:
         get_cpp_compiler()
@@ -262,7 +266,7 @@ def _check_places(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.device
 
 
 def _varying(x: Tensor, dynamic_length: bool, dynamic_batch: bool) -> dict[int, int]:
-    """Return which dimensions of an input vary, and up to what."""
+    """Return the dimensions of an input that vary, and the largest size of each."""
     if x.dim() <= 1:
         return {}
     batch = {0: _MOST_ROWS} if dynamic_batch else {}
@@ -281,7 +285,7 @@ def _trace(
         or None
         for x in inputs
     )
-    # Else PyTorch takes a size of 1 for another kind of size, and lengths for 2 or more.
+    # Otherwise torch.export specializes sizes of 1, and assumes that dynamic ones are 2 or more.
     sizes = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     _forget_loops()
     with torch.no_grad(), sizes, recorded() as calls:
@@ -303,10 +307,11 @@ def _trace(
 
 
 def _forget_loops() -> None:
-    """Let PyTorch forget the loops that it compiled for exports before this one.
+    """Clear the graphs of `while_loop` that earlier exports left.
 
-    torch.export has torch.compile trace a `while_loop`, which asks why those of before do not
-    serve: a size that is to vary is asked whether it is the size of then, and becomes it.
+    A dynamic size may become the constant that it was in an earlier export: torch.export has
+    torch.compile trace a `while_loop`, which compares its sizes with those of the cached graphs,
+    and the comparison makes them constants.
     """
     for code in while_loop.__code__.co_consts:
         if isinstance(code, CodeType):
@@ -314,7 +319,7 @@ def _forget_loops() -> None:
 
 
 def _enlarged(x: Tensor, dim: int, more: int) -> Tensor:
-    """Return an input that is larger, if its size may vary; its values play no part."""
+    """Return zeros of the shape of an input, but larger in one dimension, if it may vary."""
     if x.dim() <= 1:
         return x
     shape = list(x.shape)
@@ -323,7 +328,7 @@ def _enlarged(x: Tensor, dim: int, more: int) -> Tensor:
 
 
 def _check_batch(specs: list[Spec]) -> None:
-    """Raise if the graph takes some batch sizes alone."""
+    """Raise unless the graph takes every batch size."""
     for spec in specs:
         size = spec.shape[0]
         if len(spec.shape) > 1 and (isinstance(size, int) or size[1:] != (1, _MOST_ROWS)):
@@ -335,7 +340,7 @@ def _check_batch(specs: list[Spec]) -> None:
 
 
 def _check_ops(program: ExportedProgram) -> None:
-    """Raise if running the graph would take Python."""
+    """Raise if the graph needs Python to run."""
     for node in program.graph.nodes:
         op = node.target
         if isinstance(op, torch._ops.OpOverload):
@@ -348,7 +353,7 @@ def _check_ops(program: ExportedProgram) -> None:
 
 
 def _specs(program: ExportedProgram) -> list[Spec]:
-    """Read what the graph takes: for sizes that vary, the symbol, and its least and most."""
+    """Read the inputs of the graph; a size that varies is its symbol, its least and its most."""
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     names = set(program.graph_signature.user_inputs)
     specs = []

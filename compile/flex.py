@@ -1,4 +1,4 @@
-"""The one door to FlexAttention, and its compilation on behalf of eager callers."""
+"""The only call of FlexAttention, and its compilation for eager callers."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ from moba_flex.masks.request import Gate, Request
 from moba_flex.masks.routing import Routing
 
 Attention = Callable[[Request], Any]
-"""What takes a request and returns output and log-sum-exp."""
+"""A function from a request to output and log-sum-exp."""
 
 _serial = itertools.count()
 _MOST_GRAPHS = 64
@@ -49,13 +49,13 @@ def attend(
         mask: Which keys each query sees; None for all.
         scale: Factor on the scores.
         lse: Whether to return the log-sum-exp too, which FlexAttention on CPU cannot.
-        score_mod: What changes scores, in the order of q and k.
+        score_mod: Changes scores, given indices into q and k as passed here.
 
     Returns:
-        Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` in float32, empty if not asked for.
+        Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` in float32; empty unless `lse`.
     """
     # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
-    # / (H * D) keys. And its C++ template takes vectors to lie in one piece.
+    # / (H * D) keys. And its C++ template assumes that each vector is contiguous.
     q, k, v = (contiguous(x) for x in (q, k, v))
     options = _kernel_options(q, v, score_mod is not None) if q.is_cuda else None
     result = flex_attention(
@@ -76,32 +76,33 @@ def attend(
 
 
 def _kernel_options(q: Tensor, v: Tensor, changed: bool) -> Any:
-    """Return options for FlexAttention's kernels on CUDA, whose own choice does not always fit.
+    """Return options for FlexAttention's kernels on CUDA.
 
-    Of the 227 KiB of shared memory that a program on a Hopper GPU may have.
+    FlexAttention's own choice may exceed the 227 KiB of shared memory of a program on Hopper GPUs.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
         v: Values, `[B, Hkv, KV, Dv]`.
         changed: Whether there is a score_mod.
     """
-    # For fewer than 128 queries PyTorch would take its decoding kernel, which for some dtypes and
-    # head dims has no tile that fits the mask blocks.
+    # For fewer than 128 queries FlexAttention would choose its decoding kernel, which for some
+    # dtypes and head dims has no tile that fits the mask blocks.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     head_dim, value_dim = q.shape[3], v.shape[3]
     if head_dim != 256 and max(head_dim, value_dim) > 128:
-        # It looks at D alone, and has tiles for 64, 128 and 256: these are those for 256.
+        # FlexAttention chooses by D alone, and has tiles for 64, 128 and 256. These are the tiles
+        # for 256.
         rows = 32 if q.dtype == torch.float32 else 64
         options |= {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": 32, "fwd_num_stages": 3}
     if changed or value_dim > 128:
-        # With three stages, and what gradients of captured tensors need, its choice for D from 64
-        # to 128 fills the memory to the last byte.
+        # FlexAttention's three stages for D from 64 to 128, together with the gradients of
+        # captured tensors, fill the memory to the last byte.
         options["bwd_num_stages"] = 2
     return options
 
 
 class _Outline(NamedTuple):
-    """What a graph is compiled for: all of a request but its tensors and functions.
+    """The part of a request that a graph is compiled for: all but its tensors and functions.
 
     Attributes:
         gate: The gate's numbers, without `head_top_k`; None if a routing is given.
@@ -109,8 +110,8 @@ class _Outline(NamedTuple):
         causal: Whether a query sees only keys at its position and before.
         scale: Factor on the scores.
         softcap: Limit of the scores, if any.
-        lse: Whether the log-sum-exp is asked for.
-        given: Names of the tensors beside q, k and v.
+        lse: Whether to return the log-sum-exp.
+        given: Names of the tensors besides q, k and v.
         kind: Device, dtype, numbers of heads, head dims, and which tensors need gradients.
     """
 
@@ -146,7 +147,7 @@ class _Outline(NamedTuple):
     def request(
         self, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor], mods: Mods
     ) -> Request:
-        """Return a request of this outline, put together within a graph."""
+        """Return a request of this outline; runs inside the graph."""
         layout = Layout(q.shape[2], k.shape[2], self.block_size, self.causal)
         layout = layout.with_tables(tensors.get("queries"), tensors.get("extents"))
         gate = routing = None
@@ -160,11 +161,11 @@ class _Outline(NamedTuple):
 
 
 def in_one_graph(function: Attention) -> Attention:
-    """Let a function that calls FlexAttention run compiled, whoever calls it.
+    """Make a function that calls FlexAttention run compiled, also for eager callers.
 
-    Uncompiled FlexAttention computes every score, masked or not. So in eager code the function is
-    compiled to one graph for each outline of a request, which serves all lengths and batch sizes;
-    within a caller's graph it becomes part of that.
+    Uncompiled FlexAttention computes every score, masked or not. So for eager callers the function
+    is compiled, to one graph per outline, which serves all lengths and batch sizes. In a caller's
+    graph it becomes part of that graph.
     """
 
     @functools.wraps(function)
@@ -181,7 +182,8 @@ def in_one_graph(function: Attention) -> Attention:
             "extents": layout.extents,
         }
         given = {name: x for name, x in tensors.items() if x is not None}
-        # PyTorch's C++ template takes the tenth symbol of a graph for the first and a digit.
+        # With ten symbolic sizes or more, FlexAttention's C++ template does not compile: it
+        # mistakes the tenth symbol for the first one followed by a digit.
         static = request.q.device.type == "cpu" and not (request.is_plain and request.mods.none)
         graph = _compiled(function, _Outline.of(request, layout, given), static)
         return graph(request, given)
@@ -197,13 +199,12 @@ def _compiled(
 
     Args:
         function: What to compile.
-        outline: What all requests have in common. Functions that differ in what they capture alone
-            share a graph.
-        static: Whether to compile anew for all sizes.
+        outline: The outline. Requests whose mods differ only in captured tensors share a graph.
+        static: Whether to compile anew for each combination of sizes.
     """
 
-    # The names matter: PyTorch names the symbols of dynamic shapes after them, and those of *args
-    # break its C++ template.
+    # No *args: PyTorch names the symbols of dynamic shapes after the parameters, and the names
+    # that *args gives do not compile in FlexAttention's C++ template.
     def bound(
         q: Tensor,
         k: Tensor,
@@ -212,40 +213,41 @@ def _compiled(
         score_mod: ScoreMod | None,
         mask_mod: MaskMod | None,
     ) -> Any:
-        # As `fullgraph` does, which threads must not use at the same time: PyTorch 2.13 counts its
-        # graphs in a global (pytorch/pytorch#185138).
+        # Instead of `fullgraph=True`: with it, calls from several threads fail at random in
+        # PyTorch 2.13, which counts graphs in a global (pytorch/pytorch#185138).
         with torch._dynamo.error_on_graph_break(True):
             mods = Mods(score_mod, mask_mod, outline.softcap)
             return function(outline.request(q, k, v, tensors, mods))
 
-    # PyTorch counts recompilations by code object, and learns from its name what varies from call
-    # to call: a code object and a name for each kind of call leave both to lengths and batch
-    # sizes.
+    # PyTorch counts recompilations per code object, and records by its name which sizes vary. So
+    # each outline gets a code object and a name: only lengths and batch sizes vary within one.
     code = bound.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     own = types.FunctionType(code, globals(), closure=bound.__closure__)
-    # Lengths of less than a tile or of fewer than `top_k` blocks make more graphs than PyTorch's
-    # limit of 8 lets pass.
+    # Lengths of less than a tile or of fewer than `top_k` blocks need graphs of their own: more
+    # than PyTorch's default limit of 8.
     limit: dict[str, Any] = {"recompile_limit": _MOST_GRAPHS} if _HAS_LIMIT else {}
     graph = torch.compile(
         own,
         dynamic=False if static else None,
         backend=repeatable,
-        # Padded strides are read with the old ones in PyTorch 2.11 (pytorch/pytorch#194281).
+        # PyTorch 2.11 pads strides, then reads some tensors with the unpadded ones
+        # (pytorch/pytorch#194281).
         options={"comprehensive_padding": False},
         **limit,
     )
 
     def call(request: Request, tensors: dict[str, Tensor]) -> Any:
-        # Made ready here, all layouts share a graph.
+        # Contiguous inputs let all memory layouts share a graph.
         inputs = [x.contiguous() for x in (request.q, request.k, request.v)]
         mods = request.mods
-        # One call at a time where threads share PyTorch's settings.
+        # Without the argument `recompile_limit` a setting of the process is changed: one call at a
+        # time.
         limited = nullcontext() if _HAS_LIMIT else _limited()
         try:
             with limited:
                 return graph(*inputs, tensors, mods.score_mod, mods.mask_mod)
         except torch._dynamo.exc.Unsupported:
-            mods.check_results(request.q)  # which says what is wrong with them
+            mods.check_results(request.q)  # raises an error that names the fault, if mods have one
             raise
 
     return call
@@ -262,18 +264,19 @@ def _limited() -> Iterator[None]:
 def repeatable(
     graph: torch.fx.GraphModule, example: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Do what PyTorch's backend "inductor" does, for callers that go backward twice.
+    """Compile like inductor, but let callers run backward twice; a backend of `torch.compile`.
 
-    It is a backend of `torch.compile`. Backward would overwrite ("donate") saved tensors, and
-    refuse to keep them. PyTorch's setting against that fails: up to 2.13 a backward that keeps the
-    graph takes "not looked for" for "some are overwritten". So here none are found.
+    Inductor's backward overwrites ("donates") saved tensors, and raises under `retain_graph=True`.
+    PyTorch's setting that turns donation off does not help up to 2.13: such a backward mistakes
+    "did not look for donated tensors" for "found some". So this backend reports that there are
+    none.
     """
     from torch._inductor.compile_fx import compile_fx
 
     compiled: Any = compile_fx(
         graph, example, inner_compile=_donating_nothing, config_patches=options
     )
-    return compiled  # a function, for it packs nothing
+    return compiled  # a function, since no output is packed
 
 
 def _donating_nothing(*args: Any, **options: Any) -> Any:

@@ -1,12 +1,13 @@
 """The fused plan: routed attention whose kernels gather the queries of a block inside the load.
 
 Pairs of a query and a chosen block are sorted by block. A first kernel attends with each tile of
-pairs to its block and writes their partial outputs; a second attends with the queries, in natural
-order, to their own blocks and merges the parts. Backward mirrors it: dk and dv of a block over the
-pairs that chose it and the queries inside it, dq as a sum of parts. Every sum has a fixed order.
+pairs to its block and writes their partial outputs (*parts*). A second kernel attends with the
+queries, in natural order, to their own blocks and merges the parts. Backward mirrors them: dk and
+dv of a block are sums over the pairs that chose it and the queries inside it, and dq is a sum of
+parts. Every sum has a fixed order.
 
-Parts are as many values as q has for each block that a query chose, so that they are held for some
-of the key/value heads at a time.
+The parts of all heads would take as much memory as q for each chosen block. So they are made and
+merged for some lists (key/value heads) at a time.
 """
 
 import math
@@ -37,7 +38,7 @@ from moba_flex.masks.routing import Routing
 
 
 class _Tiles(NamedTuple):
-    """Launch of a kernel: queries or pairs, keys, warps, pipeline stages."""
+    """Launch options of a kernel: queries or pairs, keys, warps and pipeline stages."""
 
     m: int
     n: int
@@ -59,11 +60,11 @@ _TILES = {
     },
     "pair_dq": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(128, 64, 8, 3), 256: _Tiles(128, 32, 8, 2)},
     "own_dq": {64: _Tiles(64, 32, 4, 3), 128: _Tiles(64, 32, 4, 3), 256: _Tiles(128, 32, 8, 2)},
-    # Five stages: the rows of a step are loaded two steps ahead, for the stats that name them are
-    # loaded two steps before that.
+    # Five stages: the queries of a step are loaded two steps ahead, and the stats that say which
+    # queries these are two steps before that.
     "dkv": {64: _Tiles(64, 128, 8, 5), 128: _Tiles(64, 128, 8, 5), 256: _Tiles(64, 64, 8, 2)},
 }
-# For blocks of more than 128 keys, which are several tiles in any case.
+# For blocks of more than 128 keys, which take several tiles in any case.
 _TILES_LONG = {
     "pair_forward": {256: _Tiles(128, 64, 8, 2)},
     "dkv": {64: _Tiles(64, 64, 4, 5)},
@@ -76,7 +77,7 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-# Worked out once: in eager code a short sequence waits for what runs between the launches.
+# Cached: in eager code a short sequence waits for the Python between the launches.
 @lru_cache(maxsize=1024)
 def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _Tiles:
     if dtype == torch.float32:
@@ -115,25 +116,26 @@ def _options(kernel: str, kind: "_Kind") -> dict[str, Any]:
 
 
 def _share(group: int, block_size: int, picks: int) -> int:
-    """Pairs that one program for dk and dv handles at most: eight times those of an average block.
+    """Return the most pairs for one program of dk and dv: eight times those of an average block.
 
-    So blocks that are chosen by many delay nobody.
+    The limit keeps a block that many queries chose from delaying the kernel.
     """
     return 8 * group * block_size * max(1, picks)
 
 
 def _lists_at_once(lists: int, picks: int) -> int:
-    """Lists whose parts are held at a time: three times as many values as q has, or one list's."""
+    """Return how many lists to launch at a time: their parts hold three times q, or one list's."""
     if isinstance(lists, torch.SymInt):
         return ceil_div(lists, ceil_div(max(1, picks), 3))
     return max(1, min(lists, 3 * lists // max(1, picks)))
 
 
 def _first_lists(lists: int, at_once: int, picks: int) -> Sequence[int]:
-    """First list of each launch. A graph for any batch size has one number of launches for all.
+    """Return the first list of each launch.
 
-    There the last launch does `at_once` lists, too, though the one before it may have done some of
-    them: kernels write the same once more. A launch of no list would be an error.
+    A graph for any batch size has a fixed number of launches, of `at_once` lists each. There the
+    last launches may repeat lists of earlier ones, and write the same values again, because a
+    launch of no list would be an error.
     """
     if isinstance(lists, torch.SymInt):
         launches = range(ceil_div(max(1, picks), 3))
@@ -142,12 +144,12 @@ def _first_lists(lists: int, at_once: int, picks: int) -> Sequence[int]:
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Strides of batch, head and position; those of the head_dim are 1."""
+    """Return the strides of batch, head and position; that of the head_dim is 1."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 class _Kind(NamedTuple):
-    """What kernels are compiled for."""
+    """The properties of a call that kernels are compiled for."""
 
     dtype: torch.dtype
     head_dim: int
@@ -160,7 +162,7 @@ class _Kind(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The larger head_dim, for which tiles are chosen."""
+        """The larger head_dim, which determines the tiles."""
         return max(self.head_dim, self.value_dim)
 
 
@@ -191,12 +193,12 @@ class _Problem(NamedTuple):
         scale: float,
         softcap: float,
     ) -> "_Problem":
-        """Read the sizes off queries, keys, values and layout."""
+        """Return the problem of queries, keys, values and a layout."""
         block_size, extents = layout.block_size, layout.extents
         batch, num_heads, q_len, head_dim = q.shape
         num_kv_heads, kv_len = k.shape[1:3]
         group = num_heads // num_kv_heads
-        kind = _Kind(  # of plain numbers also where sizes are symbols
+        kind = _Kind(  # plain numbers, also where sizes are symbols
             q.dtype,
             int(head_dim),
             int(v.shape[3]),
@@ -228,16 +230,16 @@ class _Problem(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a list, those of no block included."""
+        """Pairs of a list, including entries without a block."""
         return self.group * self.q_len * self.picks
 
     @property
     def at_once(self) -> int:
-        """Lists of a launch."""
+        """Lists per launch."""
         return _lists_at_once(self.lists, self.picks)
 
     def launches(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
-        """Yield for each launch the number of its lists, and the sizes that kernels take."""
+        """Yield, for each launch, its number of lists and the sizes that kernels take."""
         any_batch = isinstance(self.lists, torch.SymInt)
         for first_list in _first_lists(self.lists, self.at_once, self.picks):
             yield (
@@ -259,7 +261,7 @@ class _Problem(NamedTuple):
             )
 
     def parts(self, like: Tensor, values: int) -> Tensor:
-        """Make room for `values` of each pair of the lists of a launch."""
+        """Allocate `values` values for each pair of the lists of a launch."""
         return like.new_empty(self.at_once * self.num_pairs * values)
 
     def tiles(self, kernel: str) -> _Tiles:
@@ -267,7 +269,7 @@ class _Problem(NamedTuple):
         return _tiles(kernel, self.kind.dtype, self.kind.width, self.kind.block_size)
 
     def options(self, kernel: str) -> dict[str, Any]:
-        """Return what a kernel is compiled for."""
+        """Return the compile-time arguments and launch options of a kernel."""
         return _options(kernel, self.kind)
 
 
@@ -291,7 +293,7 @@ def _backward(
     problem = _Problem.of(q, k, v, rank.shape[3], layout, scale, softcap)
     stats = _stats(problem, out, grad, lse, grad_lse, rank)
     if queries is None or extents is None:
-        queries = extents = owners = rank  # they are not read
+        queries = extents = owners = rank  # placeholders, not read
         dk, dv = torch.empty_like(k), torch.empty_like(v)
     else:
         owners = _owners(queries[1], extents.shape[2])
@@ -302,7 +304,7 @@ def _backward(
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
     key_tile = problem.tiles("dkv").n
     tiles_per_block = ceil_div(block_size, key_tile)
-    write_dq = tiles_per_block == 1  # then a program meets each of its pairs once
+    write_dq = tiles_per_block == 1  # then one program alone handles each pair
     gather_dq = problem.picks > 0 and not write_dq
     share = _share(problem.group, block_size, problem.picks)
     spill_block, first_spill = tile_blocks(first, problem.num_pairs, share, skip=1)
@@ -341,10 +343,10 @@ def _backward(
                 VALUE_DIM=value_dim,
                 DV=_padded(value_dim),
                 TILE_N=key_tile,
-                num_warps=16,  # of fewer, each thread's values take seconds to compile
+                num_warps=16,  # fewer warps hold more values per thread: seconds to compile
             )
         if gather_dq:
-            # Made now, when the device has enough to do.
+            # Made only now, while the device is busy with the kernels above.
             tiles = tiles or tile_blocks(first, problem.num_pairs, problem.tiles("pair_dq").m)
             tile_block, first_tile = tiles
             num_tiles = tile_block.shape[1]
@@ -369,10 +371,10 @@ def _backward(
 
 
 def _owners(own: Tensor, num_blocks: int) -> Tensor:
-    """Return of each block the first query whose own block it is, and the query after the last.
+    """Return, for each block, the first query that lies in it, and the query after the last.
 
     Args:
-        own: Own blocks, int32 `[R, Q]`; those of one block are neighbours.
+        own: Own blocks, int32 `[R, Q]`; queries with the same own block are neighbours.
         num_blocks: `N`, which stands for none.
 
     Returns:
@@ -394,7 +396,7 @@ def _stats(
     grad_lse: Tensor | None,
     rank: Tensor,
 ) -> Tensor:
-    """Return what backward reads of each row and pair, see `stats_kernel`; four int32 each."""
+    """Return the stats of each row and each pair, four int32 each; see `stats_kernel`."""
     rows = problem.group * problem.q_len
     stats = lse.new_empty((problem.lists, rows + problem.num_pairs, 4), dtype=torch.int32)
     heads = problem.lists * problem.group
@@ -421,19 +423,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the own block and to the chosen ones.
 
-    The scale must not be negative: the kernels' maximum is that of products, before they are
-    scaled.
+    The scale must not be negative, because kernels take the maximum of scores before they scale
+    them.
 
     Returns:
-        Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and what backward reads of the
-        `Pairs`: `rank` and `first`.
+        Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and `rank` and `first` of the
+        `Pairs`, for backward.
     """
     q, k, v = dense_vectors(q, k, v)
     layout = routing.layout
     problem = _Problem.of(q, k, v, routing.blocks.shape[3], layout, scale, softcap)
     pairs = sort_pairs(routing, problem.num_kv_heads)
     queries, extents = layout.queries, layout.extents
-    # Without tables they are not read.
+    # Placeholders, which kernels without TABLES do not read.
     if queries is None or extents is None:
         queries = extents = pairs.first
     if problem.picks:

@@ -1,20 +1,21 @@
 """Triton kernels of the fused plan: the queries of a block are gathered inside the load.
 
 Scores are in units of log2, `score * scale * log2(e)`, so that each exponential is one `exp2`. A
-*list* is one key/value head of one sequence; its *rows* are `(head in group) * Q + query`, and its
-*pairs* lie in the order of `moba_flex.masks.regroup.Pairs`. A launch handles some of the lists,
-from `first_list` on; the parts that one kernel leaves for the next are of those lists alone.
+*list* is one key/value head of one row of the batch; its *rows* are `(head in group) * Q + query`,
+and its *pairs* lie in the order of `moba_flex.masks.regroup.Pairs`. A launch handles some of the
+lists, from `first_list` on. Partial results (*parts*), which one kernel writes and a later one
+reads, belong to the lists of that launch.
 
-With TABLES, `queries` and `extents` of `moba_flex.masks.layout.Tables` say where blocks lie; in a
-block may then be fewer keys than `block_size`, or none, and a query may see nothing. What kernels
-read of blocks they read themselves, not by a function: PyTorch would take what decides where a
-kernel writes for what it writes to.
+With TABLES, `queries` and `extents` of `moba_flex.masks.layout.Layout` say where blocks lie. A
+block may then hold fewer keys than `block_size`, or none, and a query may see no key. Kernels load
+the extents inline: if a helper loads them, PyTorch's mutation analysis marks the extents tensor as
+written, because the addresses of stores depend on it.
 """
 
 import triton
 import triton.language as tl
 
-# Arguments that vary with lengths: kernels are not compiled anew for what divides them.
+# Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
     "first_list",
     "group",
@@ -57,7 +58,7 @@ def _load_keys(  # type: ignore[no-untyped-def]
 def _rows_to_ptrs(  # type: ignore[no-untyped-def]
     ptr, row, q_len, stride_h, stride_m, GROUPED: tl.constexpr, D: tl.constexpr
 ):
-    """Point at the vectors of rows of a list whose first vector `ptr` points at."""
+    """Return pointers to the vectors of some rows of a list; `ptr` points to its first vector."""
     if GROUPED:
         head, query = row // q_len, row % q_len
         start = head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_m
@@ -68,10 +69,10 @@ def _rows_to_ptrs(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cap(score, scale, cap, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return scores in units of log2 under a soft cap in the same units, and its slope."""
+    """Return soft-capped scores in units of log2, as is `cap`, and the slope of the cap."""
     x = score * (scale / cap)
     tanh = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
-    if PRECISION == "ieee":  # near 0 the difference leaves few digits; there, Taylor's series
+    if PRECISION == "ieee":  # near 0 the difference cancels: use Taylor's series
         y = x * x
         series = y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
         tanh = tl.where(y < 0.0625, x + x * series, tanh)
@@ -80,7 +81,7 @@ def _cap(score, scale, cap, PRECISION: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def _finite(x):  # type: ignore[no-untyped-def]
-    """Return vectors with zeros for what is not finite, and which had that, `[length]`."""
+    """Return vectors with zeros for non-finite values, and which vectors had any, `[length]`."""
     finite = tl.abs(x.to(tl.float32)) < float("inf")
     spoilt = tl.max((~finite).to(tl.int32), 1) > 0
     return tl.where(finite, x, 0.0).to(x.dtype), spoilt
@@ -92,10 +93,12 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, CLEAN: tl.constexpr, SOFTCAP: tl.constexpr, TILE_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys, from `at` on, to a softmax; with MASKED, those of `low..high` of a row.
+    """Add a tile of keys, from `at` on, to a softmax.
 
-    The scale must not be negative. A value that is not finite spoils, with a weight of zero, also
-    rows that do not see it; with CLEAN it does not.
+    With MASKED, each row sees the keys `low..high` alone. The scale must not be negative.
+
+    A non-finite value makes rows NaN even if they do not see it, since their weight of zero times
+    NaN is NaN. With CLEAN, only rows that see it become NaN.
     """
     score = tl.dot(q, k.T, input_precision=PRECISION)
     if SOFTCAP:
@@ -125,7 +128,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _next_keys(at, stop, low, high):  # type: ignore[no-untyped-def]
-    """Return the first key from `at` on that a row sees, or `stop`."""
+    """Return the first key from `at` on that any row sees, or `stop`."""
     return tl.min(tl.where(high > at, tl.maximum(low, at), stop))
 
 
@@ -138,7 +141,7 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Add keys `start..stop` to a softmax, see `_attend_tile`.
 
-    With ISLANDS, keys that no row sees are passed over.
+    With ISLANDS, stretches of keys that no row sees are skipped.
     """
     if ISLANDS:
         at = start
@@ -167,7 +170,7 @@ def _attend_tile_backward(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, CLEAN: tl.constexpr, SOFTCAP: tl.constexpr, TILE_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq, over the scale, what a tile of keys contributes; see `_attend_tile`."""
+    """Add the contribution of a tile of keys to dq / scale; see `_attend_tile`."""
     score = tl.dot(q, k.T, input_precision=PRECISION)
     if SOFTCAP:
         score, slope = _cap(score, scale, cap, PRECISION)
@@ -179,7 +182,7 @@ def _attend_tile_backward(  # type: ignore[no-untyped-def]
     if MASKED:
         key = (at + tl.arange(0, TILE_N))[None, :]
         dscore = tl.where((key >= low[:, None]) & (key < high[:, None]), dscore, 0.0)
-    if CLEAN:  # the scores have told the rows that see them
+    if CLEAN:  # rows that see non-finite keys are NaN already, by their scores
         k, _ = _finite(k)
     return tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -192,7 +195,7 @@ def _attend_backward(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq, over the scale, what keys `start..stop` contribute; see `_attend`."""
+    """Add the contribution of keys `start..stop` to dq / scale; see `_attend`."""
     if ISLANDS:
         at = start
         while at < stop:
@@ -226,8 +229,8 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the pairs of a tile to the block that they chose."""
-    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
+    """Attend with a tile of pairs to the block that they chose, and write their parts."""
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
     list_id = first_list + tl.program_id(1)
     block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
     if block >= num_blocks:
@@ -283,10 +286,10 @@ def _own_keys(  # type: ignore[no-untyped-def]
     query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size, table_rows,
     TILE_N: tl.constexpr, TABLES: tl.constexpr, CAUSAL: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
-    """Return the keys of each query's own block that it sees, and those of the tile.
+    """Return `low, high, start, whole, stop`: the keys of own blocks that a tile of queries sees.
 
-    They are `low..high` of each row; of the tile, `start..whole` are seen by all rows and
-    `whole..stop` by some. Rows past the last query count as that one.
+    Each query sees `low..high` of its own block. All queries see `start..whole`, and some see keys
+    of `whole..stop`. Rows past the last query repeat the last query.
     """
     last_query = tl.minimum(query, q_len - 1)
     if TABLES:
@@ -329,8 +332,8 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend with a tile of queries to their own blocks, and merge what their pairs found."""
-    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
+    """Attend with a tile of queries to their own blocks, and merge the parts of their pairs."""
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
     local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
     list_id = first_list + local_list
     batch = (list_id // num_kv_heads).to(tl.int64)
@@ -372,14 +375,14 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
     part_start = local_list.to(tl.int64) * num_pairs
     value_dim = tl.arange(0, DV)[None, :]
-    # The merged maximum first: then what was found before is scaled once.
+    # The merged maximum comes first, so that `acc` is scaled only once.
     highest = top
     for pick in range(picks):
         rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
         part_lse = tl.load(part_lse_ptr + part_start + rank, mask=rank >= 0, other=-float("inf"))
         highest = tl.maximum(highest, part_lse)
     shift = highest
-    if TABLES:  # a row may see nothing
+    if TABLES:  # a row may see no key
         shift = tl.where(highest == -float("inf"), 0.0, highest)
     decay = tl.exp2(top - shift)
     acc, total = acc * decay[:, None], total * decay
@@ -405,7 +408,7 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _stats(lse, delta, row):  # type: ignore[no-untyped-def]
-    """Pack what backward reads of a row or a pair into four integers: one load of 16 bytes."""
+    """Pack the stats of rows or pairs into four integers each, so that one is a 16-byte load."""
     field = tl.arange(0, 4)[None, :]
     lse, delta = lse.to(tl.int32, bitcast=True), delta.to(tl.int32, bitcast=True)
     return tl.where(field == 0, lse[:, None], tl.where(field == 1, delta[:, None], row[:, None]))
@@ -427,10 +430,10 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     num_heads, group, q_len, picks,
     LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
-    """Write the log-sum-exp, delta and number of each row: by row, and after those by pair.
+    """Write the stats of each row, and after those of all rows a copy for each pair.
 
-    Delta is what is subtracted from the gradient of each weight: `out @ grad - grad_lse`. Kernels
-    that walk the pairs read their stats in order.
+    The stats are log-sum-exp, delta and row. Delta is subtracted from the gradient of each weight:
+    `out @ grad - grad_lse`. With the copies, kernels that walk the pairs read stats in order.
     """
     head = tl.program_id(1)
     batch, h = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
@@ -468,8 +471,8 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write each pair's part of dq, over the scale."""
-    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
+    """Write each pair's part of dq / scale."""
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
     list_id = first_list + tl.program_id(1)
     block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
     if block >= num_blocks:
@@ -533,8 +536,8 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of a tile of queries: that of their own blocks and the sum of their pairs'."""
-    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
+    """Write dq of a tile of queries: that of their own blocks plus the parts of their pairs."""
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
     local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
     list_id = first_list + local_list
     batch = (list_id // num_kv_heads).to(tl.int64)
@@ -599,11 +602,11 @@ def _add_rows(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk, over the scale, and dv what pairs and own rows contribute.
+    """Add the contributions of pairs and of own rows to dk / scale and dv.
 
-    Those are the pairs `first..stop` and the queries `own_start..own_stop` of each head, in one
-    loop: each loop has to wait for its first loads. With MASKED, a row attends to the keys up to
-    its query's position. With WRITE_DQ, the part of dq of each pair is written.
+    These are the pairs `first..stop` and the queries `own_start..own_stop` of each head. One loop
+    does both, because each loop waits for its first loads. With MASKED, a row attends to the keys
+    up to its query's position. With WRITE_DQ, each pair's part of dq is written.
     """
     dim, rows = tl.arange(0, D), group * q_len
     pair_steps, own_steps = tl.cdiv(stop - first, TILE_M), tl.cdiv(own_stop - own_start, TILE_M)
@@ -615,13 +618,13 @@ def _add_rows(  # type: ignore[no-untyped-def]
             head = own_step // tl.maximum(own_steps, 1)
             own_step -= head * own_steps
             start, end = start + head * q_len, end + head * q_len
-        # In the stats the pairs come after the rows.
+        # In the stats, pairs come after the rows.
         at = tl.where(is_pair, rows + first + step * TILE_M, start + own_step * TILE_M)
         end = tl.where(is_pair, rows + stop, end)
         place = at + tl.arange(0, TILE_M)
         exists = place < end
-        # Past the end the last row is read again, which is cheaper than a mask: the weights of
-        # what does not exist are exp2(-inf).
+        # Past the end the last row is read again, which is cheaper than a mask: with lse = inf its
+        # weights are exp2(-inf) = 0.
         stats_ptrs = stats_ptr + tl.minimum(place, end - 1)[:, None].to(tl.int64) * 4
         lse, delta, row = _unpack(tl.load(stats_ptrs + tl.arange(0, 4)[None, :]))
         lse = tl.where(exists, lse, float("inf"))
@@ -662,9 +665,10 @@ def _spill_places(  # type: ignore[no-untyped-def]
     slot, within, num_spills, tiles_per_block, D: tl.constexpr, DV: tl.constexpr,
     TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Return where the sums of a tile of keys lie, of dk and of dv.
+    """Return where the sums of dk and of dv of a tile of keys lie; see `dkv_kernel`.
 
-    Each list has a slot for each spill and, from `num_spills` on, one for what was not spilled.
+    Each list has `2 * num_spills` slots: one for each spilled share and, from `num_spills` on, one
+    for the first share of each block that spills.
     """
     keys = tiles_per_block * TILE_N
     place = (tl.program_id(1) * 2 * num_spills + slot).to(tl.int64) * keys * (D + DV)
@@ -691,10 +695,10 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     """Compute dk and dv of a tile of keys, which lies within one block.
 
     A program handles the first `share` pairs of the block and the queries whose own block it is.
-    Further shares, of blocks that are chosen by many, spill to programs of their own, which start
-    first. The sums of such blocks are left for `dkv_sum_kernel`.
+    If more queries chose the block, each further share of its pairs spills to a program of its
+    own; these programs start first. `dkv_sum_kernel` adds up the sums of such a block.
     """
-    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # doubles if traced
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
     list_id = first_list + tl.program_id(1)
     item = tl.program_id(0) // tiles_per_block
     within = tl.program_id(0) % tiles_per_block * TILE_N
@@ -713,7 +717,7 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     head = (list_id % num_kv_heads).to(tl.int64)
     block_start = block * block_size
     block_stop = tl.minimum(block_start + block_size, kv_len)
-    # The queries whose own block this is, and how far they are from their positions.
+    # The queries whose own block this is; query i is at position i + offset.
     offset = kv_len - q_len
     own_first = tl.maximum(block_start - offset, 0)
     own_after = tl.maximum(block_stop - offset, own_first)
@@ -741,8 +745,8 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     dv = tl.zeros([TILE_N, DV], tl.float32)
     first = tl.load(first_pair_ptr + block) + number * share
     stop = tl.minimum(first + share, tl.load(first_pair_ptr + block + 1))
-    # Of the queries of a causal block those from the first key on: the first see some keys of the
-    # tile and the others all.
+    # If causal, queries before the first key of the tile see none of its keys, those up to
+    # `see_all` some, and the others all.
     key = start + tl.arange(0, TILE_N)
     own_start = tl.maximum(start - offset, own_first) if CAUSAL else own_first
     own_stop = tl.maximum(own_after, own_start) if number == 0 else own_start
@@ -785,8 +789,8 @@ def dkv_sum_kernel(  # type: ignore[no-untyped-def]
     TABLES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
     DV: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Add up what the shares of a block left of dk and dv; the program of its first spill does."""
-    scale = tl.cast(scale, tl.float32)  # a double if traced
+    """Add up the shares' sums of dk and dv of a block, in the program of its first spill."""
+    scale = tl.cast(scale, tl.float32)  # float64 if traced
     list_id = first_list + tl.program_id(1)
     item = tl.program_id(0) // tiles_per_block
     within = tl.program_id(0) % tiles_per_block * TILE_N

@@ -1,11 +1,13 @@
-"""Between natural and regrouped order, forward and backward by gathers alone.
+"""Moves between natural and regrouped order, forward and backward by gathers alone.
 
-Every regrouping is a permutation of pairs whose inverse is known, so what autograd would do with
-an atomic scatter is a gather with the inverse: deterministic, and several times faster on a GPU.
+A regrouping is a permutation of pairs whose inverse is known. So backward gathers by the inverse,
+where autograd would scatter with atomics: gathers are deterministic, and several times faster on a
+GPU.
 
-All lists are handled as one, of rows or of slots: inductor pads the strides of intermediates whose
-inner dimensions are odd and, in PyTorch 2.11, reads some with their old strides
-(pytorch/pytorch#194281). Values in one dimension, and vectors in two, have no strides to pad.
+Lists are flattened into one dimension of rows or slots: if the inner dimensions of an intermediate
+are odd, inductor pads its strides, and PyTorch 2.11 then reads some intermediates with the
+unpadded ones (pytorch/pytorch#194281). Values in one dimension, and vectors in two, have no
+strides to pad.
 """
 
 from typing import Any
@@ -33,7 +35,7 @@ def merge_parts(
 ) -> tuple[Tensor, Tensor]:
     """Join attention to the own block and attention of the pairs into one softmax.
 
-    A part that sees nothing has log-sum-exp -inf; what its output holds, NaN or not, is not used.
+    A part that sees no key has log-sum-exp -inf, and its output is not used, even if it is NaN.
 
     Args:
         own_out: Output of each row's own block, `[B, Hkv, R, D]`.
@@ -53,16 +55,16 @@ def merge_parts(
 
 
 def _take(x: Tensor, index: Tensor, default: float = 0.0) -> Tensor:
-    """Take from `x` what lies at places within each list, in float32 and one after another.
+    """Gather values or vectors from each list, flattened over lists, as float32.
 
     Args:
         x: Values `[B, H, n]` or vectors `[B, H, n, D]`.
-        index: Places `[B, H, ...]`; -1 for none.
-        default: What stands for none. It is put in by choice, and not by a zero weight: a slot
-            that holds nothing may hold NaN.
+        index: Places `[B, H, ...]` in the list; -1 for none.
+        default: The result where there is none; never multiplied by zero, since an empty slot may
+            hold NaN.
 
     Returns:
-        As many values, or vectors `[..., D]`, as `index` has places.
+        Values `[index.numel()]` or vectors `[index.numel(), D]`.
     """
     start = torch.arange(index.shape[0] * index.shape[1], device=index.device) * x.shape[2]
     place = index.clamp(min=0).flatten(0, 1).flatten(1) + start.unsqueeze(1)
@@ -73,7 +75,7 @@ def _take(x: Tensor, index: Tensor, default: float = 0.0) -> Tensor:
 
 
 def _weigh(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply values, or vectors, by weights; by 0 to 0, also what is NaN."""
+    """Multiply values or vectors by weights; a weight of 0 gives 0, even times NaN."""
     weight = weight.view(*weight.shape, *(1,) * (x.dim() - weight.dim()))
     return torch.where(weight == 0, 0.0, x * weight)
 
@@ -126,7 +128,7 @@ class _MergeParts(torch.autograd.Function):
         # (part_out - out).
         vectors = grad.flatten(0, 2)
         gain = grad_lse.flatten() - (vectors.float() * out.flatten(0, 2).float()).sum(1)
-        lse = torch.where(lse == -torch.inf, torch.inf, lse)  # so that nothing weighs nothing
+        lse = torch.where(lse == -torch.inf, torch.inf, lse)  # rows that see no key: weight 0
         own_weight = torch.exp(own_lse.flatten() - lse.flatten())
         own_grad = (vectors * own_weight.unsqueeze(1)).to(own_out.dtype)
         own_share = (vectors.float() * own_out.flatten(0, 2).float()).sum(1)

@@ -1,4 +1,4 @@
-"""Doors to what lies outside: files to write, devices, and other libraries' errors."""
+"""Checks of output files and devices, safe writing, and other libraries' errors as one line."""
 
 import os
 import tempfile
@@ -12,11 +12,11 @@ _LONGEST = 500
 
 
 def check_output(name: str, path: str | os.PathLike[str]) -> None:
-    """Raise unless a file can be written to `path`; try it, and leave nothing behind.
+    """Raise unless a file can be written to `path`, by a trial that leaves nothing behind.
 
     Raises:
-        ValueError: Something else lies there, or the folder that it would lie in, or the nearest
-            one that exists, cannot be written to.
+        ValueError: `path` is a folder, a device or protected, or its folder, or the nearest parent
+            that exists, cannot be written to.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -39,9 +39,9 @@ def check_output(name: str, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield another name in the folder of `path`; what is written there ends up at `path`.
+    """Yield a temporary path next to `path`; a file written there replaces `path` at the end.
 
-    If the `with` block raises, what lay at `path` before still does.
+    If the `with` block raises, `path` stays as it was.
     """
     target = Path(os.path.realpath(path))  # a symlink stays one
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +52,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """Return a device to run on; None is the best one that the machine has.
+    """Return a device to run on; None stands for CUDA if the machine has it, else the CPU.
 
     Raises:
-        ValueError: It is neither a CPU nor a CUDA device, or the machine lacks it.
+        ValueError: `device` is neither a CPU nor a CUDA device, or the machine lacks it.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         place = torch.device(chosen)
         torch.empty(0, device=place)
         usable = place.type in ("cpu", "cuda")
-    except Exception:  # unknown to PyTorch, not built in, no driver: each has a class of its own
+    except Exception:  # unknown device, not built in, no driver: errors of many classes
         usable = False
     if not usable:
         raise ValueError(
@@ -72,7 +72,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 
 def reason(error: BaseException) -> str:
-    """Return what another library says went wrong, as one line that is not too long."""
+    """Return an error of another library as one line of limited length."""
     text = " ".join(str(error).split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

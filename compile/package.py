@@ -1,4 +1,4 @@
-"""What is written into a package, and the loading of one."""
+"""The metadata of packages, and loading."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ MOST_TOKENS = 2**20
 _KEY = "moba_flex"
 _FORMAT = 2
 _Device = torch.device  # within `Metadata`, "torch" is an attribute
-_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it do
+_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each also runs code for those before it
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Spec:
 
     Attributes:
         name: Its name in the module.
-        shape: Its sizes; of one that varies, the symbol, the least and the most. Sizes of the same
-            symbol are equal.
-        dtype: Its dtype, as "float32".
+        shape: Its sizes; a size that varies is its symbol, its least and its most. Sizes with the
+            same symbol are equal.
+        dtype: Its dtype, such as "float32".
     """
 
     name: str
@@ -40,21 +40,21 @@ class Spec:
 
     @property
     def varying(self) -> list[tuple[str, int, int]]:
-        """Its sizes that vary."""
+        """The sizes that vary."""
         return [size for size in self.shape if not isinstance(size, int)]
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a package says about itself.
+    """The metadata of a package.
 
     Attributes:
         moba_flex: The version that wrote it.
         torch: The version of PyTorch that compiled it.
         device: "cpu" or "cuda".
-        capability: The instructions that it uses: as `torch.backends.cpu.get_cpu_capability()`, or
-            compute capability of a CUDA device.
-        attention: For each kind of call its plan, its options and the number of such calls.
+        capability: The instructions that it uses: `torch.backends.cpu.get_cpu_capability()`, or
+            the compute capability of a CUDA device.
+        attention: For each kind of attention call its plan, its options and the number of calls.
         inputs: The inputs.
     """
 
@@ -69,7 +69,7 @@ class Metadata:
     def of(
         cls, attention: list[dict[str, Any]], inputs: list[Spec], device: _Device
     ) -> "Metadata":
-        """Return the metadata of a package that is made here and now."""
+        """Return the metadata of a package made by this process."""
         return cls(
             moba_flex=own_version(),
             torch=torch.__version__,
@@ -80,15 +80,15 @@ class Metadata:
         )
 
     def to_strings(self) -> dict[str, str]:
-        """Return it as AOTInductor stores it."""
+        """Return the metadata as AOTInductor stores it."""
         return {_KEY: json.dumps({"format": _FORMAT, **asdict(self)})}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str]) -> "Metadata":
-        """Read what `to_strings` made.
+        """Return the metadata that `to_strings` stored.
 
         Raises:
-            ValueError: It is of another format.
+            ValueError: The format is that of another version.
         """
         fields = json.loads(strings[_KEY])
         if fields.pop("format") != _FORMAT:
@@ -104,8 +104,8 @@ class Package:
     """A loaded package: call it with the inputs of the module.
 
     Attributes:
-        metadata: What the package says about itself.
-        device: Where it runs.
+        metadata: The metadata of the package.
+        device: The device that it runs on.
     """
 
     def __init__(self, run: Any, metadata: Metadata, device: torch.device) -> None:
@@ -118,7 +118,8 @@ class Package:
 
         Raises:
             TypeError: An input has another dtype, or there are too many or too few.
-            ValueError: An input has a shape that the package was not made for, or is elsewhere.
+            ValueError: An input has a shape that the package does not take, or is on another
+                device.
         """
         specs = self.metadata.inputs
         if len(inputs) != len(specs):
@@ -126,23 +127,24 @@ class Package:
         sizes: dict[str, int] = {}
         for x, spec in zip(inputs, specs, strict=True):
             _check_input(x, spec, self.device, sizes)
-        with torch.no_grad(), torch.cuda.device_of(inputs[0]):  # which running may set
+        with torch.no_grad(), torch.cuda.device_of(inputs[0]):  # running may change the device
             return self._run(*(x.contiguous() for x in inputs))
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Package:
     """Load a package that `export` made.
 
-    It is machine code, which runs with the rights of the caller: load only what you trust.
+    A package is machine code that runs with the rights of the caller: load only trusted ones.
 
     Args:
         path: The package.
-        device: Which of several CUDA devices it is for; if None, the current one.
+        device: The device to run on, such as one of several CUDA devices; if None, the current one
+            of the package's kind.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or no package of moba_flex, or this machine or this PyTorch
-            cannot run it, or it is for another kind of device.
+            cannot run it, or `device` is of another kind than the package's.
 
     Example:
         >>> load("attention.pt2")  # which `export` has not written here
@@ -179,7 +181,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
             "export the module on a machine like this"
         )
     try:
-        with torch.cuda.device(index):  # which loading sets
+        with torch.cuda.device(index):  # loading changes the current device
             run = torch._inductor.aoti_load_package(os.fspath(path), device_index=index)
     except Exception as error:
         raise ValueError(
@@ -190,7 +192,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """Read what a package says about itself; nothing in it runs.
+    """Read the metadata of a package, without running any of its code.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -207,7 +209,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
                 for name in archive.namelist()
                 if "/data/aotinductor/" in name and name.endswith("_metadata.json")
             ]
-    except Exception as error:  # damage has many classes, those of zlib and struct among them
+    except Exception as error:  # damaged files raise errors of many classes, some of zlib
         raise ValueError(
             f"path must be a whole .pt2 package, got {str(path)!r}: {reason(error)}: "
             "copy or export it again"
@@ -228,7 +230,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 
 def _check_input(x: Tensor, spec: Spec, device: torch.device, sizes: dict[str, int]) -> None:
-    """Raise unless an input is as `spec` says; `sizes` are those that symbols have so far."""
+    """Raise unless an input fits `spec`; `sizes` holds the sizes of the symbols met so far."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{spec.name} must be a Tensor, got {type(x).__name__}")
     if str(x.dtype) != f"torch.{spec.dtype}":
@@ -255,7 +257,7 @@ def _check_input(x: Tensor, spec: Spec, device: torch.device, sizes: dict[str, i
 
 
 def _remedy(x: Tensor, dim: int) -> str:
-    """Say how a package is made that takes other sizes in this dimension, if one can be."""
+    """Return the option of `export` that makes this dimension vary, as the end of a message."""
     if x.dim() > 1 and dim == 0:
         return ": export with dynamic_batch=True"
     if x.dim() > 1 and dim == length_dim(x):

@@ -24,24 +24,24 @@ def create_moba_block_mask(q: Tensor, k: Tensor, **options: Unpack[MaskOptions])
     """Route `q` over the blocks of `k` and return the choice as a BlockMask.
 
     The mask is for `flex_attention(q, k, v, block_mask=mask, score_mod=..., enable_gqa=...)` with
-    the same `q` and `k`, compiled: uncompiled FlexAttention computes every score. Its `mask_mod`
-    holds the per-token choice, so the result is Mixture of Block Attention exactly; a `score_mod`
-    sees natural positions and does not change the gate. Works inside and outside of
-    `torch.compile`. For fewer than 128 queries on CUDA, `flex_attention` also needs
+    the same `q` and `k`, compiled: uncompiled FlexAttention computes every score. The mask's
+    `mask_mod` holds the choice of each query, so the result is Mixture of Block Attention exactly.
+    A `score_mod` gets natural positions and does not change the gate. This function works inside
+    and outside of `torch.compile`. For fewer than 128 queries on CUDA, `flex_attention` also needs
     `kernel_options={"BACKEND": "TRITON"}`: its decoding kernel may have no tile for such a mask.
 
-    A mask block of 128 queries is computed if any of its queries chose it: with unstructured
-    routing that is nearly all of them, see `moba_flex.moba_attention` for plans that are fast
-    whatever is chosen.
+    FlexAttention computes a tile of 128 queries by some keys if any of these queries chose any of
+    these keys. If neighbouring queries choose differently, that is nearly every tile:
+    `moba_flex.moba_attention` has plans that are fast for any choice.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.
         k: Keys, `[B, Hkv, KV, D]`, with `Hq` a multiple of `Hkv`.
         options: `block_size`, `top_k`, `sink_blocks`, `local_blocks`, `causal`, `head_top_k`,
-            `cu_seqlens`, `cu_seqlens_q` and `key_mask`, as of `moba_flex.moba_attention`.
+            `cu_seqlens`, `cu_seqlens_q` and `key_mask`, as in `moba_flex.moba_attention`.
 
     Returns:
-        A BlockMask of shape `[B, Hq, Q, KV]`, forward and transposed lists filled.
+        A BlockMask of shape `[B, Hq, Q, KV]`, with forward and transposed lists.
 
     Raises:
         ValueError: A size or an option is out of range.
@@ -62,13 +62,12 @@ def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> 
 
     Args:
         routing: The choice of blocks.
-        mask_mod: What else hides keys.
+        mask_mod: Hides further keys.
     """
     block_size = routing.block_size
     q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
-    # One routed block a mask block is the smallest table. FlexAttention reads whole mask blocks of
-    # more than 128 keys, past the end of the keys if the last is short: then mask blocks are
-    # tiles.
+    # The lists are shortest with one block per mask block. But FlexAttention reads a short last
+    # mask block of more than 128 keys past the end of the keys: then mask blocks have 128 keys.
     whole = (
         routing.tables is None
         and statically_known_true(block_size % TILE == 0)
@@ -89,20 +88,20 @@ def routing_to_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> 
 
 
 def _attends(routing: Routing) -> MaskMod:
-    """Return which keys are in the own block or in a chosen one, of one sequence a row."""
+    """Return a mask_mod for own and chosen blocks, if each row is one sequence."""
     block_size, causal, picks = routing.block_size, routing.causal, routing.blocks.shape[3]
-    # The blocks are ascending, so this changes nothing, but see `capturable`.
+    # The blocks ascend already: `topk` only makes them capturable, see `capturable`.
     blocks = routing.blocks.topk(picks, largest=False).values if picks else routing.blocks
     q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
 
     def attends(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # Lengths one by one: FlexAttention on CPU takes symbols under dynamic shapes, but no
-        # expressions of them.
+        # q_len and kv_len stay apart: under dynamic shapes a mask_mod on CPU can capture symbols,
+        # but no expressions of them.
         position = q_idx + kv_len - q_len
         block = kv_idx // block_size
         chosen = position // block_size == block
         for pick in range(picks):
-            # A plain integer index would become a tensor constant, which export cannot lift.
+            # Not `pick` alone: it would become a constant tensor, which torch.export cannot lift.
             chosen = chosen | (blocks[b, h, q_idx, q_idx * 0 + pick] == block)
         return chosen & (kv_idx <= position) if causal else chosen
 
@@ -110,16 +109,17 @@ def _attends(routing: Routing) -> MaskMod:
 
 
 def _attends_by_table(routing: Routing) -> MaskMod:
-    """Return which keys are in the own block or in a chosen one, of documents or padded rows."""
+    """Return a mask_mod for own and chosen blocks, for packed documents or padded rows."""
     causal, at = routing.causal, routing.layout.coordinates(routing.blocks.device)
-    # PyTorch 2.11 compiles a search of what was computed, not of a view of it.
+    # PyTorch 2.11 does not compile a `searchsorted` in a view: `long` makes a copy.
     start, stop = at.start.long(), at.stop.long()
     blocks = _with_own(routing, at)
     picks = blocks.shape[3]
     blocks = blocks.topk(picks, largest=False).values
     position = capturable(at.position)
-    # The last block that starts at a key or before it; -1 where it ends before. PyTorch 2.11
-    # compiles no search for values that all lists share: the minimum changes nothing.
+    # The last block that starts at a key or before it; below, -1 where it ends before. PyTorch
+    # 2.11 does not compile a `searchsorted` for values that all rows share: the minimum, which
+    # changes nothing, gives each row values of its own.
     key = torch.arange(routing.kv_len, device=start.device)
     block = torch.searchsorted(start, torch.minimum(key, start[:, -1:]), right=True) - 1
     inside = (block >= 0) & (key < stop.gather(1, block.clamp(min=0)))
@@ -137,13 +137,13 @@ def _attends_by_table(routing: Routing) -> MaskMod:
 
 
 def _with_own(routing: Routing, at: Coordinates) -> Tensor:
-    """Return all blocks that each query attends to, its own last, int32 `[B, Hq, Q, K]`."""
+    """Return all blocks that each query attends to, the own one last, int32 `[B, Hq, Q, K]`."""
     own = at.own[:, None, :, None].expand(*routing.blocks.shape[:3], 1)
     return torch.cat((routing.blocks, own), dim=3)
 
 
 def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
-    """Return the tiles to mask and the full ones, bool `[B, Hq, Q tiles, KV tiles]` each."""
+    """Return which tiles are seen partly and which fully, bool `[B, Hq, Q tiles, KV tiles]`."""
     q_len, kv_len, device = routing.q_len, routing.kv_len, routing.blocks.device
     at = routing.layout.coordinates(device)
     batch, num_heads = routing.blocks.shape[:2]
@@ -154,12 +154,13 @@ def _tile_table(routing: Routing, kv_tile: int) -> tuple[Tensor, Tensor]:
         F.pad(x, (0, 1)).expand(batch, -1).gather(1, index).view(blocks.shape)
         for x in (at.start, at.stop)
     )
-    if routing.causal:  # which matters in the own block alone
+    if routing.causal:  # makes a difference in the own block alone
         stop = torch.minimum(stop, at.position[:, None, :, None] + 1)
 
-    # Pairs of a query and a key, counted by tile: each block adds those up to its stop and takes
-    # away those up to its start. A prefix of keys is a tile's width in each tile before its end
-    # and what remains in the one where it ends: so much as change from tile to tile.
+    # Count the pairs of a query and a key that see each other, per tile. The keys of a block are
+    # the keys before its stop without those before its start. The keys before an end are `kv_tile`
+    # in each earlier tile and the rest in its own; `change` holds the differences between
+    # successive tiles, and its running sum the counts.
     def per_tile(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, q_tiles * TILE - q_len))
         return x.unflatten(2, (q_tiles, TILE)).flatten(3)
@@ -180,6 +181,6 @@ def _compress(table: Tensor) -> tuple[Tensor, Tensor]:
     """List the set columns of each row: counts `[..., rows]`, indices `[..., rows, columns]`."""
     columns = table.shape[-1]
     number = torch.arange(columns, device=table.device, dtype=torch.int32)
-    # Sorted, and not placed by a running count: PyTorch 2.11 fails to compile some scans for CUDA.
+    # A sort instead of a running count: PyTorch 2.11 fails to compile some scans for CUDA.
     index = torch.where(table, number, columns).sort(dim=-1).values.clamp(max=columns - 1)
     return table.sum(-1), index

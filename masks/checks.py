@@ -1,7 +1,7 @@
-"""Checks of what callers pass, made once at the public doors.
+"""Checks of arguments, made once by the public functions.
 
-Compiled and exported graphs are checked too, while they are made: there lengths are symbols, and
-what is asked of them the graph takes for granted. What tensors hold is looked at in eager code
+They also run while a graph is traced. Lengths may be symbols there, and every condition on them
+that is checked becomes a guard of the graph. The contents of tensors are checked in eager code
 alone.
 """
 
@@ -24,17 +24,17 @@ from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Under torch.export a number made of lengths is a symbol.
+# Under torch.export, numbers computed from lengths are symbols.
 _SYMBOLS = torch.SymInt, torch.SymFloat
-_MOST = 2**63 - 1  # what an op takes
+_MOST = 2**63 - 1  # the largest int that an op takes
 
 
 def check_int(name: str, value: Any, least: int) -> int:
-    """Return `value` as an int; raise unless it is one, NumPy's too, and `least` or more.
+    """Return `value`, an int of Python or NumPy, as an int; raise unless it is at least `least`.
 
     Raises:
         TypeError: It is no int.
-        ValueError: It is less, or more than 64 bits hold.
+        ValueError: It is less than `least`, or does not fit into 64 bits.
     """
     if type(value) is not int and not isinstance(value, torch.SymInt):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
@@ -49,10 +49,10 @@ def check_int(name: str, value: Any, least: int) -> int:
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """Return `value` as a bool; raise unless it is one, NumPy's too.
+    """Return `value`, a bool of Python or NumPy, as a bool.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is no bool.
     """
     if value is True or value is False:
         return bool(value)
@@ -62,11 +62,11 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_aux(return_aux: Any) -> bool:
-    """Return whether the log-sum-exp is asked for.
+    """Return whether `return_aux` asks for the log-sum-exp.
 
     Raises:
         TypeError: `return_aux` is neither None nor an AuxRequest.
-        ValueError: It asks for more.
+        ValueError: It asks for `max_scores`.
     """
     if return_aux is None:
         return False
@@ -84,7 +84,7 @@ def check_qk(q: Tensor, k: Tensor) -> None:
     """Raise unless `q` `[B, Hq, Q, D]` and `k` `[B, Hkv, KV, D]` fit each other.
 
     Raises:
-        TypeError: One is no floating-point tensor, or the dtypes differ.
+        TypeError: An argument is no floating-point tensor, or the dtypes differ.
         ValueError: Shapes or devices do not fit.
     """
     for name, x in (("q", q), ("k", k)):
@@ -117,7 +117,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless `q`, `k` and `v` fit each other; `v` is `[B, Hkv, KV, Dv]`.
 
     Raises:
-        TypeError: One is no floating-point tensor, or the dtypes differ.
+        TypeError: An argument is no floating-point tensor, or the dtypes differ.
         ValueError: Shapes or devices do not fit.
     """
     check_qk(q, k)
@@ -133,10 +133,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_kind(name: str, x: Tensor) -> None:
-    """Raise unless `x` is a dense tensor of numbers that attention is computed in.
+    """Raise unless `x` is a dense local tensor of a dtype that attention is computed in.
 
     Raises:
-        TypeError: It is another kind of tensor, or of another dtype.
+        TypeError: `x` is another kind of tensor, or has another dtype.
     """
     if x.is_nested or x.layout != torch.strided:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
@@ -158,13 +158,13 @@ def _check_kind(name: str, x: Tensor) -> None:
 def check_transforms(*tensors: Tensor) -> None:
     """Raise under `torch.func.vmap`, `torch.jit.trace`, and where tensors carry tangents.
 
-    A trace would keep what holds for the example's lengths alone. And an op that has no formula
-    for tangents does not refuse them: PyTorch takes those of its results for zero.
+    `torch.jit.trace` would record a graph for the lengths of the example alone. And for an op
+    without a formula for tangents PyTorch raises no error, but returns tangents of zero.
 
     Raises:
         ValueError: A tensor is a batch of tensors or has a tangent, or the call is traced.
     """
-    if torch.compiler.is_dynamo_compiling():  # which cannot trace questions to tensors
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace the checks below
         _refuse_tangents(len(_levels_of_jvp()) > 0)
         return
     if torch._C._get_tracing_state() is not None:
@@ -186,7 +186,7 @@ def check_transforms(*tensors: Tensor) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _levels_of_jvp() -> list[int]:
-    """Return which transforms that run, or are traced, are `torch.func.jvp`."""
+    """Return the levels of the running or traced transforms that are `torch.func.jvp`."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     jvp = torch._C._functorch.TransformType.Jvp
     return [x.level() for x in transforms if x.key() == jvp]
@@ -201,11 +201,11 @@ def _refuse_tangents(exist: bool) -> None:
 
 
 def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
-    """Raise unless a routing is one of `q` over `k`.
+    """Raise unless a routing fits `q` and `k`.
 
     Raises:
         TypeError: It is no routing, or its blocks are no integers.
-        ValueError: It is one of other tensors.
+        ValueError: Its sizes or its device do not fit.
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
@@ -237,18 +237,18 @@ def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
 
 
 def check_tables(name: str, tables: Layout | None, q: Tensor, k: Tensor, options: Any) -> None:
-    """Raise unless `tables` are None, or the layout of `q` and `k` with these options.
+    """Raise unless `tables` is None, or a layout that fits `q`, `k` and these options.
 
     Args:
-        name: What the caller calls the tables.
-        tables: The tables.
+        name: The name of the argument, for messages.
+        tables: The layout.
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
         options: A gate or a routing, with a `block_size` and `causal`.
 
     Raises:
-        TypeError: They are no layout.
-        ValueError: They are of other tensors, or were made with other options.
+        TypeError: `tables` is no layout.
+        ValueError: Its sizes or its device do not fit, or it was made with other options.
     """
     if tables is None:
         return
@@ -275,7 +275,7 @@ def check_tables(name: str, tables: Layout | None, q: Tensor, k: Tensor, options
 
 
 def longest_sequence(kv_len: int, rows: RowOptions) -> int:
-    """Return the keys of the longest document or row; `kv_len` where nobody may look."""
+    """Return the number of keys of the longest document or row; `kv_len` if it cannot be read."""
     if is_traced():
         return kv_len
     cu_seqlens, key_mask = rows.get("cu_seqlens"), rows.get("key_mask")
@@ -297,7 +297,7 @@ def check_head_top_k(head_top_k: Tensor | None, q: Tensor, least: int, most: int
 
     Raises:
         TypeError: It is no tensor of integers.
-        ValueError: Its shape or device is another, or a number is out of range.
+        ValueError: Its shape or device does not fit, or a number is out of range.
     """
     if head_top_k is None:
         return
@@ -321,11 +321,11 @@ def check_layout(
     cu_seqlens_q: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> None:
-    """Raise unless these say where documents lie, or which keys are real, in `q` and `k`.
+    """Raise unless these describe packed documents or padding of `q` and `k`.
 
     Raises:
-        TypeError: One is no tensor, or has another dtype.
-        ValueError: Shapes, devices or what they hold do not fit.
+        TypeError: An argument is no tensor, or has another dtype.
+        ValueError: Shapes, devices or contents do not fit.
     """
     if cu_seqlens is not None:
         if key_mask is not None:
@@ -368,7 +368,7 @@ def _check_documents(
 
 
 def _check_cu_seqlens(name: str, x: Tensor, q: Tensor, length: int, of: str) -> list[int]:
-    """Raise unless `x` rises from 0 to at most `length`, and return what it holds."""
+    """Raise unless `x` rises from 0 to at most `length`; return its numbers, if readable."""
     _check_integers(name, x, q)
     if x.dim() != 1 or x.shape[0] < 2:
         raise ValueError(f"{name} must have shape [documents + 1], got {tuple(x.shape)}")
@@ -414,7 +414,7 @@ def check_scale(scale: Any) -> float | None:
 
     Raises:
         TypeError: It is no number.
-        ValueError: It is not finite, or a tensor that cannot be read or wants a gradient.
+        ValueError: It is not finite, or a tensor that cannot be read or requires a gradient.
     """
     if scale is None:
         return None
@@ -425,7 +425,7 @@ def check_scale(scale: Any) -> float | None:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return a number, NumPy's or one in a tensor of no dimensions too, as Python has it."""
+    """Convert a number of Python or NumPy, or in a tensor without dimensions, to Python's."""
     if isinstance(value, (int, float, *_SYMBOLS)) and not isinstance(value, bool):
         return value
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool:
@@ -447,7 +447,8 @@ def check_softcap(softcap: Any) -> float | None:
 
     Raises:
         TypeError: It is no number.
-        ValueError: It is not positive, or a tensor that cannot be read or wants a gradient.
+        ValueError: It is not positive and finite, or a tensor that cannot be read or requires a
+            gradient.
     """
     if softcap is None:
         return None
@@ -458,10 +459,10 @@ def check_softcap(softcap: Any) -> float | None:
 
 
 def check_mods(mods: Mods) -> None:
-    """Raise unless these are functions that FlexAttention can call.
+    """Raise unless `score_mod` and `mask_mod` are functions that FlexAttention can call.
 
     Raises:
-        TypeError: One is no function of the right number of arguments.
+        TypeError: One is no function, or takes another number of arguments.
     """
     _check_function("score_mod", mods.score_mod, ("score", "b", "h", "q_idx", "kv_idx"))
     _check_function("mask_mod", mods.mask_mod, ("b", "h", "q_idx", "kv_idx"))
@@ -472,11 +473,11 @@ def _check_function(name: str, function: Any, parameters: tuple[str, ...]) -> No
         return
     if not callable(function):
         raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-    if torch.compiler.is_dynamo_compiling():  # which cannot trace `inspect.signature`
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace `inspect.signature`
         return
     try:
         signature = inspect.signature(function)
-    except ValueError:  # of something built in
+    except ValueError:  # built-in functions have no signature
         return
     try:
         signature.bind(*parameters)
@@ -501,13 +502,13 @@ def _check_integers(name: str, x: Any, q: Tensor) -> None:
 
 
 def _values(x: Tensor) -> list[int]:
-    """Return what `x` `[n]` holds; nothing if that cannot be read."""
+    """Return the numbers in `x` `[n]`; an empty list if they cannot be read."""
     values: list[int] = x.tolist() if is_readable(x) else []
     return values
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether one may look at what `x` holds: it is known, and no graph is made or captured."""
+    """Whether the contents of `x` exist and no graph is being traced or captured."""
     if is_traced() or isinstance(x, FakeTensor) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

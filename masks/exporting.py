@@ -1,4 +1,4 @@
-"""What differs when `torch.export` looks on: one graph serves every length, and runs no Python."""
+"""Questions about tracing and export; an exported graph serves every length and runs no Python."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ _calls: ContextVar[Counter[Call] | None] = ContextVar("calls", default=None)
 
 
 def is_traced() -> bool:
-    """Say whether the calling thread makes a graph.
+    """Say whether the calling thread is tracing a graph.
 
-    While one thread makes a graph, `torch.compiler.is_compiling` says yes in all of them: its flag
-    belongs to the process. The context of a graph that is being made belongs to its thread.
+    `torch.compiler.is_compiling` reads a flag of the process: it is true in all threads while one
+    of them traces. The tracing context belongs to one thread.
     """
-    if torch.compiler.is_dynamo_compiling():  # which cannot trace what follows
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace the next line
         return True
     return torch.compiler.is_compiling() and TracingContext.try_get() is not None
 
 
 def is_exporting() -> bool:
-    """Say whether `torch.export` is looking on.
+    """Say whether the calling thread traces for `torch.export`.
 
-    In a graph of torch.compile the answer of PyTorch 2.11 is always yes.
+    In PyTorch 2.11 `torch.compiler.is_exporting` is true in graphs of torch.compile too.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -37,9 +37,10 @@ def is_exporting() -> bool:
 
 
 def holds(condition: bool) -> bool:
-    """Say whether a condition on lengths holds; under export, whether it does at every length.
+    """Say whether a condition on lengths holds; under export, whether it holds at every length.
 
-    Else export would decide for the lengths of the example, and the package refuse others.
+    Export would otherwise decide for the lengths of the example, and the package would refuse
+    others.
     """
     if is_exporting():
         return statically_known_true(condition)
@@ -58,9 +59,9 @@ def recorded() -> Iterator[Counter[Call]]:
 
 
 def record(**options: str | int | bool) -> None:
-    """Note a call down, if that is asked for."""
+    """Count a call, inside the `with` block of `recorded`."""
     if not is_exporting():
-        return  # torch.compile cannot look at a ContextVar
+        return  # torch.compile cannot trace a ContextVar
     calls = _calls.get()
     if calls is not None:
         calls[tuple(options.items())] += 1

@@ -1,8 +1,9 @@
 """Gradients of ops and of functions, under autograd and under `torch.func`.
 
-PyTorch's own way to give an op a gradient serves autograd and graphs; transforms of `torch.func`
-do not know it. And `once_differentiable` takes a second derivative for zero where the first one's
-weights are constants: here it is refused in every case.
+`CustomOpDef.register_autograd` gives an op a gradient under autograd and in graphs, but transforms
+of `torch.func` refuse it: there an autograd.Function stands in for the op. A second derivative
+must raise an error: `once_differentiable` would return zero instead where the gradients of the
+outputs are constants.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,12 @@ Formula = Callable[..., Any]
 def with_gradient(
     op: CustomOpDef, *, setup_context: Save, backward: Formula
 ) -> Callable[..., Any]:
-    """Give an op a gradient, and return what calls it.
+    """Give an op a gradient, and return a function that calls the op.
 
     Args:
         op: The op.
-        setup_context: Saves for backward, as of `CustomOpDef.register_autograd`.
-        backward: The gradient's formula, likewise.
+        setup_context: Saves tensors for backward, as `CustomOpDef.register_autograd` takes it.
+        backward: The formula of the gradient, as `CustomOpDef.register_autograd` takes it.
     """
     op.register_autograd(backward, setup_context=setup_context)
 
@@ -58,21 +59,21 @@ def is_transformed() -> bool:
 
 
 def only_once(formula: Formula, ctx: Any, *grads: Any) -> Any:
-    """Return the gradient by a formula, for `backward` of an autograd.Function.
+    """Return the gradient by a formula; differentiating the result again raises an error.
 
     Args:
         formula: Takes `ctx` and `grads`.
-        ctx: What was saved.
+        ctx: The context of `backward` of an autograd.Function.
         grads: The gradients of the outputs.
     """
-    if not torch.is_grad_enabled():  # nobody asks for a second derivative
+    if not torch.is_grad_enabled():  # there can be no second derivative
         return formula(ctx, *grads)
     once: Formula = _Once.apply
     return once(formula, ctx, len(grads), *grads, *ctx.saved_tensors)
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that has none."""
+    """A gradient formula that cannot be differentiated itself."""
 
     @staticmethod
     def forward(formula: Formula, ctx: Any, count: int, *tensors: Any) -> Any:
@@ -90,7 +91,7 @@ class _Once(torch.autograd.Function):
 
 
 class _Saved:
-    """What was saved, with the tensors of the level of `torch.func` at which a formula runs."""
+    """A context whose saved tensors belong to the `torch.func` level at which the formula runs."""
 
     def __init__(self, ctx: Any, saved_tensors: tuple[Any, ...]) -> None:
         self._ctx = ctx

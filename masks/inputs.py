@@ -1,4 +1,4 @@
-"""What callers pass, made ready."""
+"""Preparation of inputs: memory layout, dtype and finiteness."""
 
 from functools import lru_cache
 from math import prod
@@ -17,7 +17,7 @@ def numbers_beside(x: Tensor, numbers: tuple[int, ...]) -> Tensor:
         return torch.tensor(numbers, device=x.device)
     if type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
         return _kept_numbers(numbers, x.device)
-    if isinstance(x, FakeTensor):  # `new_tensor` would return one that is not
+    if isinstance(x, FakeTensor):  # `new_tensor` would return a real tensor
         return x.new_empty(len(numbers), dtype=torch.int64)
     return x.new_tensor(numbers, dtype=torch.int64)
 
@@ -29,9 +29,9 @@ def _kept_numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def dense_vectors(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors `[B, H, length, D]` whose vectors lie in one piece, as kernels take them.
+    """Return tensors `[B, H, length, D]` with contiguous vectors that do not overlap.
 
-    And each behind the one before: matrix products of 16 bits refuse vectors that overlap.
+    Kernels need contiguous vectors, and 16-bit matrix products refuse vectors that overlap.
     """
     return [
         x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous() for x in tensors
@@ -39,11 +39,11 @@ def dense_vectors(*tensors: Tensor) -> list[Tensor]:
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """Return `x` as FlexAttention takes it: contiguous, in compiled graphs too.
+    """Return `x` contiguous, as FlexAttention needs it, in compiled graphs too.
 
-    There `x.contiguous()` is no more than a wish: the compiler lays out the copy in the order of
-    `x`, and kernels that ask for no order get that one. Strides that are asked for are kept. On
-    CPU they are not enough: FlexAttention's template forgets where in its memory a view begins.
+    In a graph `x.contiguous()` is not enough: inductor may give the copy the strides of `x`. It
+    keeps the strides of `as_strided`. On CPU these are not enough either, since FlexAttention's
+    template ignores the storage offset of a view: there an op copies `x`.
     """
     if not is_traced():
         return x.contiguous()
@@ -55,7 +55,7 @@ def contiguous(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("moba_flex::copy_cpu", mutates_args=(), device_types="cpu")
 def copy_cpu(x: Tensor) -> Tensor:
-    """Copy `x` to memory of its own, which no compiler lays out."""
+    """Copy `x` to contiguous memory of its own, whose layout inductor does not change."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -68,7 +68,7 @@ copy_cpu.register_autograd(lambda ctx, grad: grad)
 
 
 class _Contiguous(torch.autograd.Function):
-    """Asks for strides without the gradient of `as_strided`, which copies."""
+    """Contiguous strides by `as_strided`, but without its gradient, which would copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _Contiguous(torch.autograd.Function):
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Say whether tensors hold nothing but finite numbers, by their sums if those are finite."""
+    """Say whether all numbers in tensors are finite; a finite sum proves it without a mask."""
     return all(
         bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
         or bool(x.isfinite().all())
@@ -90,7 +90,7 @@ def all_finite(*tensors: Tensor) -> bool:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Return `x` with 0 for what is not finite."""
+    """Return `x` with 0 for non-finite values."""
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -100,7 +100,7 @@ def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    # What is no tensor of floating-point numbers is for the checks to refuse.
+    # The checks refuse anything but tensors of floating-point numbers, later.
     return [
         x.to(dtype)
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64

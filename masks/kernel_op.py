@@ -1,10 +1,10 @@
-"""Functions that launch Triton kernels: ops where PyTorch looks on, plain calls where it does not.
+"""Functions that launch Triton kernels: as ops where PyTorch must see them, else as plain calls.
 
-A graph, a mode or a tensor subclass must see an op. In eager code between plain tensors nothing
-does, and the op's own machinery would take longer than short sequences do on a GPU. For the same
-reason a plain call remembers, for tensors laid out as before, the kernels that Triton compiled,
-which it would look up by each argument of each launch. The kernels of a call that are not compiled
-yet are compiled and loaded side by side.
+A graph, a dispatch mode or a tensor subclass must see an op. Eager code on plain tensors needs
+none, and the overhead of an op would exceed the time of a short sequence on a GPU. Triton, too,
+spends time: it looks up a kernel by all arguments of each launch. So a plain call records its
+compiled kernels and reuses them for tensors of the same shapes, strides and dtypes. The kernels of
+a first call are compiled and loaded in parallel.
 """
 
 import threading
@@ -27,21 +27,21 @@ from moba_flex.masks.gradients import is_transformed, only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]
-"""What launches a compiled kernel over a grid, and the kernel's compile-time arguments."""
+"""The launcher of a compiled kernel over a grid, and the kernel's compile-time arguments."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_LAYOUTS = 16384
-_known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and layout of its arguments
+_known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and `_layout` of its arguments
 
 
 class _Call:
-    """A plain call of a function, within a `with` statement: what it launches.
+    """The launches of a plain call of a function, which runs within a `with` statement.
 
     Attributes:
-        replay: The launches of an earlier call that are still to come; None for a first call.
-        record: The launches of a first call.
-        awaited: Kernels that are being compiled. Once there is one, nothing more is launched; the
-            call goes on to find what else is to be compiled.
+        replay: The recorded launches that are still to come; None if none were recorded.
+        record: The launches of this call, if none were recorded before.
+        awaited: Kernels that are being compiled. Once there is one, the call launches nothing
+            more, and only goes on in order to find the other kernels to compile.
     """
 
     def __init__(self, replay: Iterator[_Launch] | None = None) -> None:
@@ -64,7 +64,7 @@ class _Call:
     ) -> None:
         """Find a kernel in a first call, launch it, and note it down."""
         compiled = kernel.warmup(*args, grid=grid, **options)
-        if compiled is None:  # interpreted kernels are not
+        if compiled is None:  # Triton's interpreter compiles nothing
             kernel[grid](*args, **options)
             return
         if isinstance(compiled, triton.FutureKernel):
@@ -108,14 +108,15 @@ def kernel_op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
-    """Make a function that launches kernels an op, `call.op`, and a plain call.
+    """Make a function that launches kernels an op, `call.op`, and a plain call where that will do.
 
-    What it launches, and with which options, must follow from the layout of its arguments.
+    The kernels and their options may depend only on what `_layout` tells of the arguments.
 
     Args:
         name: The op's qualified name.
-        setup_context: Saves for backward, as of `torch.library.CustomOpDef.register_autograd`.
-        backward: The gradient's formula, likewise; None for a function without a gradient.
+        setup_context: Saves tensors for backward, as `CustomOpDef.register_autograd` takes it.
+        backward: The formula of the gradient, as `CustomOpDef.register_autograd` takes it; None
+            for a function without a gradient.
     """
 
     def decorate(function: F) -> F:
@@ -139,7 +140,7 @@ def kernel_op(
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether a graph, a mode, a transform or a tensor's own class sees the ops on `args`."""
+    """Whether a graph, a mode, a transform or a tensor subclass must see the ops on `args`."""
     return (
         is_traced()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -154,10 +155,10 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
 
 
 def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function outside of an op, from the second time on with its kernels at hand."""
+    """Return the function as a plain call, which records its kernels and then replays them."""
 
     def run(*args: Any) -> Any:
-        if _running.call is not None:  # within another such function
+        if _running.call is not None:  # nested: the outer call records the launches
             return function(*args)
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -185,10 +186,10 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Loaders(ThreadPoolExecutor):
-    """Threads that load what they compile. A first launch would, after compiling a stub for it.
+    """Threads that also load the kernels that they compile, so that the first launch need not.
 
-    What fails yields None, and the calling thread compiles it again and raises: Triton 3.7 would
-    keep a future that failed for good, be the reason a full disk or another that passes.
+    Triton 3.7 keeps a failed future forever, even if the cause, such as a full disk, passes. So a
+    failure returns None here, and the calling thread compiles the kernel again and raises.
     """
 
     def __init__(self, example: Tensor) -> None:
@@ -210,7 +211,7 @@ class _Loaders(ThreadPoolExecutor):
 
 @contextmanager
 def _compiling_side_by_side(example: Tensor) -> Iterator[None]:
-    """Let threads compile the kernels that are asked for, unless a caller has threads for that."""
+    """Compile kernels in threads, unless the caller has set up Triton's threads already."""
     if active_mode.get() is not None:
         yield
         return
@@ -218,11 +219,14 @@ def _compiling_side_by_side(example: Tensor) -> Iterator[None]:
         with _Loaders(example) as threads, triton.AsyncCompileMode(threads):
             yield
     finally:
-        active_mode.set(None)  # which Triton does not where an interrupt ends its wait
+        active_mode.set(None)  # Triton forgets to if an interrupt ends its wait
 
 
 def _layout(x: Any) -> Any:
-    """Return all of an argument that Triton compiles for; allocations are aligned alike."""
+    """Return the properties of an argument that Triton specializes kernels for.
+
+    Tensors that the function allocates itself need no entry: all are aligned alike.
+    """
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.data_ptr() % 16
     return x
@@ -233,10 +237,10 @@ def _differentiable(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Give a function a gradient.
+    """Give a function a gradient, for autograd alone.
 
-    The form of an autograd.Function that `torch.func` takes, as `with_gradient` has it, would take
-    6 us more a call.
+    The kind of autograd.Function that `torch.func` accepts, as in `with_gradient`, takes 6 us more
+    per call.
     """
 
     class Function(torch.autograd.Function):

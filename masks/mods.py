@@ -1,4 +1,4 @@
-"""What a caller does to scores, beside scaling them."""
+"""Changes that a caller makes to scores and masks, besides the scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,21 +10,20 @@ from torch import Tensor
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Indices = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of a pair: `b`, `h`, `q_idx` and `kv_idx`."""
+"""The indices `b`, `h`, `q_idx` and `kv_idx` of a query and a key."""
 
 
 @dataclass(frozen=True)
 class Mods:
-    """Changes to scores and masks; the gate sees none of them.
+    """Changes to scores and masks; the gate ignores them.
 
-    They apply in this order, to scores that are scaled: soft cap, `score_mod`, `mask_mod`.
-    Positions are those of the tensors that the caller gave: `q_idx` from 0 to Q - 1, `kv_idx` from
-    0 to KV - 1.
+    Scaled scores go through the soft cap, then `score_mod`, then `mask_mod`. Indices are those of
+    the caller's tensors: `q_idx` from 0 to Q - 1, `kv_idx` from 0 to KV - 1.
 
     Attributes:
-        score_mod: FlexAttention's: `score_mod(score, b, h, q_idx, kv_idx)` returns a score.
-        mask_mod: FlexAttention's: `mask_mod(b, h, q_idx, kv_idx)` says whether a query sees a key
-            that routing and causality let it see.
+        score_mod: As in FlexAttention: `score_mod(score, b, h, q_idx, kv_idx)` returns a score.
+        mask_mod: As in FlexAttention: `mask_mod(b, h, q_idx, kv_idx)` says whether a query sees a
+            key that routing and causality let it see.
         softcap: `score -> softcap * tanh(score / softcap)`, before `score_mod`.
     """
 
@@ -34,12 +33,12 @@ class Mods:
 
     @property
     def none(self) -> bool:
-        """Whether nothing changes."""
+        """Whether there are no changes."""
         return not self.ask and self.softcap is None
 
     @property
     def ask(self) -> bool:
-        """Whether a function is among them, which asks for indices."""
+        """Whether there is a `score_mod` or a `mask_mod`, which take indices."""
         return self.score_mod is not None or self.mask_mod is not None
 
     def on_scores(self) -> ScoreMod | None:
@@ -60,11 +59,12 @@ class Mods:
         return None if self.mask_mod is None else checked_mask(self.mask_mod)
 
     def check_results(self, like: Tensor) -> None:
-        """Raise if a function returns what it must not, for a score like those of `like`.
+        """Raise if a function does not return what it must, given a score of the dtype of `like`.
 
         Raises:
-            TypeError: What it returns is no score, or no bool.
-            ValueError: It is not one value for each position, or asks for one.
+            TypeError: `score_mod` does not return a real number, or `mask_mod` no bool.
+            ValueError: A function returns several values for one position, or branches in Python
+                on a value.
         """
         score = like.new_zeros(1)
         place = torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -74,10 +74,10 @@ class Mods:
             torch.vmap(checked_mask(self.mask_mod))(place, place, place, place)
 
     def moved(self, origin: Callable[[Tensor, Tensor, Tensor, Tensor], Indices]) -> "Mods":
-        """Return the same changes where queries and keys lie in other places.
+        """Return the same changes for queries and keys that were moved in memory.
 
         Args:
-            origin: Tells of indices there the positions that the functions know.
+            origin: Turns indices into the moved tensors into indices of the caller's tensors.
         """
         score_mod, mask_mod = self.score_mod, self.mask_mod
 
@@ -102,7 +102,7 @@ NO_MODS = Mods()
 
 
 def checked_score(mod: ScoreMod) -> ScoreMod:
-    """Return a `score_mod` that raises unless it returns a number, and returns it as a score."""
+    """Return a `score_mod` that raises unless `mod` returns a real number, and casts it."""
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         new = _asked("score_mod", mod, score, b, h, q_idx, kv_idx)
@@ -117,18 +117,18 @@ def checked_score(mod: ScoreMod) -> ScoreMod:
         _check_shape("score_mod", new, score)
         if new.is_floating_point() and new.dtype != torch.float64:
             return new
-        # FlexAttention traces scores of float32 as if they had the dtype of q.
+        # FlexAttention's scores are float32, but it traces them in the dtype of q.
         return new.to(torch.promote_types(score.dtype, torch.float32))
 
     return score_mod
 
 
 def checked_mask(mod: MaskMod) -> MaskMod:
-    """Return a `mask_mod` that raises unless it returns a bool, which may be Python's."""
+    """Return a `mask_mod` that raises unless `mod` returns a bool, Python's bools included."""
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         sees = _asked("mask_mod", mod, b, h, q_idx, kv_idx)
-        if isinstance(sees, bool):  # kernels want what depends on places
+        if isinstance(sees, bool):  # kernels need a result that depends on indices
             return kv_idx >= 0 if sees else kv_idx < 0
         if not isinstance(sees, Tensor) or sees.dtype != torch.bool:
             got = sees.dtype if isinstance(sees, Tensor) else type(sees).__name__
@@ -140,7 +140,7 @@ def checked_mask(mod: MaskMod) -> MaskMod:
 
 
 def _asked(name: str, mod: Callable[..., Any], *args: Tensor) -> Any:
-    if torch.compiler.is_compiling():  # which tells the line itself
+    if torch.compiler.is_compiling():  # its own error names the line
         return mod(*args)
     try:
         return mod(*args)

@@ -1,4 +1,4 @@
-"""Block keys on CUDA: keys are added in order, so that every device gives the same bits."""
+"""Block keys on CUDA: keys are added in order, so that all devices give the same bits."""
 
 import torch
 import triton
@@ -8,10 +8,10 @@ from torch.library import wrap_triton
 
 from moba_flex.masks.kernel_op import kernel_op, launch
 
-# Keys whose loads are under way at a time.
+# Keys that are loaded at a time.
 _AHEAD = 16
 
-# Arguments that vary with lengths: kernels are not compiled anew for what divides them.
+# Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = ["num_heads", "kv_len", "num_blocks", "block_size", "table_rows"]
 
 
@@ -69,7 +69,7 @@ def pool_triton(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | N
         extents: First key of each block and the key after its last, int32 `[2, R, N]`.
 
     Returns:
-        `[B, Hkv, N, D]`; zeros for what is no block.
+        `[B, Hkv, N, D]`; zeros for blocks without keys.
     """
     batch, num_heads, kv_len, head_dim = k.shape
     out = torch.empty(batch, num_heads, num_blocks, head_dim, dtype=k.dtype, device=k.device)

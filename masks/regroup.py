@@ -1,9 +1,10 @@
 """Regrouped order: queries sorted by the key block that they chose.
 
-A *pair* is one query and one block that it chose. The query heads that share a key/value head
-form one list: their *rows* are numbered `(head in group) * Q + query`. The pairs of a list are
-sorted by block; their places in that order are their *ranks*. For tiles that must each meet one
-key block, pairs are laid into *slots*, each block starting at a multiple of the tile.
+A *pair* is one query and one block that it chose, other than its own. The query heads that share a
+key/value head form one list, whose *rows* are numbered `(head in group) * Q + query`. The pairs of
+a list are sorted by block; the *rank* of a pair is its place in that order. If each tile must hold
+pairs of one block alone, pairs are put into *slots*: the slots of each block start at a multiple
+of the tile.
 """
 
 import importlib.util
@@ -22,14 +23,14 @@ if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA bui
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of each of `Hkv` key/value heads, block after block, then those of no block.
+    """The sorted pairs of each of `Hkv` key/value heads; entries without a block come last.
 
     Attributes:
         row: The row of the pair of each rank, int32 `[B, Hkv, R * (K - 1)]`, with `R = Hq / Hkv *
             Q`; ascending within a block.
         rank: The rank of each pair, int32 `[B, Hkv, R, K - 1]`; -1 where there is no pair.
-        first: The rank of the first pair of each block, and of the first past the last block,
-            int32 `[B, Hkv, N + 1]`.
+        first: The rank of the first pair of each block, and the number of pairs, int32 `[B, Hkv, N
+            + 1]`.
     """
 
     row: Tensor
@@ -42,7 +43,7 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
-    """Sort the pairs of `routing` by block, and of a block by row."""
+    """Sort the pairs of `routing` by block, and the pairs of one block by row."""
     batch, num_heads, q_len, picks = routing.blocks.shape
     device, num_blocks = routing.blocks.device, routing.num_blocks
     rows = num_heads // num_kv_heads * q_len
@@ -55,12 +56,12 @@ def sort_pairs(routing: Routing, num_kv_heads: int) -> Pairs:
     if _has_kernels(device):
         return Pairs(*sort_pairs_triton(routing.blocks, num_kv_heads, num_blocks))
     key = routing.blocks.reshape(lists, pairs)
-    if holds(num_blocks < 2**15 - 1):  # room for one more than "none"
-        # Half the passes of a radix sort.
+    if holds(num_blocks < 2**15 - 1):  # num_blocks + 1 must fit too
+        # 16-bit keys take half the passes of a radix sort.
         key = key.to(torch.int16)
     block, order = key.sort(dim=1, stable=True)
-    # PyTorch 2.11 compiles no search, under dynamic shapes, for values that all lists share: the
-    # bounds, which change no result, make them each list's own.
+    # Under dynamic shapes PyTorch 2.11 does not compile a `searchsorted` for values that all lists
+    # share: the minimum, which changes no result, gives each list values of its own.
     edges = torch.arange(num_blocks + 1, device=device, dtype=key.dtype)
     edges = torch.minimum(edges, block[:, -1, None] + 1)
     first = torch.searchsorted(block, edges, out_int32=True)
@@ -78,18 +79,18 @@ def tile_blocks(first: Tensor, num_pairs: int, tile: int, skip: int = 0) -> tupl
     """Cut the pairs of each block into tiles, and number the tiles of each list.
 
     Args:
-        first: The ranks of the first pairs, of `Pairs`.
-        num_pairs: Pairs per list, those of no block included.
+        first: `Pairs.first`.
+        num_pairs: Pairs per list, including entries without a block.
         tile: Pairs per tile.
-        skip: The first tiles of each block that are not numbered.
+        skip: How many tiles at the start of each block are left out.
 
     Returns:
-        The block that each tile belongs to, int32 `[B * Hkv, T]`, `N` in tiles that there are not:
-        `T` is what the pairs need at worst. And the first tile of each block, and the number of
-        all, int32 `[B * Hkv, N + 1]`.
+        The block of each tile, int32 `[B * Hkv, T]`, where `T` tiles suffice for any choice, and
+        unused ones hold `N`. And the first tile of each block, followed by the number of tiles,
+        int32 `[B * Hkv, N + 1]`.
     """
     num_blocks = first.shape[2] - 1
-    # Two more than needed: a number of tiles that may be 0 or 1 would become a guard on lengths.
+    # Two tiles more than needed: PyTorch specializes sizes of 0 and 1, which would guard lengths.
     most = num_pairs // tile + (2 if skip else num_blocks + 1)
     if _has_kernels(first.device):
         return tile_blocks_triton(first, tile, skip, most)
@@ -105,13 +106,13 @@ def tile_blocks(first: Tensor, num_pairs: int, tile: int, skip: int = 0) -> tupl
 
 @dataclass(frozen=True)
 class Regrouping:
-    """Where every pair lies; `S` slots for each of `Hkv` key/value heads.
+    """The slot of every pair; each of `Hkv` key/value heads has `S` slots.
 
     Attributes:
         row: The row in each slot, int32 `[B, Hkv, S]`; -1 in empty slots.
         slot: The slot of each pair, int32 `[B, Hkv, R, K - 1]`, with `R = Hq / Hkv * Q`; -1 where
             there is no pair.
-        tile_block: The block that each tile of slots meets, int32 `[B, Hkv, S / tile]`; 0 in
+        tile_block: The block of the pairs in each tile of slots, int32 `[B, Hkv, S / tile]`; 0 in
             unused tiles.
         tile_used: Which tiles hold a pair, bool `[B, Hkv, S / tile]`.
         first_tile: The first tile of each block, int32 `[B, Hkv, N]`.
@@ -132,8 +133,8 @@ def regroup(routing: Routing, num_kv_heads: int, tile: int) -> Regrouping:
     Args:
         routing: The choice of blocks.
         num_kv_heads: Number of key/value heads, `Hkv`.
-        tile: Slots per tile. The number of slots does not depend on the choice: it is what `R * (K
-            - 1)` pairs need at worst.
+        tile: Slots per tile. The number of slots does not depend on the choice: it suffices for
+            any `R * (K - 1)` pairs.
 
     Returns:
         The regrouping. It is deterministic: pairs of a block lie in the order of their rows.

@@ -1,4 +1,4 @@
-"""Regrouped order on CUDA: a counting sort that is stable, so that every run gives the same."""
+"""Regrouped order on CUDA: a stable counting sort, so that all runs give the same order."""
 
 import torch
 import triton
@@ -9,13 +9,13 @@ from torch.library import wrap_triton
 from moba_flex.masks.kernel_op import kernel_op, launch
 from moba_flex.masks.layout import ceil_div
 
-# Pairs that a warp places at a time. A chunk is a number of such tiles: with more blocks a chunk
-# holds more, so that there are half as many counts as pairs.
+# `_TILE` pairs are placed at a time, by one warp. A chunk is one such tile per `_BLOCKS_PER_TILE`
+# blocks, so that there are half as many counts, one per block and chunk, as pairs.
 _TILE = 32
 _BLOCKS_PER_TILE = 16
 _WIDTH = 128
 
-# Arguments that vary with lengths: kernels are not compiled anew for what divides them.
+# Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = ["num_pairs", "num_blocks", "picks", "chunks", "chunk_size", "tile", "skip", "num_tiles"]
 
 
@@ -23,7 +23,7 @@ _SIZES = ["num_pairs", "num_blocks", "picks", "chunks", "chunk_size", "tile", "s
 def count_kernel(  # type: ignore[no-untyped-def]
     block_ptr, count_ptr, num_pairs, num_blocks, chunks, chunk_size, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Count the pairs of a chunk that chose each block, or none."""
+    """Count the pairs of a chunk for each block, and for no block."""
     chunk, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block_ptr += list_id * num_pairs
     count_ptr += list_id * (num_blocks + 1) * chunks + chunk
@@ -39,7 +39,7 @@ def count_kernel(  # type: ignore[no-untyped-def]
 def sum_kernel(  # type: ignore[no-untyped-def]
     count_ptr, total_ptr, num_blocks, chunks, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Make of a block's counts what is counted before each chunk; the total goes to the next."""
+    """Turn the counts of a block into those before each chunk; write their total to block + 1."""
     block, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total_ptr += list_id * (num_blocks + 1) + block
     if block == 0:
@@ -70,14 +70,14 @@ def place_kernel(  # type: ignore[no-untyped-def]
         pair = at + index
         exists = pair < stop
         block = tl.load(block_ptr + first_pair + pair, mask=exists, other=-1)
-        # Of the pairs of the tile with the same block, how many there are and, in the upper half,
-        # how many come before.
+        # `same` holds, for each pair, how many pairs of the tile have its block and, in the upper
+        # 16 bits, how many of them precede it.
         weight = tl.where(index[:, None] < index[None, :], (1 << 16) + 1, 1)
         same = tl.sum(tl.where(block[:, None] == block[None, :], weight, 0), 0)
         earlier = same >> 16
         is_last = earlier + 1 == same & 0xFFFF
         next_ptrs = next_ptr + block.to(tl.int64) * chunks
-        # What one thread writes here others read in the next step.
+        # Barriers, since one thread writes numbers that others read in the next step.
         tl.debug_barrier()
         number = tl.load(next_ptrs, mask=exists, other=0) + earlier
         tl.debug_barrier()
@@ -92,14 +92,14 @@ def place_kernel(  # type: ignore[no-untyped-def]
 def sort_pairs_triton(
     blocks: Tensor, num_kv_heads: int, num_blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fields of `Pairs` of `Routing.blocks`, `[B, Hq, Q, K - 1]` with `K > 1`."""
+    """Return `row`, `rank` and `first` of `Pairs`, for `Routing.blocks` with `K > 1`."""
     blocks = blocks.contiguous()
     batch, num_heads, q_len, picks = blocks.shape
     rows = num_heads // num_kv_heads * q_len
     lists, pairs = batch * num_kv_heads, rows * picks
     chunk_size = ceil_div(num_blocks + 1, _BLOCKS_PER_TILE) * _TILE
     chunks = ceil_div(pairs, chunk_size)
-    # First of each block and chunk what it holds, then what is before it in the block.
+    # First the pairs of each block in each chunk, then those of the block before each chunk.
     count = blocks.new_zeros(lists, num_blocks + 1, chunks)
     launch(
         wrap_triton(count_kernel),
@@ -149,7 +149,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     first_ptr, tile_block_ptr, first_tile_ptr, num_blocks, tile, skip, num_tiles,
     WIDTH: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Number the tiles of `WIDTH` blocks; the program of the last ones fills up the table."""
+    """Number the tiles of `WIDTH` blocks; the program of the last ones also marks unused tiles."""
     list_id, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * WIDTH
     first_ptr += list_id * (num_blocks + 1)
     first_tile_ptr += list_id * (num_blocks + 1)
@@ -181,7 +181,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
 def tile_blocks_triton(
     first: Tensor, tile: int, skip: int, num_tiles: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the two tables of `tile_blocks`, of `num_tiles` tiles, from `Pairs.first`."""
+    """Return the two tensors of `tile_blocks`, with room for `num_tiles` tiles."""
     lists, num_blocks = first.shape[0] * first.shape[1], first.shape[2] - 1
     tile_block = first.new_empty(lists, num_tiles)
     first_tile = first.new_empty(lists, num_blocks + 1)

@@ -16,7 +16,7 @@ _TILE_N = 32
 _WARPS = 4
 
 
-# Arguments that vary with lengths: kernels are not compiled anew for what divides them.
+# Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
     "block_size",
     "group",
@@ -38,10 +38,10 @@ def _offer(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, FORCED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Offer tiles of blocks to the best so far, tile `stop - 1` first and tile `first` last.
+    """Update the best blocks so far by tiles of blocks, from tile `stop - 1` down to tile `first`.
 
-    Blocks come from the most recent to the oldest, so one replaces a slot only if it is strictly
-    better. Without MASKED, all of them are candidates of all queries.
+    Blocks come from the most recent to the oldest, so a block replaces another only if it is
+    strictly better. Without MASKED, all queries may choose all of these blocks.
     """
     dim, lane = tl.arange(0, HEAD_DIM_PADDED)[:, None], tl.arange(0, TILE_N)[None, :]
     largest = 3.4028234663852886e38
@@ -55,7 +55,7 @@ def _offer(  # type: ignore[no-untyped-def]
             block_keys = tl.load(key_ptrs, mask=dim < HEAD_DIM, other=0.0)
         affinity = tl.dot(q, block_keys, input_precision="ieee")
         affinity = tl.where(affinity == affinity, affinity, -largest)  # NaN counts as lowest
-        # Infinity is left to forced blocks and empty slots.
+        # Infinities are reserved for forced blocks and empty slots.
         affinity = tl.minimum(tl.maximum(affinity, -largest), largest)
         if FORCED:
             forced = col < oldest + sink_blocks
@@ -67,7 +67,7 @@ def _offer(  # type: ignore[no-untyped-def]
 
         new, worst = tl.max(affinity, 1, keep_dims=True), tl.min(best, 1, keep_dims=True)
         while tl.max((new > worst).to(tl.int32)) > 0:
-            # Ties break to the left, which is the more recent block, and evict the oldest.
+            # Ties go to the left, where the more recent block is, and evict the oldest block.
             at = tl.min(tl.where(affinity == new, lane, TILE_N), 1, keep_dims=True)
             last = tl.min(tl.where(best == worst, block, 0x7FFFFFFF), 1, keep_dims=True)
             evicted = (new > worst) & (best == worst) & (block == last)
@@ -90,9 +90,9 @@ def gate_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Choose `picks` blocks for `TILE_Q` queries of one head.
 
-    The best so far sit in `SLOTS` (a power of two) registers a query, unordered.
+    The best blocks so far are kept, unordered, in `SLOTS` registers per query, a power of two.
     """
-    # Tiles at the end of the sequence have the most candidates: they start first.
+    # Tiles at the end of the sequence have the most candidates, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
@@ -102,7 +102,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     q_ptrs = q_ptr + row[:, None].to(tl.int64) * stride_qm + dim[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=(row[:, None] < q_len) & (dim[None, :] < HEAD_DIM), other=0.0)
     if TABLES:
-        # Rows past the last query count as that one, whose candidates are as far as any.
+        # Rows past the last query repeat it, so they widen no range of candidates.
         queries_ptr += (batch % table_rows) * q_len + tl.minimum(row, q_len - 1)[:, None]
         field = table_rows * q_len
         own = tl.load(queries_ptr + field)
@@ -110,15 +110,15 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     else:
         own = ((row + q_offset) // block_size)[:, None]
         oldest = tl.zeros_like(own)
-        # Past the last query there may be blocks that do not exist.
+        # Rows past the last query may have own blocks that do not exist.
         newest = tl.minimum(own, num_blocks) - 1 if CAUSAL else oldest + num_blocks - 1
     chosen = picks
     if BY_HEAD:
         chosen = tl.minimum(picks, tl.load(head_top_k_ptr + head).to(tl.int32) - 1)
 
     slot = tl.arange(0, SLOTS)[None, :]
-    # Slots past `chosen` hold what nothing replaces. Empty slots have numbers of their own, for
-    # the eviction.
+    # Slots past `chosen` hold infinity, which nothing replaces. Each empty slot has a number of
+    # its own, so that an eviction hits one slot.
     best = tl.where(slot < chosen, -float("inf"), float("inf"))
     best += tl.zeros([TILE_Q, SLOTS], tl.float32)
     block = tl.zeros([TILE_Q, SLOTS], tl.int32) - 1 - slot
@@ -160,7 +160,7 @@ def choose_triton(
     q_offset: int,
     queries: Tensor | None,
 ) -> Tensor:
-    """Choose blocks besides the own one; arguments and result as of `choose_cpu`."""
+    """Choose blocks besides the own one, with arguments and result as in `choose_cpu`."""
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, num_blocks = block_keys.shape[1:3]
     picks, block_size, sink_blocks, local_blocks = numbers
@@ -172,7 +172,7 @@ def choose_triton(
             q,
             block_keys,
             out,
-            # What is absent is not read.
+            # Placeholders, which the kernel does not read.
             out if head_top_k is None else head_top_k,
             out if queries is None else queries,
             *q.stride(),

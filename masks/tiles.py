@@ -1,7 +1,7 @@
 """Block masks of the routed plan: regrouped queries, and queries with their own blocks.
 
-Both come from arithmetic on ranges of tiles: the transposed lists, which the backward of
-FlexAttention reads, are ranges too.
+Both are made by arithmetic on ranges of tiles. The transposed lists, which FlexAttention's
+backward reads, are ranges too.
 """
 
 from collections.abc import Callable
@@ -18,49 +18,52 @@ from moba_flex.masks.mods import Indices, MaskMod
 from moba_flex.masks.regroup import Regrouping
 from moba_flex.masks.routing import Routing
 
-# FlexAttention's backward on Hopper takes mask blocks in multiples of 128 alone (for head dims
+# FlexAttention's backward on Hopper accepts only mask blocks of multiples of 128 (for head dims
 # from 64 to 128).
 TILE = 128
 
-_NO_ROW = 2**30  # more than there are, so that the rows of a tile ascend
+_NO_ROW = 2**30  # more than any row, so that rows ascend within a tile
 
 
 def settled(length: int) -> int:
-    """Return `length` as a mask_mod may capture it under dynamic shapes.
+    """Return `length`, made constant if it is one tile, for a mask_mod to capture.
 
-    FlexAttention's own guards pin a length of one tile to that number, but only after the mask_mod
-    captured a symbol for it, for which PyTorch 2.11 then generates code that does not compile.
+    Under dynamic shapes PyTorch 2.11 generates code that does not compile if a mask_mod captures
+    the symbol of a length of one tile: FlexAttention's guards make it constant, but too late. So
+    the comparison here makes it constant first.
     """
     return TILE if length == TILE else length
 
 
 def capturable(x: Tensor) -> Tensor:
-    """Return `x` `[...]` as `[..., 1]`, as a mask_mod may capture it.
+    """Return `x` `[...]` as `[..., 1]`, materialized by `topk` for a mask_mod to capture.
 
-    What a mask_mod captures, a compiled graph would compute anew for every score, on CPU not at
-    all; and it would read a buffer as it was before a kernel filled it. But what `topk` returns is
-    a buffer in memory that is read as it is.
+    In a compiled graph, inductor inlines the computation of a captured tensor into every score,
+    and on CPU does not compile it; or the mask_mod reads a buffer before a kernel has filled it.
+    The result of `topk` is a buffer that is complete and read as it is.
     """
     return x.unsqueeze(-1).topk(1).values
 
 
 def row_of(b: Tensor, rows: Tensor) -> Tensor:
-    """Return the row of tables `[R, ...]` that is about the sequence `b` of the batch."""
+    """Return the row of `rows` `[R, ...]` for row `b` of the batch; `R` is 1 or `B`."""
     return b if rows.shape[0] > 1 else b * 0
 
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """Keys in memory with every block that a query may choose at a multiple of `TILE`.
+    """Where keys lie in memory, with each block that a query may choose at a multiple of `TILE`.
+
+    A *place* is a position in that memory. The tensors are None if every key is at its own place.
 
     Attributes:
         stride: Places per block.
         length: Number of places.
-        key: The key in each place, int64 `[R, length]`, -1 in empty ones; None if every key is in
-            its own.
-        place: The place of each key, int64 `[R, KV]`, -1 for keys of no such block; or None.
-        start: The first key of each block, capturable `[R, M, 1]`; or None.
-        stop: The key after its last, likewise.
+        key: The key in each place, int64 `[R, length]`; -1 in empty places.
+        place: The place of each key, int64 `[R, KV]`; -1 for keys of blocks that no query may
+            choose.
+        start: The first key of each block, `[R, M, 1]`, from `capturable`.
+        stop: The key after the last of each block, `[R, M, 1]`, from `capturable`.
     """
 
     stride: int
@@ -71,10 +74,10 @@ class KeyLayout:
     stop: Tensor | None = None
 
     def places_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the key in each place, and the place of each key, of each head of `x`.
+        """Return the key in each place and the place of each key, repeated for each head of `x`.
 
-        `[B, H, length]` and `[B, H, KV, 1]`, of keys or values `[B, H, KV, D]`; None if every key
-        is in its place.
+        They are `[B, H, length]` and `[B, H, KV, 1]`, for keys or values `x` `[B, H, KV, D]`; None
+        if every key is at its own place.
         """
         if self.key is None or self.place is None:
             return None
@@ -82,7 +85,7 @@ class KeyLayout:
         return key, place.unsqueeze(3)
 
     def key_of(self, b: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the key in a place, and whether there is one; key 0 if not."""
+        """Return the key in a place, and whether it holds one; key 0 if it does not."""
         if self.start is None or self.stop is None:
             return place, place >= 0
         b, block, none = row_of(b, self.start), place // self.stride, place * 0
@@ -92,13 +95,13 @@ class KeyLayout:
 
 
 def lay_out_keys(routing: Routing) -> tuple[KeyLayout, Routing]:
-    """Lay out the blocks that queries may choose, and number them by where they lie.
+    """Lay out the blocks that queries may choose, and number them in that order.
 
-    Blocks of a multiple of `TILE` keys lie like that already, but for packed documents and padded
-    rows. Others are padded, a short last block too where queries outside of it may choose it:
-    FlexAttention would read past the end of the keys.
+    In plain rows, blocks of a multiple of `TILE` keys need no move. Other blocks are padded. So is
+    a short last block that queries outside of it may choose: FlexAttention would read past the end
+    of the keys.
 
-    Short blocks of many documents take no room: if causal, only whole blocks can be chosen.
+    If causal, only whole blocks can be chosen, and the short blocks of documents get no places.
 
     Returns:
         The layout, and the routing to blocks of `stride` places.
@@ -112,16 +115,17 @@ def lay_out_keys(routing: Routing) -> tuple[KeyLayout, Routing]:
     start, stop = at.start, at.stop
     whole = stop - start == block_size
     offered = whole
-    if not causal:  # a short block too, if there is another before it
+    if not causal:  # also a short block, if another block precedes it
         offered = whole | ((stop > start) & F.pad(whole.int(), (1, -1)).bool())
     most = kv_len // block_size * (1 if causal else 2) + 1
     count = offered.cumsum(1, dtype=torch.int32)
-    # As a pad value, a length would become part of the graph.
+    # The length is subtracted and added again: as a pad value it would become a constant.
     number = F.pad(torch.where(offered, count - 1, most) - most, (0, 1)) + most
     blocks = number.expand(routing.blocks.shape[0], -1).gather(1, routing.blocks.long().flatten(1))
     blocks = blocks.view(routing.blocks.shape)
 
-    # PyTorch 2.11 compiles no search for values that all lists share: the minimum changes nothing.
+    # PyTorch 2.11 does not compile a `searchsorted` for values that all rows share: the minimum,
+    # which changes nothing, gives each row values of its own.
     index = torch.arange(1, most + 1, device=device, dtype=torch.int32)
     which = torch.searchsorted(count, torch.minimum(index, count[:, -1:] + 1))
     start, stop = (
@@ -140,7 +144,7 @@ def lay_out_keys(routing: Routing) -> tuple[KeyLayout, Routing]:
 def regrouped_origin(
     groups: Regrouping, layout: KeyLayout, q_len: int, group: int
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Indices]:
-    """Return what tells of a slot and a place the head, the query and the key.
+    """Return a function from a slot and a place to the query head, the query and the key.
 
     Args:
         groups: The regrouping, with tiles of `TILE` slots.
@@ -150,7 +154,7 @@ def regrouped_origin(
     """
     q_len = settled(q_len)
     row = torch.where(groups.row < 0, _NO_ROW, groups.row).unflatten(2, (-1, TILE))
-    # The rows of a tile ascend, so this changes nothing, but see `capturable`.
+    # The rows of a tile ascend already: `topk` only makes them capturable, see `capturable`.
     rows = row.topk(TILE, largest=False).values
 
     def origin(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Indices:
@@ -164,12 +168,12 @@ def regrouped_origin(
 def routed_block_mask(
     groups: Regrouping, layout: KeyLayout, mask_mod: MaskMod | None = None
 ) -> BlockMask:
-    """Return the mask `[B, Hkv, S, length]` of regrouped queries and the blocks they chose.
+    """Return the mask `[B, Hkv, S, length]` between regrouped queries and the blocks they chose.
 
     Args:
         groups: The regrouping, with tiles of `TILE` slots.
         layout: Where the keys lie.
-        mask_mod: What else hides keys, of slots and places.
+        mask_mod: Hides further keys, given slots and places.
     """
     num_slots, num_tiles = groups.row.shape[2], groups.tile_block.shape[2]
     count, index = groups.tile_used, groups.tile_block.unsqueeze(-1)
@@ -191,11 +195,11 @@ def routed_block_mask(
 
 
 def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMask:
-    """Return the mask `[R, 1, Q, KV]` of queries and their own blocks, in natural order.
+    """Return the mask `[R, 1, Q, KV]` between queries and their own blocks, in natural order.
 
     Args:
-        routing: Where the blocks lie; what it chose does not matter.
-        mask_mod: What else hides keys.
+        routing: Says where the blocks lie; the chosen blocks are not read.
+        mask_mod: Hides further keys.
     """
     block_size, causal = routing.block_size, routing.causal
     q_len, kv_len = settled(routing.q_len), settled(routing.kv_len)
@@ -206,7 +210,7 @@ def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMa
         if routing.tables is not None:
             b, none = row_of(b, starts), q_idx * 0
             return (kv_idx >= starts[b, q_idx, none]) & (kv_idx < stops[b, q_idx, none])
-        # Lengths one by one: under dynamic shapes FlexAttention takes symbols here, but no
+        # q_len and kv_len stay apart: under dynamic shapes a mask_mod can capture symbols, but no
         # expressions of them.
         position = q_idx + kv_len - q_len
         same = position // block_size == kv_idx // block_size
@@ -218,8 +222,9 @@ def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMa
 
     ranges = _Ranges.of(start, stop, masked=mask_mod is not None)
     q_tiles, kv_tiles = ceil_div(q_len, TILE), ceil_div(kv_len, TILE)
-    # What a tile of queries sees, and what sees a tile of keys, spans a tile and the block at an
-    # end, or at both. But between the few last queries of documents anything may lie.
+    # The keys that a tile of queries sees span at most a tile and the block at one end or, if not
+    # causal, at both ends. So do the queries that see a tile of keys. There is no such bound if
+    # documents have fewer queries than keys.
     span = kv_len if block_size >= kv_len else TILE + block_size * (1 if causal else 2)
     if routing.tables is not None and q_len != kv_len:
         span = kv_len
@@ -230,9 +235,9 @@ def own_block_mask(routing: Routing, mask_mod: MaskMod | None = None) -> BlockMa
 
 
 def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Return the first key that each query sees in its own block and the one after the last.
+    """Return the first key that each query sees in its own block, and the key after the last.
 
-    int64 `[R, Q]`; both ascend. Equal for queries that see nothing.
+    Both are int64 `[R, Q]`, ascending, and equal for queries that see no key.
     """
     device, kv_len = routing.blocks.device, routing.kv_len
     at = routing.layout.coordinates(device)
@@ -242,8 +247,8 @@ def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
         stop = torch.minimum(stop, position + 1)
     if routing.tables is None:
         return start, stop
-    # Queries that are padding come before those that are not, or after: no tile lies between them
-    # and what the nearest of the others sees.
+    # Padding queries precede or follow the real ones. They get an empty range at the tile boundary
+    # next to the keys that the real ones see, so that a tile with both kinds lists no more tiles.
     real = position >= 0
     before = torch.arange(routing.q_len, device=device) < real.int().argmax(1, keepdim=True)
     first = torch.where(real, start, kv_len).amin(1, keepdim=True) // TILE * TILE
@@ -254,13 +259,15 @@ def _own_keys(routing: Routing) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Ranges:
-    """Ranges of tiles that tiles of the other kind meet, int64 `[R, tiles]` each, all ascending.
+    """The range of key tiles that each tile of queries sees, or the transpose; int64 `[R, tiles]`.
+
+    All ascend. A tile is seen *fully* if the mask hides none of its pairs of a query and a key.
 
     Attributes:
-        start: The first tile that is met.
-        stop: The tile after the last.
-        full_start: The first one that is met as a whole.
-        full_stop: The one after the last, unless before the first.
+        start: The first tile seen.
+        stop: The tile after the last one seen.
+        full_start: The first tile seen fully.
+        full_stop: The tile after the last one seen fully; at most `full_start` if there is none.
     """
 
     start: Tensor
@@ -270,7 +277,7 @@ class _Ranges:
 
     @classmethod
     def of(cls, start: Tensor, stop: Tensor, *, masked: bool) -> "_Ranges":
-        """Return the tiles of keys of each tile of queries, given the keys of each query."""
+        """Return the key tiles that each tile of queries sees, given the keys of each query."""
         q_len = start.shape[1]
         index = torch.arange(ceil_div(q_len, TILE) * TILE, device=start.device)
         index = index.clamp(max=q_len - 1)
@@ -284,7 +291,7 @@ class _Ranges:
         )
 
     def transposed(self, tiles: int) -> "_Ranges":
-        """Return the tiles that meet each of so many tiles."""
+        """Return the ranges of the transposed mask, which has `tiles` key tiles."""
         tile = torch.arange(tiles, device=self.start.device)[:, None]
 
         def before(x: Tensor) -> Tensor:
@@ -295,7 +302,7 @@ class _Ranges:
         )
 
     def lists(self, width: int, tiles: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Return counts `[R, 1, n]` and indices `[R, 1, n, width]`: partly met, and fully."""
+        """Return counts `[R, 1, n]` and indices `[R, 1, n, width]` of partial and full tiles."""
         slot = torch.arange(width, device=self.start.device)
         start, stop, full_start, full_stop = (
             x.unsqueeze(1) for x in (self.start, self.stop, self.full_start, self.full_stop)
@@ -316,14 +323,15 @@ def list_tiles(
     mask_block_size: tuple[int, int],
     mask_mod: MaskMod,
 ) -> BlockMask:
-    """Make a BlockMask of lists.
+    """Make a BlockMask from lists of tiles.
 
     Args:
         seq_lengths: Numbers of queries and keys.
-        partial: Of tiles to mask: counts and indices by row, counts and indices by column.
-        full: Of tiles that are seen as a whole, likewise.
-        mask_block_size: Queries and keys of a tile.
-        mask_mod: Which keys of a tile to mask are seen.
+        partial: Lists of the tiles that `mask_mod` applies to: counts and indices by row, counts
+            and indices by column.
+        full: The same lists of the tiles without hidden keys.
+        mask_block_size: Queries and keys per tile.
+        mask_mod: Says which keys of a partial tile are seen.
     """
     partial, full = (tuple(map(_contiguous, lists)) for lists in (partial, full))
     return BlockMask(
@@ -344,11 +352,10 @@ def list_tiles(
 def _contiguous(x: Tensor) -> Tensor:
     """Return `x` as int32, contiguous in compiled graphs too.
 
-    There what is computed lies in memory in an order of the compiler's choice, whatever strides it
-    seems to have, and a view of one head has stride 0. But FlexAttention on CUDA takes the lists
-    of a sequence to follow those of the one before, and the indices of a row to follow each other:
-    it would read other lists, silently. One dimension leaves no choice, and strides that are asked
-    for are kept.
+    FlexAttention on CUDA assumes contiguous lists. But inductor lays out a computed tensor as it
+    likes, whatever strides the graph shows, and a view of one head has stride 0: FlexAttention
+    would silently read the lists of other sequences. A flat tensor has only one layout, and
+    inductor keeps the strides of `as_strided`.
     """
     strides = [prod(x.shape[i + 1 :]) for i in range(x.ndim)]
     return x.long().flatten().int().as_strided(x.shape, strides)

@@ -1,4 +1,4 @@
-"""The command `moba-flex`."""
+"""The command `moba-flex`, and its subcommand `eval`."""
 
 import argparse
 import logging
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Its arguments; those of the process if None.
+        argv: Arguments of the command; if None, those of the process.
 
     Returns:
         The exit code: 0; 2 after an error; 130 after Ctrl-C.
@@ -107,14 +107,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     need("plot", "matplotlib")
     options = {"model": None, "text": None, "device": None, "dtype": None, **vars(arguments)}
     text: Path | None = options["text"]
-    # What can be wrong is found before the model loads.
+    # Arguments are checked before the model loads.
     from moba_flex.config import MoBAConfig
 
     grid = product(
         arguments.block_size, arguments.sink_blocks, arguments.local_blocks, arguments.top_k
     )
     configs = [MoBAConfig(size, top_k, sink, local) for size, sink, local, top_k in grid]
-    if not configs:  # argparse takes `--top-k=--` for no value
+    if not configs:  # argparse reads `--top-k=--` as an empty list
         raise ValueError("options of the gate must have values, got one without")
     if text is not None and not os.path.isfile(text):
         raise ValueError(f"--text must be a file, got {str(text)!r}")
@@ -131,7 +131,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from moba_flex import evaluate, pretrained, report
 
-    # What goes wrong is said once, by main.
+    # Only main reports errors.
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device = evaluate.check_device(options["device"])
@@ -146,7 +146,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         model_name=pretrained.NAME if name is None else Path(name).resolve().name,
         text_name="Python's help topics" if text is None else text.name,
     )
-    # Files first: the terminal may be gone. What cannot be written keeps nothing else from it.
+    # Files come first, since the terminal may be gone. If one cannot be written, the rest still
+    # is.
     failed = []
     for file, save in zip(files, (report.save_json, report.save_plot), strict=True):
         try:

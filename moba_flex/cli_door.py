@@ -1,4 +1,4 @@
-"""The door of the command `moba-flex`: whatever happens inside, a user reads one line."""
+"""Argument parsing, output and errors of the command `moba-flex`: any error is one line."""
 
 import argparse
 import contextlib
@@ -13,22 +13,22 @@ from typing import IO, Any, cast
 from moba_flex.compile.outside import reason
 
 TRACEBACK = "MOBA_FLEX_TRACEBACK"
-"""The environment variable that, if set, shows where an error comes from."""
+"""The environment variable that, if set, adds tracebacks to errors."""
 
-_MOST = 2**63 - 1  # what PyTorch takes
+_MOST = 2**63 - 1  # PyTorch's largest int
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> Any:
-        """Exit."""
+        """Print the message as one line, and exit with 2."""
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
 
 
 def guarded(parser: Parser, argv: list[str]) -> int:
-    """Parse arguments, run the command that they name, and turn what goes wrong into one line.
+    """Parse arguments, run the command that they name, and print any error as one line.
 
     Returns:
         The exit code: 0; 2 after an error; 130 after Ctrl-C.
@@ -39,7 +39,7 @@ def guarded(parser: Parser, argv: list[str]) -> int:
             try:
                 arguments = parser.parse_args(argv)
             except SystemExit:
-                say("")  # tells whether what was printed, help for one, has arrived
+                say("")  # flushes, and raises if the help could not be written
                 raise
             name = f"{name} {arguments.command}"
             return int(arguments.run(arguments))
@@ -48,7 +48,7 @@ def guarded(parser: Parser, argv: list[str]) -> int:
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             return 130
-        except BaseException as error:  # PanicException of pyo3 is no Exception
+        except BaseException as error:  # pyo3's PanicException is no Exception
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
             print(f"{name}: error: {_told(error)}", file=sys.stderr)
@@ -56,12 +56,12 @@ def guarded(parser: Parser, argv: list[str]) -> int:
 
 
 def say(text: str) -> None:
-    """Print text to stdout, now.
+    """Print text to stdout and flush.
 
     Raises:
-        OSError: It cannot be written there.
+        OSError: stdout cannot be written to.
     """
-    # What the terminal cannot show is shown by its number.
+    # Characters outside the terminal's encoding become escapes.
     encoding = sys.stdout.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -77,7 +77,7 @@ def integer(least: int, most: int = _MOST) -> Callable[[str], int]:
     def parse(value: str) -> int:
         digits = value.lstrip("0") or value[-1:]
         number = -1
-        if re.fullmatch("[0-9]+", digits):  # other scripts have digits, too
+        if re.fullmatch("[0-9]+", digits):  # `int` would accept digits of other scripts
             number = int(digits[: len(str(most)) + 1])
         if least <= number <= most:
             return number
@@ -92,7 +92,7 @@ def need(extra: str, *packages: str) -> None:
     """Raise if a package of an extra is missing.
 
     Raises:
-        ImportError: It is.
+        ImportError: A package is missing.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -100,7 +100,7 @@ def need(extra: str, *packages: str) -> None:
 
 
 def _told(error: BaseException) -> str:
-    """Return what a user needs to know of an error."""
+    """Return the message of an error for the user."""
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
         return (
             f"memory must hold model and text, got {reason(error)}: "
@@ -119,13 +119,13 @@ def _is_ours(error: BaseException) -> bool:
 
 
 class _Lossy:
-    """A stream that loses what cannot be written: notes and progress bars stop no run."""
+    """A stream that drops text instead of raising: notes and progress bars must stop no run."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or do not."""
+        """Write and flush the text, or drop it."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -134,7 +134,7 @@ class _Lossy:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do not."""
+        """Flush, and ignore errors."""
         self.write("")
 
     def __getattr__(self, name: str) -> Any:
@@ -143,7 +143,7 @@ class _Lossy:
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """Let stdout and stderr be there, even if they are closed, and stderr never fail."""
+    """Replace stdout and stderr if they are closed, and let writes to stderr never raise."""
     with contextlib.ExitStack() as stack:
         null = stack.enter_context(open(os.devnull, "w"))
         if sys.stdout is None:
@@ -153,8 +153,8 @@ def _streams() -> Iterator[None]:
 
 
 def _mute(stream: IO[str]) -> None:
-    """Let a stream take what is left in it, which Python would try to write again at exit."""
-    with contextlib.suppress(OSError, ValueError):  # no file of the system is below it
+    """Redirect a broken stream to the null device, or Python would raise again at exit."""
+    with contextlib.suppress(OSError, ValueError):  # the stream has no file descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)

@@ -21,7 +21,7 @@ Continue a text with a package that `moba-flex export` made, token by token, eac
 
 
 def add_commands(commands: Any) -> None:
-    """Add both commands to those of `moba-flex`."""
+    """Add the commands `export` and `run` to those of `moba-flex`."""
     _add_export(commands)
     job = commands.add_parser("run", help="run a package", description=_RUN)
     job.set_defaults(run=_run)
@@ -46,7 +46,7 @@ def _add_export(commands: Any) -> None:
     job.set_defaults(run=_export)
     _add_model(job, "folder or Hugging Face id of a causal language model")
     job.add_argument("--out", type=Path, required=True, metavar="PT2", help="file to write")
-    # No text has more tokens, or blocks.
+    # MOST_TOKENS bounds all options, since no text has more tokens or blocks.
     for option, least, default, meaning in (
         ("--block-size", 1, 64, "keys in a block"),
         ("--top-k", 1, 8, "blocks a query attends to, its own included"),
@@ -116,14 +116,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _check(model: Any, path: Path, arguments: argparse.Namespace) -> None:
-    """Run package and model at other lengths, or if there is one, with other tokens."""
+    """Compare package and model on random tokens, at other lengths if the package takes them."""
     import torch
 
     from moba_flex.compile.exporter import worst_error
 
     weight = next(model.parameters())
     package, seq_len = load(path, device=weight.device), arguments.seq_len
-    most = torch.finfo(weight.dtype).eps ** 0.5  # half of the digits, after all layers
+    most = torch.finfo(weight.dtype).eps ** 0.5  # half of the digits may be lost over all layers
     lengths = (seq_len,) if arguments.static else (1, seq_len // 2 + 1, 2 * seq_len + 1)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.model.get_input_embeddings().num_embeddings
@@ -173,7 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_room(package: Package, length: int, tokens: int) -> None:
-    """Raise if the package does not take texts of all lengths that are needed."""
+    """Raise unless the package takes texts of all lengths that `tokens` more tokens need."""
     shapes = [spec.shape for spec in package.metadata.inputs]
     if [len(shape) for shape in shapes] != [2]:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""What a routing looks like: how much it attends to, how evenly, and what it misses.
+"""Measures of a routing: how much it attends to, how evenly, and how much it misses.
 
-Routings of one sequence a row only: of packed documents and of padded rows a ValueError says so.
-Averages over no queries are NaN.
+All raise a ValueError for packed documents and padded rows. Averages over no queries are NaN.
 """
 
 import math
@@ -64,14 +63,14 @@ def load_imbalance(routing: Routing) -> Tensor:
         imbalance = max_n load_n / max_n expected_n
         expected_n = sum over the queries i that may choose n of k_i / c_i
 
-    with `k_i` the number of blocks that query `i` chose, of `c_i` that it may choose. Early blocks
-    may be chosen by more queries, so a plain max/mean would exceed 1 for random routing too. This
-    gives 1 there up to noise, and the most if all queries choose the same block. It is 1 where
-    nothing can be chosen.
+    where query `i` chose `k_i` of the `c_i` blocks that it may choose. If causal, more queries may
+    choose an early block, so that max/mean would exceed 1 for random routing too. This measure is
+    1 for random routing, up to noise, largest if all queries choose the same block, and 1 if no
+    query may choose any.
 
     Example:
-        All 14 queries behind the first block choose it. At random, 2 * (1 + 1/2 + ... + 1/7) =
-        5.2 of them would:
+        All 14 queries behind the first block choose it. With random choices, 2 * (1 + 1/2 + ... +
+        1/7) = 5.2 of them would:
 
         >>> x = torch.randn(1, 1, 16, 4)
         >>> routing = patterns.sink_window(x, x, block_size=2, sink_blocks=1, local_blocks=0)
@@ -94,13 +93,14 @@ def load_imbalance(routing: Routing) -> Tensor:
 def routing_entropy(routing: Routing) -> Tensor:
     """Return how much the queries of one block disagree about what to attend to, `[B, Hq]`.
 
-    For the queries of each block it is the entropy `H` of the blocks that their choices name,
-    scaled: 0 if all queries chose the same `K - 1` blocks, 1 if all `c` candidates equally often,
+    For the queries of each block, `H` is the entropy of their choices over blocks, scaled to 0 if
+    all of them chose the same `K - 1` blocks, and to 1 if they chose all `c` candidates equally
+    often:
 
         (H - log(K - 1)) / (log(c) - log(K - 1)),  H = -sum_n share_n log(share_n)
 
-    averaged over the queries that have more candidates than choices. A mask in natural order can
-    skip much if it is near 0 and nearly nothing near 1. It is 0 where nothing can be chosen.
+    The result is averaged over the queries with more candidates than choices. A mask in natural
+    order skips much near 0 and nearly nothing near 1. It is 0 if no query may choose any block.
 
     Example:
         >>> q, k = torch.randn(2, 1, 1, 1024, 16)
@@ -145,19 +145,19 @@ def attention_recall(
 
         recall = mean over sampled queries i of sum_{j attended by i} softmax_j(scale * q_i . k_j)
 
-    where the softmax is over all keys that the query can see. Exact for the queries looked at,
-    `rows` of them, evenly spaced. Memory is bounded whatever the length.
+    where the softmax is over all keys that the query can see. The sample is `rows` evenly spaced
+    queries, whose recall is exact. Memory is bounded at any length.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.
         k: Keys, `[B, Hkv, KV, D]`, with `Hq` a multiple of `Hkv`.
-        routing: What the queries chose.
+        routing: The choice of the queries.
         scale: Factor on the scores; `1 / sqrt(D)` if None.
-        rows: Number of queries looked at; all if there are fewer.
+        rows: Number of sampled queries; all if there are fewer.
 
     Example:
-        With equal keys, all keys that a query sees have the same weight. Queries 0 to 3 attend to
-        all of those, queries 4 to 7 to 3/5, 4/6, 3/7 and 4/8:
+        If all keys are equal, the keys that a query sees have equal weights. Queries 0 to 3 attend
+        to all of their keys, queries 4 to 7 to 3/5, 4/6, 3/7 and 4/8 of them:
 
         >>> x = torch.ones(1, 1, 8, 4)
         >>> routing = patterns.sliding_window(x, x, block_size=2, local_blocks=1)
@@ -182,7 +182,7 @@ def attention_recall(
             future = key_pos > (routing.q_offset + idx)[:, None]
             scores = scores.masked_fill(future, -math.inf)
         weight = F.pad(scores.softmax(-1), (0, short))
-        # One column more, of no weight, for "no block".
+        # One more column, of weight 0, for "no block".
         mass = F.pad(weight.unflatten(-1, (-1, routing.block_size)).sum(-1), (0, 1))
         own = _own_blocks(routing)[idx, None].expand(batch, num_heads, -1, 1)
         chosen = torch.cat([routing.blocks[:, :, idx].long(), own], dim=-1)
@@ -191,15 +191,15 @@ def attention_recall(
 
 
 def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
-    """Return a picture of the routing: which share of nearby queries attends to each block.
+    """Return the share of nearby queries that attends to each block, as a picture of the routing.
 
     Args:
-        routing: What the queries chose.
+        routing: The choice of the queries.
         buckets: Rows of the picture; `R = min(buckets, Q)`.
 
     Returns:
-        `[B, Hq, R, N]`, the share of the queries of each of `R` equal ranges that attend to each
-        block, own blocks included.
+        The shares `[B, Hq, R, N]`, for the queries of each of `R` equal ranges; own blocks are
+        included.
 
     Example:
         >>> x = torch.randn(1, 1, 8, 4)
@@ -220,7 +220,7 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
 
 
 def _as_set(routing: Routing) -> Routing:
-    """Return a routing that lists each chosen block once, and the own one not."""
+    """Return the routing as a set: each chosen block once, without the own block."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
     return routing.as_set()

@@ -1,7 +1,7 @@
-"""What Mixture of Block Attention does to a language model, without any training.
+"""Evaluation of a language model under Mixture of Block Attention, without any training.
 
-One text goes through the model with dense attention and once for each setting of the gate. The
-perplexity of its second half is reported, beside what the gate chose.
+The model reads one text with dense attention, and once for each setting of the gate. The report
+holds the perplexity of the second half of the text, and diagnostics of the routing.
 """
 
 import io
@@ -30,23 +30,23 @@ from moba_flex.masks.router import route
 
 __all__ = ["Report", "Run", "check_device", "check_sizes", "evaluate", "read_tokens"]
 
-_CHARACTERS = 8  # of a text that are read for each token: few tokens have more
+_CHARACTERS = 8  # read for each token at first: few tokens have more
 _ROWS = 256  # rows of logits that are held in float32 at a time
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over the text. What concerns the gate is None if attention was dense.
+    """One pass over the text. With dense attention `config`, `entropy` and `imbalance` are None.
 
     Attributes:
         config: The gate.
-        perplexity: Of the second half of the text.
-        seconds: The forward pass, diagnostics not counted.
+        perplexity: Perplexity of the second half of the text.
+        seconds: Time of the forward pass, without diagnostics.
         density: Share of query-key pairs attended to.
         recall: Share of dense attention's weight that lies on the chosen tokens.
-        entropy: See `diagnostics.routing_entropy`; this and the others are means over the layers
-            that route and all their heads.
-        imbalance: See `diagnostics.load_imbalance`.
+        entropy: See `diagnostics.routing_entropy`.
+        imbalance: See `diagnostics.load_imbalance`. Density, recall, entropy and imbalance are
+            means over all heads of the layers that route.
     """
 
     config: MoBAConfig | None
@@ -65,11 +65,11 @@ class Report:
     Attributes:
         model: Name of the model.
         text: Name of the text.
-        tokens: Its length; the second half is predicted.
-        setting: Device, dtype, threads and versions, which the seconds depend on.
+        tokens: Length of the text; perplexity is that of the second half.
+        setting: Device, dtype, threads and versions, which affect the seconds.
         runs: The runs.
         map: Share of nearby queries that attend to each block, `[R, N]`, in one head.
-        map_title: Which head, of which run.
+        map_title: The head and the run of the map.
     """
 
     model: str
@@ -85,12 +85,12 @@ def check_sizes(config: Any, seq_len: int, gates: Sequence[MoBAConfig]) -> None:
     """Raise if a text is too long for a model, or too short for a block.
 
     Args:
-        config: That of the model.
+        config: Config of the model.
         seq_len: Tokens of the text.
-        gates: Gates with their blocks.
+        gates: Gates, whose block sizes are checked.
 
     Raises:
-        ValueError: It is.
+        ValueError: The text is too long or too short.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if seq_len > context:
@@ -105,11 +105,11 @@ def check_sizes(config: Any, seq_len: int, gates: Sequence[MoBAConfig]) -> None:
 def read_tokens(tokenizer: Any, text: Path | None, seq_len: int) -> Tensor:
     """Return the first tokens of a text file, or of Python's help topics, `[1, seq_len]`.
 
-    They are those of the whole text, of which no more is read than they need.
+    They equal the first tokens of the whole text, but only as much of it is read as they need.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no text, or too short.
+        ValueError: The file is not UTF-8, or too short.
     """
     ids: list[int] = []
     content, size, done = "", _CHARACTERS * seq_len, False
@@ -119,8 +119,8 @@ def read_tokens(tokenizer: Any, text: Path | None, seq_len: int) -> Tensor:
                 more = file.read(size)
                 content += more
                 before, ids = ids, tokenizer(content, verbose=False).input_ids
-                # Tokens near the cut may be others than those of the whole text: the first are
-                # right if a cut that is farther off does not change them.
+                # Where the text is cut, tokens may differ from those of the whole text. The first
+                # tokens are right if a later cut does not change them.
                 agree = len(before) > seq_len and before[:seq_len] == ids[:seq_len]
                 size, done = len(content) // 2 + 1, agree or not more
     except UnicodeDecodeError as error:
@@ -152,19 +152,19 @@ def evaluate(
     model_name: str,
     text_name: str,
 ) -> Report:
-    """Run the model dense and with each gate, a progress bar on stderr.
+    """Run the model densely and with each gate, with a progress bar on stderr.
 
     Args:
         model: A causal language model in eval mode; its attention implementation is changed.
         ids: The text, `[1, L]`.
         configs: The gates.
-        model_name: For the report.
-        text_name: For the report.
+        model_name: Name of the model in the report.
+        text_name: Name of the text in the report.
 
     Raises:
-        ValueError: The text exceeds the model's context, a block exceeds the text, a token the
-            model's vocabulary; the model does not use the attention interface of transformers, or
-            has no finite perplexity.
+        ValueError: The text exceeds the model's context, a block exceeds the text, or a token
+            exceeds the model's vocabulary. Or the model does not use the attention interface of
+            transformers, or its perplexity is not finite.
     """
     check_sizes(model.config, ids.shape[1], configs)
     embeddings: Any = model.get_input_embeddings()
@@ -175,9 +175,9 @@ def evaluate(
             "is it the tokenizer of this model?"
         )
     for config in configs:
-        apply(model, config)  # raises before the long run if the model cannot
+        apply(model, config)  # raises before the long run if the model does not support it
 
-    # The picture shows the sparsest gate, with a sink if there is one, in the middle of the model.
+    # The map shows a middle layer under the sparsest gate, with a sink if any gate has one.
     shown = max(configs, key=lambda config: (config.sink_blocks, -config.top_k))
     layer = model.config.get_text_config().num_hidden_layers // 2
     model.set_attn_implementation("sdpa")
@@ -223,7 +223,7 @@ def evaluate(
 
 
 class _Probe:
-    """An observer that gathers diagnostics, and the time that they take."""
+    """An observer that collects diagnostics, and the time that they take."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -266,7 +266,8 @@ def _perplexity(model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
     rows = len(targets) + 1
     start = _clock(ids.device)
     with torch.no_grad():
-        # The model's whole forward, not its body and head: some models scale or cap their logits.
+        # The model's whole forward, not body and head apart: some models scale or cap their
+        # logits.
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0, -rows:-1]
     seconds = _clock(ids.device) - start
     loss = sum(

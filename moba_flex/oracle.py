@@ -1,7 +1,7 @@
 """The contract in code: Mixture of Block Attention as a plain masked softmax.
 
-Nothing here is fast and nothing here is shared with the rest of the library, which is held to it
-by the tests.
+Nothing here is fast, and nothing is shared with the rest of the library: the tests compare the
+library with it.
 """
 
 import math
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class ReferenceOutput(NamedTuple):
-    """What the oracle returns.
+    """The result of the oracle.
 
     Attributes:
         out: Attention output, `[B, Hq, Q, Dv]`, in the computing dtype.
-        lse: Natural-log sum of exponentials of the scores of each row, `[B, Hq, Q]`.
-        blocks: The chosen blocks, own block included, bool `[B, Hq, Q, N]`; of packed documents
-            `N` is `KV // block_size + docs`, and the blocks of one come after those of another.
+        lse: Natural log of the sum of exponentials of each query's scores, `[B, Hq, Q]`.
+        blocks: The chosen blocks, own block included, bool `[B, Hq, Q, N]`. For packed documents
+            `N` is `KV // block_size + docs`, and blocks are numbered from document to document.
     """
 
     out: Tensor
@@ -28,13 +28,13 @@ class ReferenceOutput(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    """A run of keys that attend to nothing but themselves, and the queries among them.
+    """A document or an unpadded row: a run of keys, and the queries that see no other keys.
 
     Attributes:
         row: Row of the batch.
-        queries: Where its queries are.
-        keys: Where its keys are.
-        offset: How many of its keys come before the key at the position of its first query.
+        queries: Range of its queries in the row.
+        keys: Range of its keys in the row.
+        offset: Position of its first query among its keys.
         first_block: Number of its first block.
     """
 
@@ -69,7 +69,8 @@ def moba_attention_reference(
     """Compute Mixture of Block Attention the slow, obvious way.
 
     Every query attends, in one joint softmax, to the tokens of its own block and of the `top_k -
-    1` blocks whose mean key it likes best (arXiv 2502.13189, section 2.2). Memory is `O(Q * KV)`.
+    1` blocks whose mean keys have the largest dot products with it (arXiv 2502.13189, section
+    2.2). Memory is `O(Q * KV)`.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`: the last `Q` of the `KV` positions.
@@ -84,17 +85,18 @@ def moba_attention_reference(
         scale: Factor on the scores; `1 / sqrt(D)` if None. The gate never uses it.
         head_top_k: `top_k` of each head, int `[Hq]`.
         cu_seqlens: Where packed documents start, and the end `KV`, int `[docs + 1]`.
-        cu_seqlens_q: Where the queries of each start, if elsewhere; they are its last positions.
-        key_mask: Which keys are no padding, bool `[B, KV]`, in one run a row.
+        cu_seqlens_q: Where the queries of each document start, if not where its keys do. They are
+            the last positions of the document.
+        key_mask: True for keys that are not padding, bool `[B, KV]`, in one run per row.
         softcap: Scores become `softcap * tanh(score / softcap)`.
-        score_mod: Changes a score then, given `b`, `h`, `q_idx` and `kv_idx`.
-        mask_mod: Says whether a query may see a key, given the same.
+        score_mod: Changes a score after that, given the score, `b`, `h`, `q_idx` and `kv_idx`.
+        mask_mod: Says whether a query may see a key, given `b`, `h`, `q_idx` and `kv_idx`.
         dtype: Computing dtype of scores, softmax and output.
         blocks: A choice to use instead of the gate's own, bool `[B, Hq, Q, N]`.
 
     Returns:
-        Output, log-sum-exp and the chosen blocks; of a query that sees nothing 0 and -inf.
-        Differentiable in `q`, `k`, `v`; the gate carries no gradient.
+        Output, log-sum-exp and the chosen blocks. A query that sees no key has output 0 and
+        log-sum-exp -inf. Differentiable in `q`, `k` and `v`; the gate carries no gradient.
 
     Example:
         Four tokens, each a block of its own. Every query chooses itself and the earlier key with
@@ -127,7 +129,7 @@ def moba_attention_reference(
         batch, q_len, kv_len, block_size, cu_seqlens, cu_seqlens_q, key_mask
     ):
         row, queries, keys, offset, first = sequence
-        if queries.start == queries.stop:  # mods are mapped over queries, and not over none
+        if queries.start == queries.stop:  # vmap does not map over 0 queries
             continue
         some_q, some_k, some_v = q[row, :, queries], k[row, :, keys], v[row, :, keys]
         q_pos = offset + torch.arange(some_q.shape[1], device=q.device)
@@ -171,7 +173,7 @@ def _sequences(
     cu_seqlens_q: Tensor | None,
     key_mask: Tensor | None,
 ) -> Iterator[_Sequence]:
-    """Yield every document of every row, or the part of every row that is no padding."""
+    """Yield every document of every row, or every row without its padding."""
     for row in range(batch):
         if cu_seqlens is not None:
             starts = cu_seqlens.tolist()
@@ -195,7 +197,7 @@ def _sequences(
 
 
 def _over_pairs(mod: Callable[..., Tensor], scores: bool = False) -> Callable[..., Tensor]:
-    """Let a mod of one pair take b, h `[H]`, q_idx `[Q]` and kv_idx `[KV]`, and all scores."""
+    """Map a mod of one score over h `[H]`, q_idx `[Q]`, kv_idx `[KV]` and all scores."""
     for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None)):
         mod = torch.vmap(mod, in_dims=(0, *dims) if scores else dims)
     return mod
@@ -228,7 +230,8 @@ def _gate(
         ~candidate, -math.inf
     )
 
-    # A stable sort of the blocks from last to first puts the more recent of two equals in front.
+    # Blocks are sorted stably, from last to first, so that the more recent of two equals comes
+    # first.
     ranked = affinity.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     best = (block < limit[:, None, None] - 1).expand_as(ranked)
     chosen = torch.zeros_like(best).scatter(-1, num_blocks - 1 - ranked, best)

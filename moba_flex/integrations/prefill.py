@@ -5,13 +5,13 @@ from transformers import PreTrainedModel
 
 
 class Prefill(nn.Module):
-    """Token ids `[B, length]` to the logits of the next token, `[B, V]`; no cache."""
+    """A function from token ids `[B, length]` to the logits of the next token, `[B, V]`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Run the model."""
+        """Run the model without a cache."""
         logits: Tensor = self.model(input_ids, use_cache=False, logits_to_keep=1).logits
         return logits[:, 0]

@@ -3,15 +3,17 @@
     model = AutoModelForCausalLM.from_pretrained(...)
     apply(model, MoBAConfig(block_size=512, top_k=3, dense_layers=(0, -1)))
 
-Prefill and training are Mixture of Block Attention: of padded batches (`attention_mask`
-`[B, KV]`), where blocks start at each row's first real token; of packed documents, where they
-start at each document's first (`position_ids` that restart, or `cu_seq_lens_q` and
-`cu_seq_lens_k`, as of `DataCollatorWithFlattening`; a compiled model needs the latter); with soft
-caps (Gemma 2) and with learned sinks (GPT-OSS).
+Prefill and training are then Mixture of Block Attention. Supported are
 
-A layer with a sliding window has few keys to choose from: name it in `dense_layers`, and it stays
-as it is. What cannot be computed exactly, such as dropout or a mask of the caller's own, raises a
-ValueError that says what to do instead; nothing falls back silently.
+- padded batches (`attention_mask` `[B, KV]`), where blocks start at the first real token of a row;
+- packed documents, where blocks start at the first token of a document: `position_ids` that
+  restart, or `cu_seq_lens_q` and `cu_seq_lens_k`, as from `DataCollatorWithFlattening`, which a
+  compiled model needs;
+- soft caps (Gemma 2) and learned sinks (GPT-OSS).
+
+A layer with a sliding window has few keys to choose from: name it in `dense_layers`, and it keeps
+its own attention. Calls that cannot be computed exactly, such as with dropout or with the caller's
+own mask, raise a ValueError with a remedy; nothing falls back silently.
 """
 
 import inspect
@@ -45,13 +47,13 @@ NAME = "moba_flex"
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, float | None, MoBAConfig, Layout], None]
 """Called with `layer_idx`, q `[B, Hq, Q, D]`, k and v `[B, Hkv, Q, D]`, scale, config and layout.
 
-The rows of a batch of packed documents come as one, `B` being 1.
+A batch of packed documents comes flattened into one row, with `B` of 1.
 """
 
 _default: MoBAConfig | None = None
 _observers: list[Observer] = []
 
-# What else transformers may hand to an attention function, and what is needed instead.
+# Arguments that transformers may pass to an attention function, and what is needed instead.
 _UNSUPPORTED = {
     "sinks": "learned sinks as s_aux alone",
     "position_bias": "no position bias on the scores",
@@ -63,8 +65,7 @@ _UNSUPPORTED = {
     "output_attentions": "output_attentions=False, for attention weights are never formed",
 }
 
-# What layers are told to other ends than attention, or what says again what is known. Anything
-# else may not be ignored.
+# Arguments of layers that attention does not need, or that repeat others. Only these are ignored.
 _IGNORED = {
     *("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     *("use_cache", "cache_position", "past_key_values", "past_key_value", "cache_params"),
@@ -78,7 +79,7 @@ _IGNORED_OF_MEDIA = (
     *("audio_", "input_features", "input_values", "feature_", "mm_"),
 )
 
-# Parts of attention layers that choose keys, or change scores, by a mask that they look into.
+# Parts of attention layers that choose keys or change scores, and read the mask to do so.
 _OWN_SPARSE = ("indexer", "compressor", "prepare_dynamic_mask")
 
 
@@ -107,16 +108,16 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     """Switch a model to Mixture of Block Attention, in place.
 
     The options go into `model.config.moba_flex`, so that `save_pretrained` keeps them. A saved
-    model comes back with dense attention: `apply(from_pretrained(...))` switches it again. Of a
-    multimodal model the text part is switched.
+    model loads with dense attention: `apply(from_pretrained(...))` switches it again. In a
+    multimodal model only the text part is switched.
 
-    Hooks on the model note what its callers say of packed documents. `from_pretrained(...,
-    attn_implementation="moba_flex")` after `register()` sets none: then layers know of documents
-    what the model hands on to them, and those of a model that hands on nothing refuse to run.
+    Hooks on the model record arguments that mark packed documents. `from_pretrained(...,
+    attn_implementation="moba_flex")` after `register()` sets no hooks: then layers see only the
+    arguments that the model passes on to them, and raise an error if it passes on none.
 
     Args:
         model: A decoder that uses the attention interface of transformers.
-        config: The options; None for those that a saved model carries.
+        config: The options; if None, those of the saved model.
 
     Returns:
         `model`.
@@ -124,8 +125,8 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     Raises:
         TypeError: `model` is no model of transformers, or `config` no MoBAConfig.
         ValueError: The model has cross-attention or a sparse attention of its own, does not use
-            the attention interface, or lacks layers or heads that the options name, or numbers of
-            its layers by which to find them.
+            the attention interface, or lacks layers or heads that the options name, or the
+            `layer_idx` by which to find its layers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -158,7 +159,7 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     _register()
     config.check_model(text.num_hidden_layers, text.num_attention_heads)
     _check_layers(model, text, config)
-    # Without this flag a model may take the name and go on with an attention of its own.
+    # Without this flag, a model may accept the name but keep its own attention.
     if model._supports_attention_backend:
         try:
             model.set_attn_implementation(_name_for(text, model.config))
@@ -221,7 +222,7 @@ def _options(model_config: PreTrainedConfig) -> MoBAConfig:
 
 
 def _name_for(text: PreTrainedConfig, whole: PreTrainedConfig) -> Any:
-    """Return `NAME` for the part `text` alone, as `set_attn_implementation` takes it."""
+    """Return the argument of `set_attn_implementation` that gives `NAME` to `text` alone."""
     if whole is text:
         return NAME
     for key in whole.sub_configs:
@@ -238,7 +239,7 @@ def _check_decoder(model_config: PreTrainedConfig) -> None:
 
 
 def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) -> None:
-    """Raise unless the attention layers of a model are such that `config` can be followed."""
+    """Raise unless `config` can be applied to the attention layers of a model."""
     layers = [x for x in model.modules() if getattr(x, "config", None) is text and _attends(x)]
     for layer in layers:
         for part in _OWN_SPARSE:
@@ -259,7 +260,7 @@ def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) 
 
 
 def _decoders(model: nn.Module, text: PreTrainedConfig) -> list[nn.Module]:
-    """Return the innermost models within a model that `text` describes."""
+    """Return the innermost submodels whose config is `text`."""
     models = [
         x
         for x in model.modules()
@@ -270,7 +271,7 @@ def _decoders(model: nn.Module, text: PreTrainedConfig) -> list[nn.Module]:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module asks transformers for an attention function."""
+    """Whether the forward of a module takes its attention function from transformers."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
@@ -289,9 +290,9 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend: q `[B, Hq, Q, D]`, k and v `[B, Hkv, KV, D]` to `[B, Q, Hq, D]`.
+    """Attend with q `[B, Hq, Q, D]`, k and v `[B, Hkv, KV, D]`; return `[B, Q, Hq, D]`.
 
-    `attention_mask` is what `mask` returned, or a mask `[B, 1, Q, KV]` of the caller's own.
+    `attention_mask` is the result of `mask`, or the caller's own mask `[B, 1, Q, KV]`.
     """
     model_config: Any = module.config
     config = _options(model_config)
@@ -383,7 +384,7 @@ def gate_of(config: MoBAConfig, layer_idx: int | None, q: Tensor) -> dict[str, A
     """Return the arguments of `route` for the queries of a layer.
 
     Raises:
-        ValueError: The options name heads of layers, and which layer this is nobody knows.
+        ValueError: The options have a `head_top_k`, but the layer has no `layer_idx`.
 
     Example:
         >>> q = torch.randn(1, 2, 8, 4)
@@ -410,7 +411,7 @@ def gate_of(config: MoBAConfig, layer_idx: int | None, q: Tensor) -> dict[str, A
 
 
 def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
-    """Let each head's sink, a score without a value, `[Hq]`, take its share of the weight."""
+    """Reduce `out` by the share of each head's sink `[Hq]`, a score without a value."""
     share = torch.sigmoid(lse - s_aux[:, None].to(lse.dtype))
     return (out * share.unsqueeze(-1)).to(out.dtype)
 
@@ -424,9 +425,9 @@ def _attend_to_pairs(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Attend densely under a mask `[B, 1, Q, KV]`, as `eager` does, for a window or a cache.
+    """Attend densely under a mask `[B, 1, Q, KV]`, like "eager", for a window or a cache.
 
-    Memory is `O(Q * KV)`, as that of the mask.
+    Memory is `O(Q * KV)`, like that of the mask.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -434,8 +435,8 @@ def _attend_to_pairs(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if pairs is None:
-        # transformers leaves out the mask of one query, which sees everything, and of the first
-        # queries of a static cache, whose first keys are theirs.
+        # transformers omits the mask for one query, which sees all keys, and for the first queries
+        # of a static cache, whose positions are those of the first keys.
         ones = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
         pairs = ones if q.shape[2] == 1 else ones.tril()
     if pairs.dtype != torch.bool:
