@@ -46,7 +46,7 @@ one, that test fails and the detour can go.
 - Before 2.13 the C++ of a large graph may lack declarations (`writers_told_apart`, `export.py`).
 - Padded strides are read with the old ones in 2.11 (pytorch/pytorch#194281): padding is off.
 - A Python custom op runs in a package only where Python is: an exported graph on CPU is made of
-  PyTorch's own ops (`portable.py`, and the gate in `masks/router.py`).
+  PyTorch's own ops (`attend_portable` in `cpu.py`, and the gate in `masks/router.py`).
 - An op with a gradient of its own is refused by `torch.func.grad`, and gives tangents of zero
   (`..._ops_do_not_know_torch_func`): there autograd.Functions stand for ops, and tangents are
   refused (`masks/gradients.py`, `masks/checks.py`).

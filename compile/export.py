@@ -2,8 +2,8 @@
 
 `torch.export` traces the module, AOTInductor compiles it. On CUDA the package holds the Triton
 kernels of the plan "fused". The custom ops of the plan "routed" on CPU are Python, so that a
-package holds what `moba_flex.masks.router.gate_portable` and `moba_flex.compile.portable` do in
-their place, with the same result.
+package holds what `moba_flex.masks.router.gate_portable` and `attend_portable` of
+`moba_flex.compile.cpu` do in their place, with the same result.
 """
 
 import os

@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moba_flex.compile.cpu import attend_parts, show_spoilt
+from moba_flex.compile.cpu import attend_modded, attend_parts, attend_portable, show_spoilt
 from moba_flex.compile.flex import attend
 from moba_flex.compile.merge import gather_rows, merge_parts
-from moba_flex.compile.modded import attend_modded
-from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.blocks import LONGEST
 from moba_flex.masks.exporting import is_exporting, record

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import moba_attention, moba_attention_reference, route
-from moba_flex.compile import cpu, parts
+from moba_flex.compile import cpu, cpu_parts
 from moba_flex.masks import router
 from moba_flex.masks.blocks import pool_keys
 from moba_flex.masks.layout import make_tables
@@ -224,7 +224,7 @@ def test_work_on_thousands_of_documents_is_that_on_their_tokens(
     routing = route_case(case, q, k)
     # No more candidates at a time than a chunk of queries has blocks.
     assert 0 < sum(scores) <= tokens * 2 * router._LEAST_CHUNK / block_size
-    own = sum(1 for part in parts.cut(routing, 1) if part.first)
+    own = sum(1 for part in cpu_parts.cut(routing, 1) if part.first)
     assert own <= 2 * block_size, "documents of one length are one part"
     out = moba_attention(q, k, v, block_size=block_size, top_k=3, **case.layout)
     shape = torch.bincount(lengths).argmax()

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import (
 from torch.utils.checkpoint import checkpoint
 
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
-from moba_flex.compile import cpu, modded
+from moba_flex.compile import cpu
 from moba_flex.masks import router
 from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.inputs import copy_cpu
@@ -236,7 +236,7 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield cpu.show_spoilt, (*inputs, blocks, 16, True, queries, extents)
         for forward, backward, options in (
             (cpu.attend_cpu, cpu.attend_cpu_backward, (16, True, 0.3)),
-            (modded.attend_softcap, modded.attend_softcap_backward, (16, True, 0.3, 20.0)),
+            (cpu.attend_softcap, cpu.attend_softcap_backward, (16, True, 0.3, 20.0)),
         ):
             given = (q, k, v, blocks, *options, queries, extents)
             yield forward, given
