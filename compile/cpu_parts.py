@@ -75,6 +75,21 @@ class Part(NamedTuple):
     first: bool = False
 
 
+class Results(NamedTuple):
+    """Output and log-sum-exp over all parts, and their gradients."""
+
+    grad: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+    def without(self, rows: Tensor) -> "Results":
+        """Return results in which some rows, bool `[B, Hq, Q]`, have no share in any gradient."""
+        grad, out = (x.masked_fill(rows.unsqueeze(3), 0.0) for x in (self.grad, self.out))
+        grad_lse = None if self.grad_lse is None else self.grad_lse.masked_fill(rows, 0.0)
+        return Results(grad, grad_lse, out, self.lse.masked_fill(rows, torch.inf))
+
+
 def cut(routing: Routing, num_kv_heads: int) -> Iterator[Part]:
     """Cut attention into parts: queries and their own blocks, then blocks and who chose them.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from moba_flex.compile.cpu_parts import Part
+from moba_flex.compile.cpu_parts import Part, Results
 from moba_flex.masks.inputs import all_finite, finite
 from moba_flex.masks.mods import Mods, checked_mask, checked_score
 
@@ -242,10 +242,7 @@ def products(
 
 
 def gradients_of_products(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    results: Results,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -258,8 +255,8 @@ def gradients_of_products(
 
     It adds the shares in the gradients of what `score_mod` captures to `captured_grads`.
     """
-    exact = lse.dtype
-    grad = grad.contiguous()
+    grad, grad_lse, out, lse = results
+    exact, grad = lse.dtype, grad.contiguous()
     # A query that sees what is not finite has no finite share in the gradient of a score. A share
     # of 0, of a key that it does not see, must meet nothing but finite vectors.
     sound = all_finite(q, k, v)
