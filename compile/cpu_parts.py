@@ -5,6 +5,7 @@ A part refers to the tensors by slices where it can, so that keys are read in pl
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_flex.masks.layout import Tables
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 
@@ -99,14 +101,15 @@ def cut(routing: Routing, num_kv_heads: int) -> Iterator[Part]:
     """
     blocks, tables = routing.blocks, routing.places
     layouts = tables.queries.shape[1]
+    sees_all = _sees_all(routing, tables)
     for row in range(layouts):
         batch = slice(0, blocks.shape[0]) if layouts == 1 else slice(row, row + 1)
-        yield from _own_parts(
-            batch, tables.queries[:, row], tables.extents[:, row], routing.causal
-        )
+        own = tables.queries[:, row], tables.extents[:, row], sees_all[row]
+        yield from _own_parts(batch, *own, routing.causal)
     if blocks.shape[3] == 0:
         return
-    pairs = sort_pairs(routing, num_kv_heads)
+    others = blocks.masked_fill(sees_all[:, None, :, None], tables.num_blocks)
+    pairs = sort_pairs(replace(routing, blocks=others), num_kv_heads)
     group = blocks.shape[1] // num_kv_heads
     extents, first = tables.extents.tolist(), pairs.first.tolist()
     for b, h, block in pairs.first.diff(dim=2).nonzero().tolist():
@@ -116,31 +119,51 @@ def cut(routing: Routing, num_kv_heads: int) -> Iterator[Part]:
             yield _chosen_block(b, h, group, start, stop, rows)
 
 
-def _own_parts(batch: slice, queries: Tensor, extents: Tensor, causal: bool) -> Iterator[Part]:
+def _sees_all(routing: Routing, tables: Tables) -> Tensor:
+    """Return which queries chose, in every head, all blocks that they may choose: bool `[R, Q]`.
+
+    The keys of such a query lie in one piece. Unless it is long, it is taken as the own block.
+    """
+    _, own, oldest, newest = tables.queries.long()
+    last = newest.maximum(own)
+    candidates = last - oldest if routing.causal else newest - oldest
+    count = (routing.blocks < tables.num_blocks).sum(3).amin(1)
+    count = count if own.shape[0] > 1 else count.amin(0, keepdim=True)
+    short = (last - oldest + 1) * routing.block_size <= _MAX_QUERIES
+    return (own < tables.num_blocks) & (count == candidates) & short
+
+
+def _own_parts(
+    batch: slice, queries: Tensor, extents: Tensor, sees_all: Tensor, causal: bool
+) -> Iterator[Part]:
     """Cut attention of queries to their own blocks; blocks of the same sizes are one part.
 
-    If causal, the first queries of a sequence may lie in the middle of a block: they see a
-    rectangle of keys before them, and a triangle.
+    If causal, queries see a triangle of keys, and a rectangle of those before the first query.
 
     Args:
         batch: Rows of the batch, all alike.
         queries: Of these rows, `[4, Q]`, as in `Tables`.
         extents: Likewise, `[2, N]`.
+        sees_all: Which queries see all keys from their oldest block on, bool `[Q]`.
         causal: Whether a query sees only keys at its position and before.
     """
-    position, own = queries[:2].long()
-    query = (own < extents.shape[1]).nonzero().squeeze(1)
-    block, sizes = own[query].unique_consecutive(return_counts=True)
-    query = query[sizes.cumsum(0) - sizes]
-    columns = query, sizes, *extents[:, block], position[query]
-    # Queries and keys where blocks begin, by number of queries and of keys.
+    query = (queries[1] < extents.shape[1]).nonzero().squeeze(1)
+    (position, own, oldest, newest), sees_all = queries[:, query].long(), sees_all[query]
+    low = extents[0].long()[torch.where(sees_all, oldest, own)]
+    high = extents[1][torch.where(sees_all, newest.maximum(own), own)]
+    keys_seen = low if causal else low * 2**32 + high
+    sizes = keys_seen.unique_consecutive(return_counts=True)[1]
+    start = sizes.cumsum(0) - sizes
+    columns = (x[start] for x in (query, low, high, position))
+    # Where queries and keys start, by number of queries and of keys.
     rectangles, triangles = defaultdict(list), defaultdict(list)
-    for q_start, q_size, start, stop, diagonal in zip(*(x.tolist() for x in columns), strict=True):
+    runs = zip(sizes.tolist(), *(x.tolist() for x in columns), strict=True)
+    for q_size, q_start, key, stop, diagonal in runs:
         end = diagonal if causal else stop
-        if start < end:
-            rectangles[q_size, end - start].append((q_start, start))
+        if key < end:
+            rectangles[q_size, end - key].append((q_start, key))
         if causal:
-            triangles[q_size, q_size, start == diagonal].append((q_start, diagonal))
+            triangles[q_size, q_size, key == diagonal].append((q_start, diagonal))
     for (q_size, k_size), members in rectangles.items():
         yield from _spans(batch, members, q_size, k_size, False, True)
     for (q_size, k_size, first), members in triangles.items():
@@ -151,6 +174,10 @@ def _spans(
     batch: slice, members: list[tuple[int, int]], q_size: int, k_size: int, *kind: bool
 ) -> Iterator[Part]:
     """Yield spans of queries and keys of one size, which start where `members` say."""
+    if any(after < before + k_size for (_, before), (_, after) in pairwise(members)):
+        for one in members:  # a part holds a key once
+            yield from _spans(batch, [one], q_size, k_size, *kind)
+        return
     q_starts, k_starts = zip(*members, strict=True)
     rows = [slice(b, b + 1) for b in range(batch.start, batch.stop)]
     for row in rows if len(members) > 1 else [batch]:
