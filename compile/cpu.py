@@ -62,11 +62,11 @@ def forward(
     """
     q, (k, v) = q.contiguous(), dense_vectors(k, v)
     if all_finite(q, k, v):
-        some = flash(q, k, v, scale) if _plain(mods) else products(q, k, v, mods, scale)
-        return _attend(some, q, v, routing)
+        attend = flash(q, k, v, scale) if _plain(mods) else products(q, k, v, mods, scale)
+        return _attend(attend, q, v, routing)
     out, lse = _attend(products(q, k, finite(v), mods, scale), q, v, routing)
     _show_nonfinite(out, lse, q, k, v, routing, mods, scale)
-    if _plain(mods):  # rows that see finite numbers alone have the same bits as without the others
+    if _plain(mods):  # rows that see nothing of the kind keep the bits of flash attention
         bad, (q, k, v) = sees_nonfinite(q, k, v, routing), map(finite, (q, k, v))
         clean_out, clean_lse = _attend(flash(q, k, v, scale), q, v, routing)
         out, lse = out.where(bad.unsqueeze(3), clean_out), lse.where(bad, clean_lse)
@@ -95,8 +95,8 @@ def backward(
         bad, finites = None, (q, k, v)
         if not all_finite(q, k, v):
             bad, finites = sees_nonfinite(q, k, v, routing), (finite(q), finite(k), finite(v))
-        some = results if bad is None else results.without(bad)
-        _add_shares(grads, flash_gradients(some, *finites, scale), routing)
+        clean = results if bad is None else results.without(bad)
+        _add_shares(grads, flash_gradients(clean, *finites, scale), routing)
         if bad is None:
             return [x.to(q.dtype) for x in grads]
         results = results.without(~bad)
@@ -174,15 +174,15 @@ def flash_gradients(
     grad, out, lse = (x.contiguous() for x in (grad, out, lse))
 
     def differentiate(part: Part) -> list[Tensor]:
-        some_q, some_grad, some_out, some_lse = map(part.queries.take, (q, grad, out, lse))
+        part_q, part_grad, part_out, part_lse = map(part.queries.take, (q, grad, out, lse))
         # Over the heads of a group flash attention would sum in the dtype of k: eight heads of
         # bfloat16 lose two bits.
         keys = [part.keys.take(x) for x in (k, v)]
-        group = some_q.shape[1] // keys[0].shape[1]
+        group = part_q.shape[1] // keys[0].shape[1]
         keys = [x.repeat_interleave(group, dim=1) for x in keys]
         options = 0.0, part.causal
         dq, *dkv = _flash_backward(
-            some_grad, some_q, *keys, some_out, some_lse, *options, scale=scale
+            part_grad, part_q, *keys, part_out, part_lse, *options, scale=scale
         )
         dk, dv = (x.unflatten(1, (-1, group)).sum(2, dtype=lse.dtype) for x in dkv)
         return [x[..., :dim] for x, dim in zip((dq, dk, dv), dims, strict=True)]
@@ -205,9 +205,10 @@ def _show_nonfinite(
     mods: Mods,
     scale: float,
 ) -> None:
-    """Write to `out`, computed of finite values, what infinities and NaN make of one softmax.
+    """Write infinities and NaN to `out`, computed of finite values, as one softmax yields them.
 
-    A query sees one if its attention to marks, 1 where keys have it, is more than 0.
+    In products a hidden key's weight of 0 would meet them. Instead we look for them by attention
+    to marks in place of values: a query sees a marked key if the result is more than 0.
     """
     exact = partial(torch.Tensor.to, dtype=lse.dtype)
     bad_key = ~k.isfinite().all(3, keepdim=True)
@@ -366,18 +367,9 @@ def show_spoilt(
     On CPU it gives zeros for rows of NaN, and is given finite values. This is an op because
     FlexAttention's template does not compile with an operation that follows it in its loops.
 
-    Args:
-        out: Its output, `[B, Hq, Q, Dv]`.
-        q: Queries, as they were given, like all that follow.
-        k: Keys.
-        v: Values.
-        blocks: Chosen blocks, as of `attend_cpu`, like all that follow.
-        block_size: Keys per block.
-        causal: Whether a query sees only keys at its position and before.
-        queries: Of `Tables`.
-        extents: Likewise.
-        seen: Whether a query sees, under a `mask_mod`, a key or a value that is not finite, and
-            whether it sees any: not 0 if so, `[B, Hq, Q, 2 or more]`.
+    The other arguments are those of `attend_cpu`, with q, k and v as they were given. `seen`, if
+    there is a `mask_mod`, is more than 0 where a query sees a key or a value that is not finite,
+    and where it sees any key: `[B, Hq, Q, 2 or more]`.
     """
     if all_finite(q, k, v):
         return out.clone()

@@ -60,15 +60,15 @@ def _pieces(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Piece]:
     """Cut the queries `[b, h, g, n, D]` and the keys `[b, h, m, D]` of a part."""
     batch, heads, group, rows = q.shape[:4]
     num_keys = k.shape[2]
-    some_rows = min(rows, max(_LEAST_ROWS, _PIECE // (group * num_keys)))
-    size = group * some_rows * num_keys
-    some_heads = min(heads, max(1, _PIECE // size))
-    some_batch = min(batch, max(1, _PIECE // (size * some_heads)))
-    starts = range(0, batch, some_batch), range(0, heads, some_heads), range(0, rows, some_rows)
+    row_step = min(rows, max(_LEAST_ROWS, _PIECE // (group * num_keys)))
+    size = group * row_step * num_keys
+    head_step = min(heads, max(1, _PIECE // size))
+    batch_step = min(batch, max(1, _PIECE // (size * head_step)))
+    starts = range(0, batch, batch_step), range(0, heads, head_step), range(0, rows, row_step)
     for b, h, row in product(*starts):
-        stop = min(row + some_rows, rows)
+        stop = min(row + row_step, rows)
         keys = min(num_keys, stop) if causal else num_keys
-        places = slice(b, b + some_batch), slice(h, h + some_heads), slice(row, stop)
+        places = slice(b, b + batch_step), slice(h, h + head_step), slice(row, stop)
         yield _Piece(*places, keys, causal)
 
 
@@ -283,21 +283,21 @@ def gradients_of_products(
             def drop(x: Tensor, piece: _Piece = piece, numbers: Any = numbers) -> Tensor:
                 return x if sound else scores_of.hide(x, piece, numbers, value=0.0)
 
-            some_q, some_grad = (piece.queries(x).to(exact) for x in (part_q, part_grad))
+            piece_q, piece_grad = (piece.queries(x).to(exact) for x in (part_q, part_grad))
             capped = drop(scores_of.cap(piece.queries(raw_q).to(exact), piece.keys(raw_k)))
             scores, differentiate_change = scores_of.change(capped, numbers, captured)
             scores = scores_of.hide(scores, piece, numbers)
             weight = drop(scores.sub_(piece.queries(part_shift).unsqueeze(2)).exp2_())
-            piece.add_keys(dv, torch.bmm(weight.mT, some_grad))
-            some_delta = piece.queries(part_delta).unsqueeze(2)
+            piece.add_keys(dv, torch.bmm(weight.mT, piece_grad))
+            piece_delta = piece.queries(part_delta).unsqueeze(2)
             dscore = scores_of.memory("grad", weight, *weight.shape)
-            torch.baddbmm(some_delta, some_grad, piece.keys(part_v).mT, beta=-1, out=dscore)
+            torch.baddbmm(piece_delta, piece_grad, piece.keys(part_v).mT, beta=-1, out=dscore)
             dscore, *shares = differentiate_change(drop(dscore.mul_(weight)))
             for x, share in zip(captured_grads, shares, strict=True):
                 x.add_(share)
             dscore = scores_of.uncap(dscore, capped)
             piece.put(dq, torch.bmm(dscore, piece.keys(part_k)).mul_(scale))
-            piece.add_keys(dk, torch.bmm(dscore.mT, some_q), scale)
+            piece.add_keys(dk, torch.bmm(dscore.mT, piece_q), scale)
         return [dq.flatten(1, 2), dk, dv]
 
     return differentiate
