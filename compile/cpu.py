@@ -13,7 +13,6 @@ products. What those rows show is found by attention to marks (`_show_nonfinite`
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from moba_flex.compile.cpu_parts import Part, Results, cut, sees_nonfinite
 from moba_flex.compile.cpu_products import captured_by, gradients_of_products, products
-from moba_flex.compile.merge import merge_parts
 from moba_flex.masks.blocks import ceil_div
 from moba_flex.masks.gradients import only_once, with_gradient
 from moba_flex.masks.inputs import all_finite, dense_vectors, finite
 from moba_flex.masks.mods import Mods
-from moba_flex.masks.regroup import Regrouping, regroup
+from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -411,10 +409,11 @@ def attend_portable(
     few = isinstance(q_len, int) and isinstance(size, int) and 2 * q_len <= size
     out, lse = (_own_few if few else _own_blocks)(q, k, v, routing, scale)
     if routing.blocks.shape[3] > 0:
-        own = out.reshape(*k.shape[:2], -1, q.shape[3]), lse.reshape(*k.shape[:2], -1)
-        chosen_out, chosen_lse, groups = _chosen_tiles(q, k, v, routing, scale)
-        merged = merge_parts(*own, chosen_out, chosen_lse, groups)
-        out, lse = merged[0].view(q.shape), merged[1].view(q.shape[:3])
+        pair_out, pair_lse = _chosen_tiles(q, k, v, routing, scale)
+        lses = torch.cat((lse.unsqueeze(3), pair_lse), dim=3)
+        weight = lses.softmax(dim=3).unsqueeze(4)
+        mixed = out * weight[..., 0, :] + (pair_out * weight[..., 1:, :]).sum(3)
+        out, lse = mixed.to(q.dtype), lses.logsumexp(dim=3)
     return out.masked_fill(bad.unsqueeze(3), torch.nan), lse.masked_fill(bad, torch.nan)
 
 
@@ -466,41 +465,57 @@ def _own_few(
 
 def _chosen_tiles(
     q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
-) -> tuple[Tensor, Tensor, Regrouping]:
-    """Attend with tiles of regrouped queries, each to its block.
+) -> tuple[Tensor, Tensor]:
+    """Attend with each query to each of its blocks: `[B, Hq, Q, K - 1, D]`, `[B, Hq, Q, K - 1]`.
 
-    Returns:
-        Output `[B, Hkv, S, D]`, log-sum-exp `[B, Hkv, S]`, and where the pairs lie.
+    Tiles hold queries that chose the same block of the same key/value head. The lists of all heads
+    are one list, so that there are just as many tiles as are filled.
     """
     batch, num_kv_heads, kv_len, head_dim = k.shape
     size, num_blocks = routing.block_size, routing.num_blocks
-    tile = max(size, _LEAST_TILE)
-    groups = regroup(routing, num_kv_heads, tile)
-    # As many tiles as the fullest list fills. It is a number that the device finds, not an
-    # expression of the length that it would be at worst; and never 0.
-    count = cast(int, groups.num_tiles.sum(dim=2).amax().clamp(min=1).item())
-    torch._check(count >= 1)
-    filled = torch.arange(count, device=k.device)
-    tile_block = groups.tile_block.index_select(2, filled)
-    row = groups.row.unflatten(2, (-1, tile)).index_select(2, filled).flatten(2)
-    groups = replace(groups, row=row)
+    lists, tile = batch * num_kv_heads, max(size, _LEAST_TILE)
+    pairs = sort_pairs(routing, num_kv_heads)
+    count = pairs.first.diff(dim=2).flatten().long()  # by list and block, as all below
+    first = pairs.first[..., :-1].flatten(0, 1)  # within its list
+    number_of_list = torch.arange(lists, device=k.device).unsqueeze(1)
+    first_pair = (first + number_of_list * pairs.row.shape[2]).flatten()
+    stop = ceil_div(count, tile).cumsum(0)
+    first_tile = stop - ceil_div(count, tile)
+    # One number that the device finds, not an expression of the length that it would be at worst;
+    # a last tile that is empty, for there may be none but that.
+    tiles = cast(int, (stop[-1] + 1).item())
+    torch._check(tiles >= 1)
 
-    lists = torch.arange(batch * num_kv_heads, device=k.device).view(batch, num_kv_heads, 1)
-    rows = q.shape[1] // num_kv_heads * q.shape[2]
-    index = row.clamp(min=0) + lists * rows  # an empty slot takes any row
-    slots = q.reshape(-1, head_dim)[index.flatten()].view(-1, 1, tile, head_dim)
-    block = (tile_block + lists * num_blocks).flatten()
+    number = torch.arange(tiles, device=k.device)
+    place = torch.searchsorted(stop, number, right=True).clamp(max=lists * num_blocks - 1)
+    lane = torch.arange(tile, device=k.device)
+    within = ((number - first_tile[place]) * tile).unsqueeze(1) + lane
+    filled = within < count[place].unsqueeze(1)
+    rank = torch.where(filled, within + first_pair[place].unsqueeze(1), 0)
+    per_list = q.shape[1] // num_kv_heads * routing.q_len
+    row = pairs.row.flatten()[rank] + (place // num_blocks * per_list).unsqueeze(1)
+    slots = q.reshape(-1, head_dim)[row.flatten()].view(tiles, 1, tile, head_dim)
 
     def beside(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, num_blocks * size - kv_len))
-        return x.reshape(-1, size, head_dim)[block].unsqueeze(1)
+        return x.reshape(-1, size, head_dim)[place].unsqueeze(1)
 
     bias = None
     if not routing.causal:  # else a block that is chosen is whole
-        key = tile_block.view(-1, 1) * size + torch.arange(size, device=k.device)
+        key = (place % num_blocks * size).unsqueeze(1) + torch.arange(size, device=k.device)
         bias = _bias(key < kv_len, k.dtype)[:, None, None]
     out, lse = _flash(slots, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
-    return out.view(*row.shape, head_dim), lse.view(row.shape), groups
+
+    chosen = routing.blocks.reshape(lists, -1).clamp(max=num_blocks - 1).long()
+    chosen = (chosen + number_of_list * num_blocks).flatten()
+    rank = pairs.rank.flatten()
+    slot = rank - first.flatten()[chosen] + first_tile[chosen] * tile
+    slot = torch.where(rank >= 0, slot, 0)
+    pair_lse = torch.where(rank >= 0, lse.flatten()[slot], -torch.inf)
+    # Chosen, and not weighted by zero: where there is no pair there may be NaN.
+    pair_out = torch.where((rank >= 0).unsqueeze(1), out.view(-1, head_dim)[slot].float(), 0.0)
+    shape = routing.blocks.shape
+    return pair_out.view(*shape, head_dim), pair_lse.view(shape)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
