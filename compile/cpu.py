@@ -1,22 +1,33 @@
-"""The routed plan's engine on CPU: PyTorch's flash attention, part by part.
+"""The routed plan's engine on CPU: attention part by part, merged by log-sum-exp.
 
-Compiled FlexAttention has no backward and returns no log-sum-exp on CPU; flash attention does
-both. A part is a set of queries and a contiguous range of keys, read in place; parts merge by
-log-sum-exp. Backward needs no derivative of the merge: flash attention's backward, given the
-merged output and the merged log-sum-exp, yields the exact share of each part.
+Compiled FlexAttention has no backward and returns no log-sum-exp on CPU. PyTorch's flash attention
+does both, and serves plain calls; matrix products (`cpu_products.py`) serve those with mods.
+Backward needs no derivative of the merge: what either computes of a part, given the merged output
+and the merged log-sum-exp, is the part's exact share in the gradients.
+
+Values that are not finite: flash attention multiplies hidden keys by zero, which would leave NaN
+in rows that do not see them, and gives zeros for rows of NaN among fewer than 16 keys
+(pytorch/pytorch#141128). It is given finite numbers, and rows that see others are computed by
+products. What those rows show is found by attention to marks (`_show_nonfinite`).
 """
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.compile.modded import attend_by_products, gradients_by_products
-from moba_flex.compile.parts import cut, shapes_of_attention, shapes_of_gradients, spoilt_by
-from moba_flex.masks.gradients import with_gradient
+from moba_flex.compile.cpu_parts import Part, Results, cut, sees_nonfinite
+from moba_flex.compile.cpu_products import captured_by, gradients_of_products, products
+from moba_flex.compile.engine import attention_op
+from moba_flex.masks.gradients import only_once
 from moba_flex.masks.inputs import all_finite, dense_vectors, finite
+from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.mods import Mods
+from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -26,35 +37,13 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # products need to round alike wherever a vector lies.
 _EXTRA = 16
 
-
-def _spoilt(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor | None:
-    """Say which queries are not finite or see a key or a value that is not; None if all are.
-
-    Flash attention multiplies what it masks by zero, which would leave NaN in other rows, and
-    takes rows of NaN for rows of zeros if there are fewer than 16 keys (pytorch/pytorch#141128).
-    So it is given finite numbers, and these rows are computed apart.
-    """
-    return None if all_finite(q, k, v) else spoilt_by(q, k, v, routing)
+# Tiles of the exported form have as many queries as a block has keys, so that keys are copied no
+# more than queries; fewer than this would starve the matrix products.
+_LEAST_TILE = 64
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over two disjoint sets of keys: outputs `[..., D]`, log-sum-exps `[...]`."""
-    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
-    merged = torch.lerp(out, part.to(out.dtype), weight)
-    return merged, torch.logaddexp(lse, part_lse)
-
-
-@torch.library.custom_op("moba_flex::attend_cpu", mutates_args=(), device_types="cpu")
-def attend_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend to the own block and to the chosen ones.
 
@@ -62,89 +51,28 @@ def attend_cpu(
         q: Queries, `[B, Hq, Q, D]`.
         k: Keys, `[B, Hkv, KV, D]`.
         v: Values, `[B, Hkv, KV, Dv]`.
-        blocks: Chosen blocks, int32 `[B, Hq, Q, K - 1]`, as in `Routing`.
-        block_size: Keys per block.
-        causal: Whether a query sees only keys at its position and before.
-        scale: Factor on the scores.
-        queries: Of `Tables`, if rows are packed documents or are padded.
-        extents: Likewise.
+        routing: The choice of blocks.
+        mods: Changes to scores and masks.
+        scale: Factor on the scores, before the changes.
 
     Returns:
         Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
+        A query that sees nothing has output 0 and log-sum-exp -inf.
     """
-    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
-    spoilt = _spoilt(q, k, v, routing)
-    if spoilt is not None:
-        apart = attend_by_products(q, k, v, routing, Mods(), scale)
-        q, k, v = map(finite, (q, k, v))
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    v_dim, width = v.shape[3], max(q.shape[3], v.shape[3])
-    q, k, v = q.contiguous(), *dense_vectors(k, v)
-    q, k, v = (_widen(x, width) for x in (q, k, v))
-    out = torch.zeros(q.shape, dtype=exact)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=exact)
-    for part in cut(routing, k.shape[1]):
-        places = part.queries, part.keys, part.keys
-        inputs = (place.take(x) for place, x in zip(places, (q, k, v), strict=True))
-        attended = _flash(*inputs, 0.0, part.causal, scale=scale)
-        if not part.first:
-            attended = _merge(part.queries.take(out), part.queries.take(lse), *attended)
-        part.queries.put(out, attended[0])
-        part.queries.put(lse, attended[1])
-    out = out[..., :v_dim].to(q.dtype).contiguous()
-    if spoilt is not None:
-        out, lse = (
-            torch.where(spoilt.unsqueeze(3), apart[0], out),
-            torch.where(spoilt, apart[1], lse),
-        )
+    q, (k, v) = q.contiguous(), dense_vectors(k, v)
+    if all_finite(q, k, v):
+        attend = flash(q, k, v, scale) if _plain(mods) else products(q, k, v, mods, scale)
+        return _attend(attend, q, v, routing)
+    out, lse = _attend(products(q, k, finite(v), mods, scale), q, v, routing)
+    _show_nonfinite(out, lse, q, k, v, routing, mods, scale)
+    if _plain(mods):  # rows that see nothing of the kind keep the bits of flash attention
+        bad, (q, k, v) = sees_nonfinite(q, k, v, routing), map(finite, (q, k, v))
+        clean_out, clean_lse = _attend(flash(q, k, v, scale), q, v, routing)
+        out, lse = out.where(bad.unsqueeze(3), clean_out), lse.where(bad, clean_lse)
     return out, lse
 
 
-def _widen(x: Tensor, width: int) -> Tensor:
-    """Append zeros to vectors: flash attention takes queries, keys and values of one head_dim."""
-    return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
-
-
-@torch.library.custom_op("moba_flex::attend_cpu_backward", mutates_args=(), device_types="cpu")
-def attend_cpu_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `attend_cpu` with respect to `q`, `k` and `v`."""
-    routing = Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
-    results = grad, grad_lse, out, lse
-    spoilt = _spoilt(q, k, v, routing)
-    if spoilt is None:
-        return _by_flash(*results, q, k, v, routing, scale)
-    clean = finite(q), finite(k), finite(v)
-    whole = _by_flash(*_without(spoilt, *results), *clean, routing, scale)
-    grad, grad_lse, out, lse = _without(~spoilt, *results)
-    apart = gradients_by_products(grad, grad_lse, q, k, v, out, lse, routing, Mods(), scale)
-    dq, dk, dv = (x + y for x, y in zip(whole, apart, strict=True))
-    return dq, dk, dv
-
-
-def _without(
-    rows: Tensor, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return gradients and results that leave some rows `[B, Hq, Q]` without any share."""
-    grad, out = (x.masked_fill(rows.unsqueeze(3), 0.0) for x in (grad, out))
-    grad_lse = None if grad_lse is None else grad_lse.masked_fill(rows, 0.0)
-    return grad, grad_lse, out, lse.masked_fill(rows, torch.inf)
-
-
-def _by_flash(
+def backward(
     grad: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -153,8 +81,87 @@ def _by_flash(
     k: Tensor,
     v: Tensor,
     routing: Routing,
+    mods: Mods,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    captured: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Return the gradients of q, k and v, and of the tensors that `score_mod` captures."""
+    q, (k, v) = q.contiguous(), dense_vectors(k, v)
+    results = Results(grad, grad_lse, out, lse)
+    grads = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
+    captured_grads = [torch.zeros_like(x) for x in captured]
+    if _plain(mods):
+        bad, finites = None, (q, k, v)
+        if not all_finite(q, k, v):
+            bad, finites = sees_nonfinite(q, k, v, routing), (finite(q), finite(k), finite(v))
+        clean = results if bad is None else results.without(bad)
+        _add_shares(grads, flash_gradients(clean, *finites, scale), routing)
+        if bad is None:
+            return [x.to(q.dtype) for x in grads]
+        results = results.without(~bad)
+    shares = gradients_of_products(results, q, k, v, mods, scale, captured, captured_grads)
+    _add_shares(grads, shares, routing)
+    return [x.to(q.dtype) for x in grads] + captured_grads
+
+
+def _plain(mods: Mods) -> bool:
+    return not mods.ask and mods.softcap is None
+
+
+def _attend(
+    attend: Callable[[Part], tuple[Tensor, Tensor]], q: Tensor, v: Tensor, routing: Routing
+) -> tuple[Tensor, Tensor]:
+    """Merge what `attend` returns of each part."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=exact)
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=exact)
+    for part in cut(routing, v.shape[1]):
+        attended = attend(part)
+        if not part.first:
+            attended = _merge(part.queries.take(out), part.queries.take(lse), *attended)
+        part.queries.put(out, attended[0])
+        part.queries.put(lse, attended[1])
+    return out.to(q.dtype), lse
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join attention over two disjoint sets of keys: outputs `[..., D]`, log-sum-exps `[...]`."""
+    # Clamped, so that a part that sees nothing weighs nothing, also beside another.
+    least = torch.finfo(lse.dtype).min
+    weight = torch.sigmoid(part_lse - lse.clamp(min=least)).unsqueeze(-1)
+    return torch.lerp(out, part.to(out.dtype), weight), torch.logaddexp(lse, part_lse)
+
+
+def _add_shares(
+    grads: list[Tensor], differentiate: Callable[[Part], list[Tensor]], routing: Routing
+) -> None:
+    """Add the shares of each part to the gradients of q, k and v."""
+    for part in cut(routing, grads[1].shape[1]):
+        places = part.queries, part.keys, part.keys
+        for place, x, share in zip(places, grads, differentiate(part), strict=True):
+            place.add(x, share)
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Callable[[Part], tuple[Tensor, Tensor]]:
+    """Return a function that attends within a part, by flash attention."""
+    v_dim, width = v.shape[3], max(q.shape[3], v.shape[3])
+    q, k, v = (_widen(x, width) for x in (q, k, v))
+
+    def attend(part: Part) -> tuple[Tensor, Tensor]:
+        keys = part.keys.take(k), part.keys.take(v)
+        out, lse = _flash(part.queries.take(q), *keys, 0.0, part.causal, scale=scale)
+        return out[..., :v_dim], lse
+
+    return attend
+
+
+def flash_gradients(
+    results: Results, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Callable[[Part], list[Tensor]]:
+    """Return a function that computes the shares of a part in the gradients of q, k and v."""
+    grad, grad_lse, out, lse = results
     dims = q.shape[3], k.shape[3], v.shape[3]
     width = max(dims)
     extra = 0 if grad_lse is None else _EXTRA
@@ -163,45 +170,133 @@ def _by_flash(
         # A part's share of the score gradient is p * (grad @ v - grad @ out). A column of ones in
         # v, of zeros in out and of grad_lse in grad adds grad_lse to it: the derivative of lse.
         grad[..., width], v[..., width] = grad_lse, 1.0
-    q, grad, out, lse = (x.contiguous() for x in (q, grad, out, lse))
-    k, v = dense_vectors(k, v)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-    for part in cut(routing, k.shape[1]):
-        part_q, part_grad, part_out, part_lse = (part.queries.take(x) for x in (q, grad, out, lse))
+    grad, out, lse = (x.contiguous() for x in (grad, out, lse))
+
+    def differentiate(part: Part) -> list[Tensor]:
+        part_q, part_grad, part_out, part_lse = map(part.queries.take, (q, grad, out, lse))
         # Over the heads of a group flash attention would sum in the dtype of k: eight heads of
         # bfloat16 lose two bits.
         keys = [part.keys.take(x) for x in (k, v)]
         group = part_q.shape[1] // keys[0].shape[1]
         keys = [x.repeat_interleave(group, dim=1) for x in keys]
-        part_dq, *part_dkv = _flash_backward(
-            part_grad, part_q, *keys, part_out, part_lse, 0.0, part.causal, scale=scale
+        options = 0.0, part.causal
+        dq, *dkv = _flash_backward(
+            part_grad, part_q, *keys, part_out, part_lse, *options, scale=scale
         )
-        part.queries.add(dq, part_dq)
-        for x, part_dx in zip((dk, dv), part_dkv, strict=True):
-            part.keys.add(x, part_dx.unflatten(1, (-1, group)).sum(2, dtype=x.dtype))
-    grads = (x[..., :dim].to(q.dtype) for x, dim in zip((dq, dk, dv), dims, strict=True))
-    dq, dk, dv = (x.contiguous() for x in grads)
+        dk, dv = (x.unflatten(1, (-1, group)).sum(2, dtype=lse.dtype) for x in dkv)
+        return [x[..., :dim] for x, dim in zip((dq, dk, dv), dims, strict=True)]
+
+    return differentiate
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    """Append zeros to vectors: flash attention takes queries, keys and values of one head_dim."""
+    return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
+
+
+def _show_nonfinite(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: Routing,
+    mods: Mods,
+    scale: float,
+) -> None:
+    """Write infinities and NaN to `out`, computed of finite values, as one softmax yields them.
+
+    In products a hidden key's weight of 0 would meet them. Instead we look for them by attention
+    to marks in place of values: a query sees a marked key if the result is more than 0.
+    """
+    exact = partial(torch.Tensor.to, dtype=lse.dtype)
+    bad_key = ~k.isfinite().all(3, keepdim=True)
+    infinite = v.isinf()
+    kinds = v.isnan(), v == math.inf, v == -math.inf, bad_key, torch.ones_like(bad_key)
+    marks = exact(torch.cat(kinds, dim=3))
+    alike = torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(k, dtype=lse.dtype)
+    attend = products(*alike, marks, Mods(mask_mod=mods.mask_mod), 1.0)
+    seen = _attend(attend, alike[0], marks, routing)[0] > 0
+    nan, up, down = seen[..., :-2].chunk(3, dim=3)
+    bad_keys, keys = seen[..., -2:].unbind(3)
+    bad = bad_keys | (~q.isfinite().all(3) & keys)
+    out += torch.where(up, math.inf, 0.0) - torch.where(down, math.inf, 0.0)
+    out.masked_fill_(nan | (bad & (lse == -math.inf)).unsqueeze(3), math.nan)
+    change = mods.on_scores()
+
+    def minus_infinity_alone(score: Tensor, *place: Tensor) -> Tensor:
+        score = score if change is None else change(score, *place)
+        return torch.where(score == -math.inf, 0.0, -math.inf)
+
+    if infinite.any():  # a weight of zero, of a score of -inf, times infinity is NaN
+        minus_infinity = Mods(minus_infinity_alone, mods.mask_mod)
+        attend = products(q, k, exact(infinite), minus_infinity, scale)
+        out.masked_fill_(_attend(attend, q, v, routing)[0] > 0, math.nan)
+
+
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, routing, Mods(softcap=softcap or None), scale)
+
+
+def _backward_op(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    out: Tensor,
+    lse: Tensor,
+    kept: tuple[Tensor, ...],
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    routing, mods = Routing.over(layout, *kept), Mods(softcap=softcap or None)
+    dq, dk, dv = backward(grad, grad_lse, out, lse, q, k, v, routing, mods, scale)
     return dq, dk, dv
 
 
-attend_cpu.register_fake(shapes_of_attention)
-attend_cpu_backward.register_fake(shapes_of_gradients)
+attend_cpu = attention_op("attend_cpu", _forward_op, _backward_op)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, blocks, *ctx.options, queries, extents = inputs
-    ctx.save_for_backward(q, k, v, blocks, *output, queries, extents)
-    ctx.set_materialize_grads(False)
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="no graph holds a score_mod or a mask_mod on cpu: plan='masked' takes them"
+)
+def attend_with_functions(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, mods: Mods, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Do what `forward` does, with gradients; they flow to what `score_mod` captures, too."""
+    inputs = q, k, v, routing, mods, scale, *captured_by(mods)
+    result: tuple[Tensor, Tensor] = _AttendWithFunctions.apply(*inputs)  # type: ignore[no-untyped-call]
+    return result
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, queries, extents = ctx.saved_tensors
-    grad = torch.zeros_like(saved[4]) if grad is None else grad
-    grads = attend_cpu_backward(grad, grad_lse, *saved, *ctx.options, queries, extents)
-    return *grads, None, None, None, None, None, None
+class _AttendWithFunctions(torch.autograd.Function):
+    """Attention with functions, which no op takes, and with what they capture."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return forward(*inputs[:6])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *ctx.options = inputs[:6]
+        ctx.save_for_backward(*output, q, k, v, *inputs[6:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        return only_once(_gradients_outside, ctx, grad, grad_lse)
 
 
-attend_parts = with_gradient(attend_cpu, setup_context=_save, backward=_backward)
+def _gradients_outside(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+    out, lse, q, k, v, *captured = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    routing, mods, scale = ctx.options
+    grads = backward(grad, grad_lse, out, lse, q, k, v, routing, mods, scale, captured)
+    return *grads[:3], None, None, None, *grads[3:]
 
 
 @torch.library.custom_op("moba_flex::show_spoilt", mutates_args=(), device_types="cpu")
@@ -211,48 +306,172 @@ def show_spoilt(
     k: Tensor,
     v: Tensor,
     blocks: Tensor,
+    queries: Tensor | None,
+    extents: Tensor | None,
     block_size: int,
     causal: bool,
-    queries: Tensor | None = None,
-    extents: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Return what FlexAttention gave for values made finite, with NaN where that is a lie.
+    """Return FlexAttention's output `out`, with NaN in rows that see what is not finite.
 
-    On CPU it gives zeros for rows of NaN. No compiler looks into an op: FlexAttention's template
-    there takes no operation behind it into its loops, and does not compile with one.
+    On CPU it gives zeros for rows of NaN, and is given finite values. This is an op because
+    FlexAttention's template does not compile with an operation that follows it in its loops.
 
-    Args:
-        out: Its output, `[B, Hq, Q, Dv]`.
-        q: Queries, as they were given, like all that follow.
-        k: Keys.
-        v: Values.
-        blocks: Chosen blocks, as of `attend_cpu`, like all that follow.
-        block_size: Keys per block.
-        causal: Whether a query sees only keys at its position and before.
-        queries: Of `Tables`.
-        extents: Likewise.
-        seen: Whether a query sees, under a `mask_mod`, a key or a value that is not finite, and
-            whether it sees any: not 0 if so, `[B, Hq, Q, 2 or more]`.
+    The other arguments are those of `attend_cpu`, with q, k and v as they were given. `seen`, if
+    there is a `mask_mod`, is more than 0 where a query sees a key or a value that is not finite,
+    and where it sees any key: `[B, Hq, Q, 2 or more]`.
     """
     if all_finite(q, k, v):
         return out.clone()
     if seen is None:
-        spoilt = spoilt_by(
-            q, k, v, Routing.of_parts(q, k, blocks, block_size, causal, queries, extents)
-        )
+        layout = Layout(q.shape[2], k.shape[2], block_size, causal, queries, extents)
+        routing = Routing.over(layout, blocks)
+        bad = sees_nonfinite(q, k, v, routing)
     else:
-        spoilt = (seen[..., 0] > 0) | (~q.isfinite().all(3) & (seen[..., 1] > 0))
-    return out.masked_fill(spoilt.unsqueeze(3), torch.nan)
+        bad = (seen[..., 0] > 0) | (~q.isfinite().all(3) & (seen[..., 1] > 0))
+    return out.masked_fill(bad.unsqueeze(3), torch.nan)
 
 
-@show_spoilt.register_fake
-def _shape_of_output(out: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(out)
+show_spoilt.register_fake(lambda out, *_, **__: torch.empty_like(out))
+show_spoilt.register_autograd(lambda ctx, grad: (grad, *(None,) * 9))
 
 
-def _gradient_of_output(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, *(None,) * 9
+def attend_portable(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend in PyTorch's own ops, for programs that run without Python; forward alone.
+
+    One call of flash attention takes all own blocks, one takes tiles of regrouped queries, each
+    with the keys of its block beside it. Copies are as large as `q` for each block that a query
+    chooses; scores are never held. Rows that see what is not finite are NaN.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, D]`.
+        routing: The chosen blocks, of one sequence a row.
+        scale: Factor on the scores.
+
+    Returns:
+        Output `[B, Hq, Q, D]` and log-sum-exp `[B, Hq, Q]` in float32.
+    """
+    bad = sees_nonfinite(q, k, v, routing)
+    q, k, v = map(finite, (q, k, v))
+    q_len, size = routing.q_len, routing.block_size
+    # Whole blocks of queries are many more than a few.
+    few = isinstance(q_len, int) and isinstance(size, int) and 2 * q_len <= size
+    out, lse = (_own_few if few else _own_blocks)(q, k, v, routing, scale)
+    if routing.blocks.shape[3] > 0:
+        pair_out, pair_lse = _chosen_tiles(q, k, v, routing, scale)
+        lses = torch.cat((lse.unsqueeze(3), pair_lse), dim=3)
+        weight = lses.softmax(dim=3).unsqueeze(4)
+        mixed = out * weight[..., 0, :] + (pair_out * weight[..., 1:, :]).sum(3)
+        out, lse = mixed.to(q.dtype), lses.logsumexp(dim=3)
+    return out.masked_fill(bad.unsqueeze(3), torch.nan), lse.masked_fill(bad, torch.nan)
 
 
-show_spoilt.register_autograd(_gradient_of_output)
+def _own_blocks(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend with blocks of queries to their own keys, all blocks at once."""
+    batch, _, q_len, _ = q.shape
+    size, kv_len = routing.block_size, routing.kv_len
+    start = routing.q_offset // size * size  # of the first query's block
+    front = routing.q_offset - start
+    blocks = ceil_div(kv_len - start, size)
+
+    def by_block(x: Tensor, before: int) -> Tensor:
+        x = F.pad(x, (0, 0, before, blocks * size - before - x.shape[2]))
+        return x.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
+
+    def by_head(x: Tensor) -> Tensor:
+        x = x.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+        # Not a slice, whose bounds would have to be proved in range of every length.
+        return x.index_select(2, front + torch.arange(q_len, device=x.device))
+
+    keys = (by_block(x[:, :, start:], 0) for x in (k, v))
+    bias = None
+    if not routing.causal:  # else no query sees what lies behind the last key
+        block = torch.arange(blocks, device=q.device)[:, None] * size + start
+        bias = _bias(block + torch.arange(size, device=q.device) < kv_len, q.dtype)
+        bias = bias.repeat(batch, 1)[:, None, None]
+    out, lse = _flash(by_block(q, front), *keys, 0.0, routing.causal, attn_mask=bias, scale=scale)
+    return by_head(out), by_head(lse)
+
+
+def _own_few(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend with fewer queries than a block has keys to the one or two blocks they lie in."""
+    size, kv_len, offset = routing.block_size, routing.kv_len, routing.q_offset
+    start = offset // size * size
+    key = start + torch.arange(kv_len - start, device=q.device)
+    position = (offset + torch.arange(routing.q_len, device=q.device))[:, None]
+    middle = start + size
+    seen = (key < middle) == (position < middle)
+    if routing.causal:
+        seen = seen & (key <= position)
+    keys = (x[:, :, start:] for x in (k, v))
+    out, lse = _flash(q, *keys, 0.0, False, attn_mask=_bias(seen, q.dtype), scale=scale)
+    return out, lse
+
+
+def _chosen_tiles(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend with each query to each of its blocks: `[B, Hq, Q, K - 1, D]`, `[B, Hq, Q, K - 1]`.
+
+    Tiles hold queries that chose the same block of the same key/value head. The lists of all heads
+    are one list, so that there are just as many tiles as are filled.
+    """
+    batch, num_kv_heads, kv_len, head_dim = k.shape
+    size, num_blocks = routing.block_size, routing.num_blocks
+    lists, tile = batch * num_kv_heads, max(size, _LEAST_TILE)
+    pairs = sort_pairs(routing, num_kv_heads)
+    count = pairs.first.diff(dim=2).flatten().long()  # by list and block, as all below
+    first = pairs.first[..., :-1].flatten(0, 1)  # within its list
+    number_of_list = torch.arange(lists, device=k.device).unsqueeze(1)
+    first_pair = (first + number_of_list * pairs.row.shape[2]).flatten()
+    stop = ceil_div(count, tile).cumsum(0)
+    first_tile = stop - ceil_div(count, tile)
+    # One number that the device finds, not an expression of the length that it would be at worst;
+    # a last tile that is empty, for there may be none but that.
+    tiles = cast(int, (stop[-1] + 1).item())
+    torch._check(tiles >= 1)
+
+    number = torch.arange(tiles, device=k.device)
+    place = torch.searchsorted(stop, number, right=True).clamp(max=lists * num_blocks - 1)
+    lane = torch.arange(tile, device=k.device)
+    within = ((number - first_tile[place]) * tile).unsqueeze(1) + lane
+    filled = within < count[place].unsqueeze(1)
+    rank = torch.where(filled, within + first_pair[place].unsqueeze(1), 0)
+    per_list = q.shape[1] // num_kv_heads * routing.q_len
+    row = pairs.row.flatten()[rank] + (place // num_blocks * per_list).unsqueeze(1)
+    slots = q.reshape(-1, head_dim)[row.flatten()].view(tiles, 1, tile, head_dim)
+
+    def beside(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, num_blocks * size - kv_len))
+        return x.reshape(-1, size, head_dim)[place].unsqueeze(1)
+
+    bias = None
+    if not routing.causal:  # else a block that is chosen is whole
+        key = (place % num_blocks * size).unsqueeze(1) + torch.arange(size, device=k.device)
+        bias = _bias(key < kv_len, k.dtype)[:, None, None]
+    out, lse = _flash(slots, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
+
+    chosen = routing.blocks.reshape(lists, -1).clamp(max=num_blocks - 1).long()
+    chosen = (chosen + number_of_list * num_blocks).flatten()
+    rank = pairs.rank.flatten()
+    slot = rank - first.flatten()[chosen] + first_tile[chosen] * tile
+    slot = torch.where(rank >= 0, slot, 0)
+    pair_lse = torch.where(rank >= 0, lse.flatten()[slot], -torch.inf)
+    # Chosen, and not weighted by zero: where there is no pair there may be NaN.
+    pair_out = torch.where((rank >= 0).unsqueeze(1), out.view(-1, head_dim)[slot].float(), 0.0)
+    shape = routing.blocks.shape
+    return pair_out.view(*shape, head_dim), pair_lse.view(shape)
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what flash attention adds to the scores of keys that are seen, and of others."""
+    zero = torch.zeros((), dtype=dtype, device=seen.device)
+    return torch.where(seen, zero, -torch.inf)

@@ -2,8 +2,8 @@
 
 `torch.export` traces the module, AOTInductor compiles it. On CUDA the package holds the Triton
 kernels of the plan "fused". On CPU the custom ops of the plan "routed" would need Python: the
-package holds the ops of `moba_flex.masks.router.choose_portable` and `moba_flex.compile.portable`
-instead, which give the same result.
+package holds the ops of `choose_portable` (`masks/router.py`) and `attend_portable`
+(`compile/cpu.py`) instead, which give the same result.
 """
 
 import os

@@ -12,11 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import override  # of typing from Python 3.12 on; PyTorch needs it too
 
-from moba_flex.compile.cpu import attend_parts, show_spoilt
+from moba_flex.compile.cpu import attend_cpu, attend_portable, attend_with_functions, show_spoilt
 from moba_flex.compile.flex import attend, in_one_graph
 from moba_flex.compile.merge import gather_rows, merge_parts
-from moba_flex.compile.modded import attend_modded
-from moba_flex.compile.portable import attend_portable
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.checks import longest_sequence
 from moba_flex.masks.exporting import is_exporting
@@ -325,11 +323,11 @@ def _attend_routed(request: Request) -> Result:
     routing, (q, scale), k, v = route_request(request), _scaled_up(request), request.k, request.v
     if is_exporting():  # rows are plain: see `_refused_by_export`
         return attend_portable(q, k, v, routing, scale=scale)
-    is_real = not (q.is_meta or isinstance(q, FakeTensor))  # else there are no scores to change
-    if is_real and not request.mods.none:
-        return attend_modded(q, k, v, routing, request.mods, scale)
-    options = routing.block_size, routing.causal, scale
-    out, lse = attend_parts(q, k, v, routing.blocks, *options, *routing.located)
+    softcap = float(request.mods.softcap or 0.0)
+    # Without real tensors there are no scores for functions to change.
+    if request.mods.ask and not (q.is_meta or isinstance(q, FakeTensor)):
+        return attend_with_functions(q, k, v, routing, request.mods, scale)
+    out, lse = attend_cpu(q, k, v, *routing.parts, scale, softcap)
     return out, lse
 
 
@@ -389,5 +387,4 @@ def _attend_masked(request: Request) -> Result:
         bad_key = ~(k.isfinite().all(3, keepdim=True) & v.isfinite().all(3, keepdim=True))
         marks = torch.cat((bad_key, torch.ones_like(bad_key)), dim=3).to(q.dtype)
         bad_key = attend(q * 0, k * 0, F.pad(marks, (0, 14)), mask, scale, lse=False)[0]
-    options = routing.block_size, routing.causal, *routing.located
-    return show_spoilt(out, q, k, v, routing.blocks, *options, bad_key), no_lse
+    return show_spoilt(out, q, k, v, *routing.parts, bad_key), no_lse

@@ -128,9 +128,6 @@ class Layout:
         return Coordinates(*(x.int().unsqueeze(0) for x in columns))
 
 
-Tables = Layout
-
-
 def locate(plain: Layout, rows: RowOptions) -> Layout:
     """Return the layout of the same sizes and options, for what the rows of a batch hold."""
     cu_seqlens, key_mask = rows.get("cu_seqlens"), rows.get("key_mask")

@@ -61,32 +61,6 @@ class Routing:
         return self.tables or Layout(self.q_len, self.kv_len, self.block_size, self.causal)
 
     @property
-    def places(self) -> Layout:
-        """The layout, with tensors."""
-        at = self.layout.coordinates(self.blocks.device)
-        return self.layout.with_tables(torch.stack(at[:4]), torch.stack(at[4:]))
-
-    @property
-    def located(self) -> tuple[Tensor | None, Tensor | None]:
-        """The tensors of the layout."""
-        return self.layout.queries, self.layout.extents
-
-    @classmethod
-    def of_parts(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        blocks: Tensor,
-        block_size: int,
-        causal: bool,
-        queries: Tensor | None,
-        extents: Tensor | None,
-    ) -> "Routing":
-        """Put together what an op, which takes tensors and numbers alone, got one by one."""
-        plain = Layout(q.shape[2], k.shape[2], block_size, causal)
-        return cls.over(plain.with_tables(queries, extents), blocks)
-
-    @property
     def num_blocks(self) -> int:
         """Number of key blocks, `N`."""
         return self.layout.num_blocks

@@ -86,7 +86,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from moba_flex.compile import exporter
     from moba_flex.config import MoBAConfig
 
-    # What can be wrong is found before the model loads.
+    # Arguments are checked before the model loads.
     path = exporter.check_path(arguments.out)
     gate = arguments.block_size, arguments.top_k, arguments.sink_blocks, arguments.local_blocks
     config = MoBAConfig(*gate)

@@ -377,13 +377,15 @@ def test_ops_keep_the_rules_of_torch_library(q_len: int, causal: bool) -> None:
     gate = (q.detach(), block_keys, (3, 16, 1, 0), causal, None, 90 - q_len, None)
     torch.library.opcheck(router.choose_cpu, gate)
     blocks = router.choose_cpu(*gate)
-    torch.library.opcheck(cpu.attend_cpu, (q, k, v, blocks, 16, causal, 0.3))
-    out, lse = cpu.attend_cpu(q, k, v, blocks, 16, causal, 0.3)
+    attend: Any = cpu.attend_cpu
+    options = None, None, 16, causal, 0.3, 0.0
+    torch.library.opcheck(attend.op, (q, k, v, blocks, *options))
+    out, lse = attend(q, k, v, blocks, *options)
     for grad_lse in (None, torch.randn_like(lse)):
-        saved = (q, k, v, blocks, out, lse)
+        saved = (q, k, v, out, lse, blocks)
         detached = (x.detach() for x in saved)
-        arguments = (torch.randn_like(out), grad_lse, *detached, 16, causal, 0.3)
-        torch.library.opcheck(cpu.attend_cpu_backward, arguments)
+        arguments = (torch.randn_like(out), grad_lse, *detached, *options)
+        torch.library.opcheck(attend.backward_op, arguments)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import moba_attention, moba_attention_reference, route
-from moba_flex.compile import cpu, parts
+from moba_flex.compile import cpu, cpu_parts
 from moba_flex.masks import router
 from moba_flex.masks.layout import make_tables
 from moba_flex.masks.pool import pool
@@ -224,7 +224,7 @@ def test_work_on_thousands_of_documents_is_that_on_their_tokens(
     routing = route_case(case, q, k)
     # No more candidates at a time than a chunk of queries has blocks.
     assert 0 < sum(scores) <= tokens * 2 * router._LEAST_CHUNK / block_size
-    own = sum(1 for part in parts.cut(routing, 1) if part.first)
+    own = sum(1 for part in cpu_parts.cut(routing, 1) if part.first)
     assert own <= 2 * block_size, "documents of one length are one part"
     out = moba_attention(q, k, v, block_size=block_size, top_k=3, **case.layout)
     shape = torch.bincount(lengths).argmax()
@@ -294,8 +294,9 @@ def test_ops_keep_the_rules_of_torch_library(causal: bool) -> None:
             tables.queries,
         )
         torch.library.opcheck(router.choose_cpu, gate)
-        options = (router.choose_cpu(*gate), 8, causal, 0.3, *place)
-        torch.library.opcheck(cpu.attend_cpu, (q, k, v, *options))
+        attend: Any = cpu.attend_cpu
+        options = (router.choose_cpu(*gate), *place, 8, causal, 0.3, 0.0)
+        torch.library.opcheck(attend.op, (q, k, v, *options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

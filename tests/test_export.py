@@ -28,8 +28,8 @@ from torch.utils.cpp_extension import CUDA_HOME
 from moba_flex import MoBAAttention, moba_attention, route
 from moba_flex.compile import export, load
 from moba_flex.compile import package as packages
+from moba_flex.compile.cpu import attend_portable
 from moba_flex.compile.exporter import worst_error, writers_told_apart
-from moba_flex.compile.portable import attend_portable
 from moba_flex.masks import router
 from moba_flex.masks.layout import Layout
 from moba_flex.masks.pool import pool

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from moba_flex import moba_attention, moba_attention_reference, route
-from moba_flex.compile import modded, plans
+from moba_flex.compile import cpu, cpu_products, plans
+from moba_flex.masks.layout import Layout
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import Regrouping
 from moba_flex.masks.request import Request
@@ -113,7 +114,7 @@ def test_masked_is_the_oracle(layout: dict[str, Any]) -> None:
 def test_scores_under_a_soft_cap_are_nearly_exact(cap: float, size: float) -> None:
     """Relative to each score, however small or large beside the cap."""
     q, k = torch.randn(1, 1, 200, 16) * size, torch.randn(1, 1, 300, 16)
-    scores = modded._Scores(Mods(softcap=cap), 0.25, (1, 1, 200)).cap(q[0], k[0])
+    scores = cpu_products._Scores(Mods(softcap=cap), 0.25, (1, 1, 200)).cap(q[0], k[0])
     score, terms = q[0].double() @ k[0].double().mT / 4, q[0].abs() @ k[0].abs().mT / 4
     exact = cap * torch.tanh(score / cap)
     eps = torch.finfo(torch.float32).eps
@@ -122,7 +123,7 @@ def test_scores_under_a_soft_cap_are_nearly_exact(cap: float, size: float) -> No
     error = 16 * eps * terms.double()
     slope = 1 / torch.cosh(((score.abs() - error) / cap).clamp(min=0)) ** 2
     bound = error * slope + 5 * eps * exact.abs()
-    assert ((scores.double() / modded._LOG2E - exact).abs() <= bound).all()
+    assert ((scores.double() / cpu_products._LOG2E - exact).abs() <= bound).all()
 
 
 def inputs(*, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -341,12 +342,13 @@ def test_ops_keep_the_rules_of_torch_library(grad_lse: bool) -> None:
     q, k, v = inputs(grad=True)
     case = Case(2, 2, 2, 150, 150, block_size=16, top_k=3, pads=((9, 0), (0, 30)))
     routing = route_case(case, q, k)
-    options = 16, True, 0.3, 2.0, *routing.located
-    torch.library.opcheck(modded.attend_softcap, (q, k, v, routing.blocks, *options))
-    out, lse = modded.attend_softcap(q, k, v, routing.blocks, *options)
-    saved = (x.detach() for x in (q, k, v, routing.blocks, out, lse))
+    attend: Any = cpu.attend_cpu
+    blocks, *place = routing.parts
+    torch.library.opcheck(attend.op, (q, k, v, *routing.parts, 0.3, 2.0))
+    out, lse = attend(q, k, v, *routing.parts, 0.3, 2.0)
+    saved = (x.detach() for x in (q, k, v, out, lse, blocks))
     grads = torch.randn_like(out), torch.randn_like(lse) if grad_lse else None
-    torch.library.opcheck(modded.attend_softcap_backward, (*grads, *saved, *options))
+    torch.library.opcheck(attend.backward_op, (*grads, *saved, *place, 0.3, 2.0))
 
 
 @pytest.mark.slow
@@ -375,11 +377,13 @@ def test_form_on_cuda_is_one_graph_for_any_length(
         k: Tensor,
         v: Tensor,
         blocks: Tensor,
-        located: Any,
+        queries: Tensor | None,
+        extents: Tensor | None,
         score_mod: Any,
         mask_mod: Any,
     ) -> Any:
-        routing = Routing.of_parts(q, k, blocks, base.block_size, True, *located)
+        plain = Layout(q.shape[2], k.shape[2], base.block_size, causal=True)
+        routing = Routing.over(plain.with_tables(queries, extents), blocks)
         mods = Mods(score_mod, mask_mod, base.softcap)
         request = Request(q, k, v, 0.2, routing=routing, layout=routing.layout, mods=mods)
         return plans._attend_regrouped(request)
@@ -395,9 +399,9 @@ def test_form_on_cuda_is_one_graph_for_any_length(
         captured = {key: x.requires_grad_() for key, x in case.captured().items()}
         routing = route_case(case, q, k)
         mods = Mods(case.score_mod(captured), case.mask_mod(), case.softcap)
-        expected = modded.attend_modded(q, k, v, routing, mods, 0.2)
+        expected = cpu.attend_with_functions(q, k, v, routing, mods, 0.2)
         functions = mods.score_mod, mods.mask_mod
-        found = compiled(q, k, v, routing.blocks, routing.located, *functions)
+        found = compiled(q, k, v, *routing.parts[:3], *functions)
         of = [q, k, v, *captured.values()]
         weights = [torch.randn_like(x) for x in expected]
         weights[1] = weights[1].masked_fill(expected[1] == -torch.inf, 0.0)
