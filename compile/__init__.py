@@ -16,7 +16,7 @@ FlexAttention on CPU:
   inductor may have laid it out otherwise
   (`test_limit_flex_attention_on_cpu_reads_a_copy_as_contiguous`), and it ignores the storage
   offset of a view (`test_limit_flex_attention_on_cpu_forgets_where_a_view_begins`). Results are
-  wrong. A custom op copies its inputs (`masks/inputs.py`).
+  wrong. A custom op copies its inputs (`masks/_torch/inputs.py`).
 - It returns zeros for queries of NaN (`test_limit_flex_attention_on_cpu_hides_nan`), and
   multiplies masked values by zero, so that NaN reaches queries that do not see it. It gets finite
   inputs, and an op sets the output of every query that sees a non-finite value to NaN (`cpu.py`).
@@ -59,7 +59,7 @@ torch.compile:
   (pytorch/pytorch#194281). Padding is off (`flex.py`, `export.py`).
 - `torch.compiler.is_exporting` is true in every compiled graph in 2.11
   (`test_compiled_graphs_are_not_taken_for_exported_ones`). Ours is false while Dynamo
-  compiles (`masks/exporting.py`).
+  compiles (`masks/_torch/exporting.py`).
 - 2.11 on CUDA does not compile a `clamp` of a range that becomes an index, a `searchsorted` in a
   view, or one for values that all lists share. `where`, copies and values of each list's own
   replace them (`layout.py`, `block_mask.py` and `tiles.py` in `masks/`).
@@ -74,7 +74,7 @@ Export and packages:
 - A package reads its inputs with the strides of the export's example. It is made for contiguous
   inputs, and `load` makes them contiguous (`test_inputs_lie_anywhere` in `tests/test_export.py`).
 - A condition on lengths is decided for the example's length. Where that matters, we ask whether it
-  holds at every length (`masks/exporting.py`). Sizes of 0 and 1 would be specialized:
+  holds at every length (`masks/_torch/exporting.py`). Sizes of 0 and 1 would be specialized:
   `backed_size_oblivious` prevents that, and an example of one block is traced as a longer one.
 - Slices of a padded length keep an expression as their length, and each of these slows down the
   compiler from there on (`test_limit_slices_of_padded_lengths_stay_expressions`). Exported code
@@ -97,7 +97,7 @@ Gradients:
 
 - `torch.func.grad` refuses an op with a gradient of its own, and forward-mode AD gives it tangents
   of zero (`test_limit_ops_do_not_know_torch_func`). Under `torch.func` an autograd.Function stands
-  in for the op, and tangents are refused (`masks/gradients.py`, `masks/checks.py`).
+  in for the op, and tangents are refused (`masks/_torch/gradients.py`, `masks/checks.py`).
 """
 
 from typing import TYPE_CHECKING, Any

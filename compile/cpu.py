@@ -23,8 +23,8 @@ from torch import Tensor
 from moba_flex.compile.cpu_parts import Part, Results, cut, sees_nonfinite
 from moba_flex.compile.cpu_products import captured_by, gradients_of_products, products
 from moba_flex.compile.engine import attention_op
-from moba_flex.masks.gradients import only_once
-from moba_flex.masks.inputs import all_finite, dense_vectors, finite
+from moba_flex.masks._torch.gradients import only_once
+from moba_flex.masks._torch.inputs import all_finite, dense_vectors, finite
 from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import sort_pairs

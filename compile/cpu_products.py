@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from moba_flex.compile.cpu_parts import Part, Results
-from moba_flex.masks.inputs import all_finite, finite
+from moba_flex.masks._torch.inputs import all_finite, finite
 from moba_flex.masks.mods import Mods, checked_mask, checked_score
 
 _PIECE = 1 << 18  # scores: 1 MiB of float32

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from moba_flex.masks.gradients import with_gradient
+from moba_flex.masks._torch.gradients import with_gradient
 from moba_flex.masks.layout import Layout
 from moba_flex.masks.routing import Routing
 
@@ -99,7 +99,7 @@ def attention_op(
     call_op: Any
     call_backward: Any
     if kernels:
-        from moba_flex.masks.kernel_op import kernel_op
+        from moba_flex.masks._torch.kernel_op import kernel_op
 
         call_backward = kernel_op(f"{qualified}_backward")(attend_backward)
         call_op = kernel_op(qualified, setup_context=save, backward=gradients)(attend)

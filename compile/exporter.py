@@ -26,7 +26,7 @@ from torch.fx.experimental import _config as symbolic_config
 
 from moba_flex.compile.outside import check_device, check_output, reason, whole_file
 from moba_flex.compile.package import MOST_TOKENS, Metadata, Package, Spec, length_dim, load
-from moba_flex.masks.exporting import recorded
+from moba_flex.masks._torch.exporting import recorded
 
 __all__ = ["Package", "check_path", "export", "load", "worst_error"]
 

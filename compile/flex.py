@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-from moba_flex.masks.exporting import is_traced
-from moba_flex.masks.inputs import contiguous
+from moba_flex.masks._torch.exporting import is_traced
+from moba_flex.masks._torch.inputs import contiguous
 from moba_flex.masks.layout import Layout
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
 from moba_flex.masks.request import Gate, Request

@@ -30,8 +30,8 @@ from moba_flex.compile.fused_kernels import (
     pair_forward_kernel,
     stats_kernel,
 )
-from moba_flex.masks.inputs import dense_vectors
-from moba_flex.masks.kernel_op import launch
+from moba_flex.masks._torch.inputs import dense_vectors
+from moba_flex.masks._torch.kernel_op import launch
 from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.routing import Routing

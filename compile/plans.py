@@ -15,11 +15,11 @@ from typing_extensions import override  # of typing from Python 3.12 on; PyTorch
 from moba_flex.compile.cpu import attend_cpu, attend_portable, attend_with_functions, show_spoilt
 from moba_flex.compile.flex import attend, in_one_graph
 from moba_flex.compile.merge import gather_rows, merge_parts
+from moba_flex.masks._torch.exporting import is_exporting
+from moba_flex.masks._torch.gradients import is_transformed
+from moba_flex.masks._torch.inputs import finite
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.checks import longest_sequence
-from moba_flex.masks.exporting import is_exporting
-from moba_flex.masks.gradients import is_transformed
-from moba_flex.masks.inputs import finite
 from moba_flex.masks.layout import LONGEST, ceil_div
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.request import Gate, Request

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
-from moba_flex.masks.exporting import is_traced
+from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks.layout import Layout, RowOptions
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.masks.exporting import is_exporting
+from moba_flex.masks._torch.exporting import is_exporting
 from moba_flex.masks.layout import Layout
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moba_flex.masks.kernel_op import kernel_op, launch
+from moba_flex.masks._torch.kernel_op import kernel_op, launch
 
 # Keys that are loaded at a time.
 _AHEAD = 16

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_flex.masks.exporting import holds
+from moba_flex.masks._torch.exporting import holds
 from moba_flex.masks.layout import ceil_div
 from moba_flex.masks.routing import Routing
 

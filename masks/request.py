@@ -7,6 +7,7 @@ from typing import Required, TypedDict, Unpack
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
+from moba_flex.masks._torch.exporting import holds
 from moba_flex.masks.checks import (
     check_aux,
     check_bool,
@@ -20,7 +21,6 @@ from moba_flex.masks.checks import (
     check_softcap,
     check_transforms,
 )
-from moba_flex.masks.exporting import holds
 from moba_flex.masks.layout import LONGEST, Layout, RowOptions, ceil_div, locate
 from moba_flex.masks.mods import NO_MODS, MaskMod, Mods, ScoreMod
 from moba_flex.masks.routing import Routing

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
+from moba_flex.masks._torch.exporting import is_exporting
 from moba_flex.masks.checks import check_qk, check_tables
-from moba_flex.masks.exporting import is_exporting
 from moba_flex.masks.layout import Layout, ceil_div, plain_coordinates
 from moba_flex.masks.pool import pool
 from moba_flex.masks.request import Gate, GateOptions, Request

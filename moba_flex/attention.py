@@ -9,8 +9,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.compile.plans import PlanName, Result, find_plan
-from moba_flex.masks.exporting import record
-from moba_flex.masks.inputs import cast_by_autocast
+from moba_flex.masks._torch.exporting import record
+from moba_flex.masks._torch.inputs import cast_by_autocast
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import (
     Options,

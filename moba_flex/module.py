@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest
 
 from moba_flex.attention import Plan, moba_attention
+from moba_flex.masks._torch.inputs import numbers_beside
 from moba_flex.masks.checks import (
     check_int,
     check_scale,
     check_softcap,
     is_readable,
 )
-from moba_flex.masks.inputs import numbers_beside
 from moba_flex.masks.layout import RowOptions
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import Gate

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moba_flex import cli, cli_export
+from moba_flex import cli
+from moba_flex.cli import packages
 from moba_flex.compile import exporter
 
 pytest.importorskip("transformers")
@@ -263,7 +264,7 @@ def test_eval_finds_first_what_it_cannot_write(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from moba_flex import pretrained
+    from moba_flex.cli import pretrained
 
     monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: pytest.fail("it loaded"))
     (tmp_path / "moba_eval.png").mkdir()
@@ -300,7 +301,7 @@ def test_eval_keeps_its_results_where_stdout_fails(
 def test_eval_keeps_what_can_be_written(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moba_flex import report
+    from moba_flex.cli import report
 
     def fail(found: object, path: Path) -> None:
         path.write_text("half")
@@ -344,7 +345,7 @@ def test_whatever_happens_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from moba_flex import evaluate
+    from moba_flex.cli import evaluate
 
     def fail(*_: object) -> None:
         raise error
@@ -381,7 +382,7 @@ def test_eval_reads_no_more_text_than_it_needs(
     from tokenizers import Tokenizer, models, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from moba_flex import evaluate
+    from moba_flex.cli import evaluate
 
     text = "".join(topics.values())
     text = text if spaces else "".join(text.split())
@@ -408,14 +409,14 @@ def test_run_refuses_what_a_package_does_not_take() -> None:
         metadata = Metadata("", "", "cpu", "", [], specs)
         return Package(None, metadata, torch.device("cpu"))
 
-    cli_export._check_room(package((1, ("s", 1, 9))), 5, 5)
-    cli_export._check_room(package((1, 5)), 5, 1)
+    packages._check_room(package((1, ("s", 1, 9))), 5, 5)
+    packages._check_room(package((1, 5)), 5, 1)
     with pytest.raises(ValueError, match=r"must make lengths from 1 to 9 for this .* got 5 to 10"):
-        cli_export._check_room(package((1, ("s", 1, 9))), 5, 6)
+        packages._check_room(package((1, ("s", 1, 9))), 5, 6)
     with pytest.raises(ValueError, match=r"must make lengths from 5 to 5 for this .* got 5 to 6"):
-        cli_export._check_room(package((1, 5)), 5, 2)
+        packages._check_room(package((1, 5)), 5, 2)
     with pytest.raises(ValueError, match=r"package must take token ids \[1, length\] alone"):
-        cli_export._check_room(package((1, 2, 5, 4)), 5, 2)
+        packages._check_room(package((1, 2, 5, 4)), 5, 2)
 
 
 def test_eval_refuses_models_without_the_attention_interface(
@@ -470,7 +471,7 @@ def test_starts_without_heavy_imports() -> None:
 def test_eval_of_the_default_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    from moba_flex import pretrained
+    from moba_flex.cli import pretrained
 
     try:
         pretrained.fetch()
@@ -546,7 +547,7 @@ def test_export_fails_where_the_package_differs(
         return path
 
     monkeypatch.setattr(exporter, "export", fake)
-    monkeypatch.setattr(cli_export, "load", lambda path, device: None)
+    monkeypatch.setattr(packages, "load", lambda path, device: None)
     monkeypatch.setattr(exporter, "worst_error", lambda *_: 0.5)
     command = ("export", "--model", home / "model", "--device", "cpu", "--out", home / "bad.pt2")
     assert run(*command) == 2

@@ -1291,8 +1291,8 @@ def pattern_of(message: ast.expr) -> str:
 def messages_in_code() -> Iterator[tuple[str, str]]:
     """Yield where the library raises, and a pattern of the message."""
     root = Path(moba_flex.__file__).parents[1]
-    for folder in ("masks", "compile", "moba_flex", "moba_flex/integrations"):
-        for file in sorted((root / folder).glob("*.py")):
+    for folder in ("masks", "compile", "moba_flex"):
+        for file in sorted((root / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
                 where = f"{folder}/{file.name}:{getattr(node, 'lineno', 0)}"
                 if not isinstance(node, ast.Call):

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
 from moba_flex.compile import cpu
 from moba_flex.masks import router
-from moba_flex.masks.exporting import is_exporting
-from moba_flex.masks.inputs import copy_cpu
+from moba_flex.masks._torch.exporting import is_exporting
+from moba_flex.masks._torch.inputs import copy_cpu
 from moba_flex.masks.layout import Layout, locate
 from moba_flex.masks.pool import pool, pool_cpu
 from tests.helpers import DEVICES, Case, needs_interpreter

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import DataCollatorWithFlattening
 
-from moba_flex import pretrained
+from moba_flex.cli import pretrained
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations.layout import _marks_of
 from moba_flex.integrations.transformers import apply, observe

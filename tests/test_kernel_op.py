@@ -23,9 +23,9 @@ from triton.runtime._async_compile import active_mode
 from triton.runtime.jit import JITFunction
 
 from moba_flex import moba_attention
-from moba_flex.masks import kernel_op as module
-from moba_flex.masks.exporting import is_exporting, is_traced
-from moba_flex.masks.kernel_op import kernel_op, launch
+from moba_flex.masks._torch import kernel_op as module
+from moba_flex.masks._torch.exporting import is_exporting, is_traced
+from moba_flex.masks._torch.kernel_op import kernel_op, launch
 
 LOOKED_UP: list[tuple[tuple[int, ...], dict[str, Any]]] = []
 LAUNCHED: list[tuple[Any, ...]] = []

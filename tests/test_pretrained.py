@@ -1,4 +1,4 @@
-"""Tests of `moba_flex.pretrained`."""
+"""Tests of `moba_flex.cli.pretrained`."""
 
 import hashlib
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_flex import pretrained
+from moba_flex.cli import pretrained
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from moba_flex.attention import moba_attention
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations.layout import Layout, layout_of, listen, mask, one_row
-from moba_flex.masks.exporting import is_traced
-from moba_flex.masks.inputs import numbers_beside
+from moba_flex.masks._torch.exporting import is_traced
+from moba_flex.masks._torch.inputs import numbers_beside
 from moba_flex.masks.layout import ceil_div
 
 Model = TypeVar("Model", bound=PreTrainedModel)

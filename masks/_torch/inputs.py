@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moba_flex.masks.exporting import is_traced
+from moba_flex.masks._torch.exporting import is_traced
 
 
 def numbers_beside(x: Tensor, numbers: tuple[int, ...]) -> Tensor:

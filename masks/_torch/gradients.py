@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._library.custom_ops import CustomOpDef
 
-from moba_flex.masks.exporting import is_traced
+from moba_flex.masks._torch.exporting import is_traced
 
 Save = Callable[..., None]
 Formula = Callable[..., Any]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moba_flex.cli_door import integer, need, say
+from moba_flex.cli.door import integer, need, say
 from moba_flex.compile.outside import reason
 from moba_flex.compile.package import MOST_TOKENS, Package, load
 
@@ -95,7 +95,7 @@ def _export(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from moba_flex import evaluate, pretrained
+    from moba_flex.cli import evaluate, pretrained
     from moba_flex.integrations.prefill import Prefill
     from moba_flex.integrations.transformers import apply
 
@@ -149,7 +149,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from moba_flex import pretrained
+    from moba_flex.cli import pretrained
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     tokenizer = pretrained.load_tokenizer(arguments.model)

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
+from moba_flex.cli.evaluate import Report, Run
 from moba_flex.config import MoBAConfig
-from moba_flex.evaluate import Report, Run
 
 _COLUMNS = {
     "block": 6,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from moba_flex import cli_export
-from moba_flex.cli_door import TRACEBACK, Parser, guarded, integer, need, say
+from moba_flex.cli import packages
+from moba_flex.cli.door import TRACEBACK, Parser, guarded, integer, need, say
 from moba_flex.compile.outside import check_output, reason, whole_file
 from moba_flex.compile.package import MOST_TOKENS, own_version
 
@@ -98,7 +98,7 @@ def _parser() -> Parser:
     place.add_argument(
         "--out", type=Path, metavar="DIR", default=Path(), help="folder for the two files"
     )
-    cli_export.add_commands(commands)
+    packages.add_commands(commands)
     return parser
 
 
@@ -129,7 +129,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from moba_flex import evaluate, pretrained, report
+    from moba_flex.cli import evaluate, pretrained, report
 
     # Only main reports errors.
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)

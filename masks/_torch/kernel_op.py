@@ -22,8 +22,8 @@ from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op
 from triton.runtime._async_compile import active_mode
 
-from moba_flex.masks.exporting import is_traced
-from moba_flex.masks.gradients import is_transformed, only_once, with_gradient
+from moba_flex.masks._torch.exporting import is_traced
+from moba_flex.masks._torch.gradients import is_transformed, only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]

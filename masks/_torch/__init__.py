@@ -1,0 +1,1 @@
+"""What stands between the library and PyTorch: graphs, ops, gradients, inputs."""
