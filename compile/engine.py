@@ -18,11 +18,11 @@ from moba_flex.masks.routing import Routing
 
 Forward = Callable[[Tensor, Tensor, Tensor, Routing, float, float], tuple[Tensor, ...]]
 """Takes q, k, v, routing, scale and softcap (0 for none). Returns the output `[B, Hq, Q, Dv]`, the
-log-sum-exp `[B, Hq, Q]`, and what backward needs to keep of the work done."""
+log-sum-exp `[B, Hq, Q]`, and tensors to keep for backward."""
 
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""Takes grad, grad_lse (None if there is none), q, k, v, layout, out, lse, what forward kept
-(`blocks` if nothing), scale and softcap. Returns the gradients of q, k and v."""
+"""Takes grad, grad_lse (None if there is none), q, k, v, layout, out, lse, the tensors that
+forward keeps (`blocks` if it keeps none), scale and softcap. Returns the gradients of q, k, v."""
 
 _PLACE = {"queries": Tensor | None, "extents": Tensor | None}
 _NUMBERS = {"block_size": int, "causal": bool, "scale": float, "softcap": float}
@@ -46,7 +46,7 @@ def attention_op(
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        layout, scale, softcap = _layout_of(q, k, *rest)
+        layout, scale, softcap = _layout_of(q, k, rest)
         return forward(q, k, v, Routing.over(layout, blocks), scale, softcap)
 
     def attend_backward(
@@ -60,7 +60,7 @@ def attention_op(
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         saved, place = rest[:num_saved], rest[num_saved:]
-        layout, scale, softcap = _layout_of(q, k, *place)
+        layout, scale, softcap = _layout_of(q, k, place)
         return backward(grad, grad_lse, q, k, v, layout, out, lse, saved, scale, softcap)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,16 +117,9 @@ def attention_op(
     return cast(Callable[..., tuple[Tensor, ...]], call_op)
 
 
-def _layout_of(
-    q: Tensor,
-    k: Tensor,
-    queries: Tensor | None,
-    extents: Tensor | None,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[Layout, float, float]:
+def _layout_of(q: Tensor, k: Tensor, place: tuple[Any, ...]) -> tuple[Layout, float, float]:
+    """Return layout, scale and softcap, of the arguments that follow the tensors of an op."""
+    queries, extents, block_size, causal, scale, softcap = place
     layout = Layout(q.shape[2], k.shape[2], block_size, causal, queries, extents)
     return layout, scale, softcap
 
