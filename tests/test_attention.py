@@ -168,7 +168,7 @@ def test_sink_and_local_blocks_are_chosen() -> None:
 
 
 def test_gradient_of_the_gate_is_none_and_of_attention_exact() -> None:
-    q, k, v = torch.randn(3, 1, 2, 60, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = torch.randn(3, 1, 2, 40, 4, dtype=torch.float64, requires_grad=True)
 
     def attend(*qkv: Tensor) -> tuple[Tensor, Tensor]:
         aux = AuxRequest(lse=True)

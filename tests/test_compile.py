@@ -430,8 +430,7 @@ def natural_lists(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Tensor:
     return attend(q, k, v, routing_to_block_mask(routing), 1.0, lse=False)[0]
 
 
-@pytest.mark.parametrize("length", [300, 384])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("length", "padded"), [(300, True), (384, False)])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("function", [own_lists, routed_lists, natural_lists])
 def test_lists_follow_each_other(

@@ -208,7 +208,7 @@ def test_kernel_and_chunks_give_the_bits_of_sums_in_order(monkeypatch: pytest.Mo
     k = torch.randn(2, 2, 150, 24) * torch.randn(2, 2, 150, 24).exp()
     strided = k.transpose(1, 2).contiguous().transpose(1, 2)
     mask = torch.arange(150) >= torch.tensor([[0], [33]])
-    for block_size in (1, 2, 7, 16, 17, 64, 149, 150, 400):
+    for block_size in (1, 7, 16, 149, 400):
         want = means_in_order(k, block_size)
         assert torch.equal(pool_triton(k, block_size, want.shape[2], None), want)
         assert torch.equal(pool_triton(strided, block_size, want.shape[2], None), want)
