@@ -93,7 +93,7 @@ def choose(q: Tensor, block_keys: Tensor, gate: Gate, layout: Layout) -> Routing
     with torch.no_grad():
         exporting = is_exporting()
         numbers = _picks(gate, layout), gate.block_size, gate.sink_blocks, gate.local_blocks
-        if exporting and not q.is_cuda:  # rows are plain: see `refuse_export`
+        if exporting and not q.is_cuda:  # rows are plain: see compile/plans.py
             blocks = choose_portable(q, block_keys, layout, numbers)
         else:
             choose_here = choose_triton if q.is_cuda else choose_cpu
