@@ -206,22 +206,19 @@ def find_plan(name: str, request: Request) -> Plan:
         TypeError: The plan computes in other dtypes.
     """
     if name == "auto":
-        plan = next(x for x in PLANS if x.suits(request) and _may_be_auto(x, request))
+        plans = [x for x in PLANS if x.suits(request)]
     else:
-        named = [x for x in PLANS if x.name == name]
-        if not named:
-            offered = PLANS if request.routing is None else PLANS[1:]
-            raise _no_such_plan(offered, name)
-        plan = named[0]
-    refusal = plan.refuses(request) or _refused_by_export(request)
+        plans = [x for x in PLANS if x.name == name]
+        if not plans:
+            raise _no_such_plan(PLANS if request.routing is None else PLANS[1:], name)
+    for plan in plans:
+        refusal = plan.refuses(request)
+        if refusal is None:
+            break
+    refusal = refusal or _refused_by_export(request)
     if refusal is not None:
         raise refusal
     return plan
-
-
-def _may_be_auto(plan: Plan, request: Request) -> bool:
-    """Whether "auto" takes a plan: the last that it asks, even where that raises its refusal."""
-    return plan.name == "routed" or plan.refuses(request) is None
 
 
 def _no_such_plan(plans: tuple[Plan, ...], name: str) -> ValueError:
