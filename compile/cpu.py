@@ -61,11 +61,11 @@ def forward(
     """
     q, (k, v) = q.contiguous(), dense_vectors(k, v)
     if all_finite(q, k, v):
-        attend = flash(q, k, v, scale) if _plain(mods) else products(q, k, v, mods, scale)
+        attend = flash(q, k, v, scale) if mods.none else products(q, k, v, mods, scale)
         return _attend(attend, q, v, routing)
     out, lse = _attend(products(q, k, finite(v), mods, scale), q, v, routing)
     _show_nonfinite(out, lse, q, k, v, routing, mods, scale)
-    if _plain(mods):  # rows that see nothing of the kind keep the bits of flash attention
+    if mods.none:  # rows that see finite values alone keep the bits of flash attention
         bad, (q, k, v) = sees_nonfinite(q, k, v, routing), map(finite, (q, k, v))
         clean_out, clean_lse = _attend(flash(q, k, v, scale), q, v, routing)
         out, lse = out.where(bad.unsqueeze(3), clean_out), lse.where(bad, clean_lse)
@@ -90,7 +90,7 @@ def backward(
     results = Results(grad, grad_lse, out, lse)
     grads = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
     captured_grads = [torch.zeros_like(x) for x in captured]
-    if _plain(mods):
+    if mods.none:
         bad, finites = None, (q, k, v)
         if not all_finite(q, k, v):
             bad, finites = sees_nonfinite(q, k, v, routing), (finite(q), finite(k), finite(v))
@@ -102,10 +102,6 @@ def backward(
     shares = gradients_of_products(results, q, k, v, mods, scale, captured, captured_grads)
     _add_shares(grads, shares, routing)
     return [x.to(q.dtype) for x in grads] + captured_grads
-
-
-def _plain(mods: Mods) -> bool:
-    return not mods.ask and mods.softcap is None
 
 
 def _attend(

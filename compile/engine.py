@@ -105,9 +105,8 @@ def attention_op(
         call_op = kernel_op(qualified, setup_context=save, backward=gradients)(attend)
         op, backward_op = call_op.op, call_backward.op
     else:
-        op, backward_op = (
-            _cpu_op(*x) for x in ((qualified, attend), (f"{qualified}_backward", attend_backward))
-        )
+        op = _cpu_op(qualified, attend)
+        backward_op = _cpu_op(f"{qualified}_backward", attend_backward)
         op.register_fake(_shapes_of_attention)
         backward_op.register_fake(_shapes_of_gradients)
         call_backward = backward_op
@@ -118,7 +117,7 @@ def attention_op(
 
 
 def _layout_of(q: Tensor, k: Tensor, place: tuple[Any, ...]) -> tuple[Layout, float, float]:
-    """Return layout, scale and softcap, of the arguments that follow the tensors of an op."""
+    """Read layout, scale and softcap off the last six arguments of an op."""
     queries, extents, block_size, causal, scale, softcap = place
     layout = Layout(q.shape[2], k.shape[2], block_size, causal, queries, extents)
     return layout, scale, softcap

@@ -22,11 +22,11 @@ def ceil_div(length: Number, size: int) -> Number:
 
 
 class RowOptions(TypedDict, total=False):
-    """What a caller says about rows that hold more or less than one sequence.
+    """Options for rows that hold several documents, or a sequence and padding.
 
     Attributes:
         cu_seqlens: Where the documents of every row start, and where the last one ends, int `[docs
-            + 1]`. What lies behind the last document is padding.
+            + 1]`. Keys behind the last document are padding.
         cu_seqlens_q: Where the queries of each document start, likewise; None if queries start
             where keys do. The queries of a document are the last of its positions.
         key_mask: True for the keys that are not padding, bool `[B, KV]`: one run a row, or none.

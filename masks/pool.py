@@ -1,4 +1,4 @@
-"""Block keys: what stands for a block at the gate."""
+"""Block keys: the mean keys by which the gate compares blocks."""
 
 import importlib.util
 

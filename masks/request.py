@@ -1,4 +1,4 @@
-"""What is asked of attention: the options, written once, and the objects that carry them."""
+"""The options of attention, each written once, and the objects that carry them."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -47,7 +47,7 @@ class Functions(TypedDict, total=False):
 
 
 class ScoreOptions(Functions, total=False):
-    """What is done to scores; see `moba_flex.moba_attention`."""
+    """Options that change scores; see `moba_flex.moba_attention`."""
 
     scale: float | None
     softcap: float | None

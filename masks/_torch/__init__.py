@@ -1,1 +1,1 @@
-"""What stands between the library and PyTorch: graphs, ops, gradients, inputs."""
+"""Tools for PyTorch's machinery: graphs, ops, gradients, inputs."""
