@@ -98,9 +98,6 @@ class Mods:
         )
 
 
-NO_MODS = Mods()
-
-
 def checked_score(mod: ScoreMod) -> ScoreMod:
     """Return a `score_mod` that raises unless `mod` returns a real number, and casts it."""
 

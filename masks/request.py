@@ -1,6 +1,6 @@
 """The options of attention, each written once, and the objects that carry them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Required, TypedDict, Unpack
 
@@ -22,7 +22,7 @@ from moba_flex.masks.checks import (
     check_transforms,
 )
 from moba_flex.masks.layout import LONGEST, Layout, RowOptions, ceil_div, locate
-from moba_flex.masks.mods import NO_MODS, MaskMod, Mods, ScoreMod
+from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
 from moba_flex.masks.routing import Routing
 
 _LEAST = {"block_size": 1, "top_k": 1, "sink_blocks": 0, "local_blocks": 0}
@@ -141,8 +141,8 @@ class Request:
     routing: Routing | None = None
     rows: RowOptions | None = None
     layout: Layout | None = None
-    mods: Mods = NO_MODS
-    lse: bool = False
+    mods: Mods = field(kw_only=True)  # as a default, PyTorch 2.11's Dynamo could not trace it
+    lse: bool = field(default=False, kw_only=True)
 
     @property
     def is_plain(self) -> bool:
@@ -173,8 +173,8 @@ class Request:
 
     def _with(self, gate: Gate | None, layout: Layout | None) -> "Request":
         # Not by `dataclasses.replace`, which torch.compile would have to trace.
-        tensors = self.q, self.k, self.v, self.scale
-        return Request(*tensors, gate, self.routing, self.rows, layout, self.mods, self.lse)
+        given = self.q, self.k, self.v, self.scale, gate, self.routing, self.rows, layout
+        return Request(*given, mods=self.mods, lse=self.lse)
 
 
 def gated_request(

@@ -22,7 +22,7 @@ from torch import Tensor
 from moba_flex import route
 from moba_flex.compile.plans import find_plan
 from moba_flex.masks.regroup import sort_pairs
-from moba_flex.masks.request import Request
+from moba_flex.masks.request import given_request
 from perf.check import check
 from perf.peers import PEERS, Attention, Unavailable
 from perf.shapes import PARTS, STAGES, Shape, draw
@@ -135,7 +135,7 @@ def part_calls(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Calla
     """Return what to time of the plan that moba_flex takes by itself."""
     options: dict[str, Any] = {"block_size": shape.block_size, "top_k": shape.top_k}
     routing = route(q, k, **options)
-    given = Request(q, k, v, shape.head_dim**-0.5, routing=routing, layout=routing.layout)
+    given = given_request(q, k, v, routing)
     plan = find_plan("auto", given)
     return {
         "route": lambda: route(q, k, **options),

@@ -28,6 +28,7 @@ from moba_flex.compile.merge import gather_rows
 from moba_flex.masks import router
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.layout import Layout, make_tables
+from moba_flex.masks.mods import Mods
 from moba_flex.masks.pool import pool
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.request import Gate, Request, gated_request
@@ -274,7 +275,7 @@ def test_compiled_functions_are_one_graph() -> None:
 def request_of(*tensors: Tensor, scale: float = 1.0) -> Request:
     """Return a request of q, k and v, or of one tensor as all three."""
     q, k, v = tensors if len(tensors) == 3 else tensors * 3
-    return Request(q, k, v, scale, gate=Gate(2, 1))
+    return Request(q, k, v, scale, gate=Gate(2, 1), mods=Mods())
 
 
 def turned(x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def by_lists(case: Case, plan: str) -> Any:
         score_mod = case.score_mod(dict(zip(case.captured(), captured, strict=True)))
         mods, routing = Mods(score_mod, case.mask_mod(), case.softcap), route_case(case, q, k)
         layout = routing.layout
-        request = Request(q, k, v, case.factor, None, routing, None, layout, mods, lse=True)
+        request = Request(q, k, v, case.factor, None, routing, None, layout, mods=mods, lse=True)
         attend = plans._attend_masked if plan == "masked" else plans._attend_regrouped
         result: tuple[Tensor, Tensor | None] = uncompiled(attend)(request)
         return result
