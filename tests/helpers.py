@@ -253,7 +253,8 @@ def _block_means(case: Case, k: Tensor, num_blocks: int) -> Tensor:
                 total = part.new_zeros(part[:, 0].shape, dtype=torch.float32)
                 for key in part.float().unbind(1):
                     total += key
-                means[:, number] = (total / part.shape[1]).to(k.dtype)
+                # Not by a number: CUDA would multiply by its reciprocal.
+                means[:, number] = (total / total.new_tensor(part.shape[1])).to(k.dtype)
                 number += 1
         rows.append(means)
     return torch.stack(rows) if rows else k.new_zeros(0, k.shape[1], num_blocks, k.shape[3])

@@ -462,7 +462,7 @@ def test_starts_without_heavy_imports() -> None:
         f"import sys; from moba_flex import cli; cli._parser();print({heavy} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code]
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

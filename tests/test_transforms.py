@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
 
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
+from moba_flex.compile.plans import PlanName
 from tests.case import Case
 from tests.helpers import DEVICES
 
@@ -41,7 +42,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 requests = pytest.mark.parametrize("name", REQUESTS)
 devices = pytest.mark.parametrize("device", DEVICES)
-WITH_FLEX = {"dense", "functions"}  # what is made of FlexAttention on CUDA
+WITH_FLEX = {"functions"}  # what FlexAttention alone serves on CUDA
 
 
 def loss_of(name: str, device: str) -> Callable[..., Tensor]:
@@ -50,8 +51,9 @@ def loss_of(name: str, device: str) -> Callable[..., Tensor]:
     options: dict[str, Any] = {"block_size": 16, "top_k": 3, **REQUESTS[name], **tensors}
     weight = torch.randn(2, 4, 90, CASE.head_dim, device=device)
 
-    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, aux = moba_attention(q, k, v, return_aux=AuxRequest(lse=True), **options)
+    def loss(q: Tensor, k: Tensor, v: Tensor, plan: PlanName | Literal["auto"] = "auto") -> Tensor:
+        aux_request = AuxRequest(lse=True)
+        out, aux = moba_attention(q, k, v, plan=plan, return_aux=aux_request, **options)
         assert aux.lse is not None
         return (out * weight).sum() + aux.lse.nan_to_num(0, 0, 0).square().sum()
 
@@ -70,12 +72,14 @@ def test_gradients_of_torch_func(name: str, device: str) -> None:
         with pytest.raises(ValueError, match=r"plan must be one without FlexAttention under"):
             torch.func.grad(loss)(*inputs)
         return
+    # Dense attention is FlexAttention's there, so "auto" goes on to the next plan.
+    plan: PlanName | Literal["auto"] = "fused" if device == "cuda" and name == "dense" else "auto"
     leaves = [x.clone().requires_grad_() for x in inputs]
-    want = torch.autograd.grad(loss(*leaves), leaves)
+    want = torch.autograd.grad(loss(*leaves, plan), leaves)
     got = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)
     (one,) = torch.func.grad(loss, argnums=(1,))(*inputs)
     value, pull, *_ = torch.func.vjp(loss, *inputs)
-    assert torch.equal(value, loss(*inputs))
+    assert torch.equal(value, loss(*inputs, plan))
     for x, y, z in zip(got, pull(torch.ones((), device=device)), want, strict=True):
         assert torch.equal(x, z)
         assert torch.equal(y, z)
