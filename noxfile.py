@@ -41,9 +41,9 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@nox.session(default=False)
 def types(session: nox.Session) -> None:
-    """Check types."""
+    """Check types alone; "tests" checks them too."""
     install(session, "-e", ".[hf,plot]", groups=("types", "test", "perf"))
     session.run("mypy")
 
@@ -63,8 +63,11 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests and each benchmark once; arguments after -- go to pytest instead."""
-    install(session, "-e", ".[hf,plot]", groups=("test", "perf"))
+    """Check types, run the tests and each benchmark once; arguments after -- go to pytest."""
+    # One environment for both: to install another takes as long as to check types.
+    install(session, "-e", ".[hf,plot]", groups=("types", "test", "perf"))
+    if not session.posargs:
+        session.run("mypy")
     everything = ["tests", "perf", "--benchmark-disable", "-n", "auto", "--dist", "loadfile"]
     # A process for each core, and a thread for each process.
     session.run("pytest", *(session.posargs or everything), env={"OMP_NUM_THREADS": "1"})

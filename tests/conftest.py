@@ -16,7 +16,7 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 # MOBA_FLEX_EXAMPLES=3000 draws that many cases in each property test instead.
 settings.register_profile(
     "moba_flex",
-    max_examples=int(os.environ.get("MOBA_FLEX_EXAMPLES", "50")),
+    max_examples=int(os.environ.get("MOBA_FLEX_EXAMPLES", "40")),
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

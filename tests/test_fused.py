@@ -66,10 +66,10 @@ def test_few_queries_of_many_keys(causal: bool, seed: int) -> None:
 
 
 def test_fewer_lists_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (torch.randn(2, h, 100, 16, requires_grad=True) for h in (4, 2, 2))
+    q, k, v = (torch.randn(2, h, 60, 16, requires_grad=True) for h in (4, 2, 2))
 
     def run() -> list[Any]:
-        out = moba_attention(q, k, v, block_size=10, top_k=3, plan="fused")
+        out = moba_attention(q, k, v, block_size=6, top_k=3, plan="fused")
         return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
     expected = run()
