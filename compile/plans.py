@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import override  # of typing from Python 3.12 on; PyTorch needs it too
 
 from moba_flex.compile.cpu import attend_cpu, attend_portable, attend_with_functions, show_spoilt
+from moba_flex.compile.decode import decode_cpu
 from moba_flex.compile.flex import attend, in_one_graph
 from moba_flex.compile.merge import gather_rows, merge_parts
 from moba_flex.masks._torch.exporting import is_exporting
@@ -41,11 +42,13 @@ if _HAS_TRITON:
 Result = tuple[Tensor, Tensor | None]
 """Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None."""
 
-PlanName = Literal["dense", "fused", "routed", "masked"]
+PlanName = Literal["dense", "decode", "fused", "routed", "masked"]
 
 # What FlexAttention and this library compile kernels for.
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FUSED_HEAD_DIM = 256
+
+_FEW_QUERIES = 64
 
 
 class Plan:
@@ -108,6 +111,44 @@ class Dense(Plan):
             return _attend_to_all(request)
         # The one block of a sequence is its queries' own, and no other is left to choose.
         return _attend_routed(request.with_gate(Gate(LONGEST, 1, causal=request.causal)))
+
+
+class Decode(Plan):
+    """Few queries, each with its own choice among many keys; no gradients."""
+
+    name = "decode"
+
+    @override
+    def refuses(self, request: Request) -> Exception | None:
+        inputs = request.q, request.k, request.v
+        for name in ("score_mod", "mask_mod"):
+            if getattr(request.mods, name) is not None:
+                return ValueError(
+                    f"{name} must be None for plan='decode', got a function: let plan be 'routed'"
+                )
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            return ValueError(
+                "q, k and v must need no gradients for plan='decode', got some that do: "
+                "let plan be 'auto', or use torch.no_grad()"
+            )
+        if is_exporting() or request.q.device.type != "cpu":
+            return ValueError(
+                f"q must be on cpu, and not in a package, for plan='decode', got "
+                f"{request.q.device.type}: let plan be 'auto'"
+            )
+        return None
+
+    @override
+    def suits(self, request: Request) -> bool:
+        # Products with all gathered keys are faster than attention part by part while queries are
+        # fewer than the keys of a block or two.
+        return on_cpu(request.q) and 0 < request.q.shape[2] <= _FEW_QUERIES
+
+    @override
+    def __call__(self, request: Request) -> Result:
+        routing, (q, scale) = route_request(request), _scaled_up(request)
+        softcap = float(request.mods.softcap or 0.0)
+        return decode_cpu(q, request.k, request.v, *routing.parts, scale, softcap)
 
 
 class Fused(Plan):
@@ -194,7 +235,7 @@ class Masked(Plan):
         return _attend_masked(request)
 
 
-PLANS: tuple[Plan, ...] = (Dense(), Fused(), Routed(), Masked())
+PLANS: tuple[Plan, ...] = (Dense(), Decode(), Fused(), Routed(), Masked())
 """All plans, in the order in which "auto" asks them."""
 
 

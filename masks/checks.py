@@ -290,7 +290,7 @@ def check_head_top_k(head_top_k: Tensor | None, q: Tensor, least: int, most: int
     """Raise unless `head_top_k` is None, or a number of blocks for each head of `q`.
 
     Args:
-        head_top_k: The numbers, int `[Hq]`.
+        head_top_k: The numbers, int `[Hq]` or `[B, Hq]`.
         q: Queries, `[B, Hq, Q, D]`.
         least: `1 + sink_blocks + local_blocks`.
         most: `top_k`.
@@ -302,11 +302,12 @@ def check_head_top_k(head_top_k: Tensor | None, q: Tensor, least: int, most: int
     if head_top_k is None:
         return
     _check_integers("head_top_k", head_top_k, q)
-    if head_top_k.shape != q.shape[1:2]:
+    if head_top_k.shape not in (q.shape[1:2], q.shape[:2]):
         raise ValueError(
-            f"head_top_k must have shape [Hq] = ({q.shape[1]},), got {tuple(head_top_k.shape)}"
+            f"head_top_k must have shape [Hq] = ({q.shape[1]},) or [B, Hq], got "
+            f"{tuple(head_top_k.shape)}"
         )
-    for number in _values(head_top_k):
+    for number in _values(head_top_k.flatten()):
         if not least <= number <= most:
             raise ValueError(
                 "head_top_k must be from 1 + sink_blocks + local_blocks to top_k, "

@@ -128,6 +128,27 @@ class Layout:
         return Coordinates(*(x.int().unsqueeze(0) for x in columns))
 
 
+class Slots(NamedTuple):
+    """Where the keys of each row of a cache lie, and where its queries do; int `[B]` each.
+
+    Attributes:
+        query: Slot of the first query. Queries at slots from `stop` on are padding.
+        start: Slot of the first key.
+        stop: The slot after the last key.
+    """
+
+    query: Tensor
+    start: Tensor
+    stop: Tensor
+
+
+def locate_slots(plain: Layout, slots: Slots) -> Layout:
+    """Return the layout of the same sizes and options, for rows of a cache."""
+    query, start, stop = (x.unsqueeze(1) for x in slots)
+    offset = torch.arange(plain.q_len, device=start.device)
+    return _between(plain, query + offset, start, stop)
+
+
 def locate(plain: Layout, rows: RowOptions) -> Layout:
     """Return the layout of the same sizes and options, for what the rows of a batch hold."""
     cu_seqlens, key_mask = rows.get("cu_seqlens"), rows.get("key_mask")
@@ -207,15 +228,25 @@ def _packed(plain: Layout, cu_seqlens_q: Tensor, cu_seqlens: Tensor) -> Layout:
 
 def _padded(plain: Layout, key_mask: Tensor) -> Layout:
     """Return the layout of padded rows, whose blocks are counted from the first real key."""
-    block_size, device = plain.block_size, key_mask.device
     # Padded by one column, so that `argmax` finds one where there are no keys.
     first = F.pad(key_mask.int(), (0, 1)).argmax(dim=1, keepdim=True)
     after = first + key_mask.sum(dim=1, keepdim=True)
-    num_blocks = ceil_div(plain.kv_len, block_size)
-    start = first + torch.arange(num_blocks, device=device) * block_size
-    extents = torch.stack((torch.minimum(start, after), torch.minimum(start + block_size, after)))
+    position = torch.arange(plain.q_offset, plain.kv_len, device=key_mask.device)
+    return _between(plain, position, first, after)
 
-    position = torch.arange(plain.q_offset, plain.kv_len, device=device)
+
+def _between(plain: Layout, position: Tensor, first: Tensor, after: Tensor) -> Layout:
+    """Return the layout of rows whose real keys lie in one piece.
+
+    Args:
+        plain: Sizes and options.
+        position: Places of the queries among the keys, `[Q]` or `[B, Q]`.
+        first: Place of the first real key, `[B, 1]`.
+        after: The place after the last one, `[B, 1]`.
+    """
+    block_size, num_blocks = plain.block_size, ceil_div(plain.kv_len, plain.block_size)
+    start = first + torch.arange(num_blocks, device=first.device) * block_size
+    extents = torch.stack((torch.minimum(start, after), torch.minimum(start + block_size, after)))
     real = (position >= first) & (position < after)
     own = (position - first) // block_size
     newest = own - 1 if plain.causal else ceil_div(after - first, block_size) - 1

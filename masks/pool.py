@@ -68,15 +68,15 @@ def _pool(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | None) -
     lists = k.reshape(-1, kv_len, head_dim)
     at_once = max(1, _POOL_CHUNK // max(1, kv_len * head_dim)) if isinstance(kv_len, int) else None
     if at_once is None or at_once >= lists.shape[0]:
-        total = _sum_blocks(lists, edges)
+        total = sum_blocks(lists, edges)
     else:
         parts = zip(lists.split(at_once), edges.split(at_once), strict=True)
-        total = torch.cat([_sum_blocks(*part) for part in parts])
+        total = torch.cat([sum_blocks(*part) for part in parts])
     mean = total / edges.diff(dim=1).clamp(min=1).unsqueeze(2)
     return mean.to(k.dtype).view(batch, num_heads, num_blocks, head_dim)
 
 
-def _sum_blocks(lists: Tensor, edges: Tensor) -> Tensor:
+def sum_blocks(lists: Tensor, edges: Tensor) -> Tensor:
     """Add up the keys of each block.
 
     Args:

@@ -21,7 +21,15 @@ from moba_flex.masks.checks import (
     check_softcap,
     check_transforms,
 )
-from moba_flex.masks.layout import LONGEST, Layout, RowOptions, ceil_div, locate
+from moba_flex.masks.layout import (
+    LONGEST,
+    Layout,
+    RowOptions,
+    Slots,
+    ceil_div,
+    locate,
+    locate_slots,
+)
 from moba_flex.masks.mods import MaskMod, Mods, ScoreMod
 from moba_flex.masks.routing import Routing
 
@@ -67,7 +75,8 @@ class Gate:
         sink_blocks: First blocks of the sequence that are always chosen.
         local_blocks: Blocks right before the own one that are always chosen.
         causal: Whether only past blocks are candidates.
-        head_top_k: Blocks that the queries of each head attend to, int `[Hq]`; None for `top_k`.
+        head_top_k: Blocks that the queries of each head attend to, int `[Hq]`, or of each head in
+            each row, `[B, Hq]`; None for `top_k`.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -129,6 +138,8 @@ class Request:
         routing: The blocks that were chosen, as a set; None if the gate chooses.
         rows: What the rows of the batch hold.
         layout: Where queries and blocks lie, if that is known already.
+        slots: Where keys and queries lie in a cache; None if `k` and `v` are no cache.
+        block_keys: The block keys of the gate, `[B, Hkv, N, D]`, if a cache keeps them.
         mods: Changes to scores and masks.
         lse: Whether the log-sum-exp of the scores is asked for.
     """
@@ -141,6 +152,8 @@ class Request:
     routing: Routing | None = None
     rows: RowOptions | None = None
     layout: Layout | None = None
+    slots: Slots | None = None
+    block_keys: Tensor | None = None
     mods: Mods = field(kw_only=True)  # as a default, PyTorch 2.11's Dynamo could not trace it
     lse: bool = field(default=False, kw_only=True)
 
@@ -149,6 +162,8 @@ class Request:
         """Whether each row is one sequence, without padding."""
         if self.layout is not None:
             return self.layout.extents is None
+        if self.slots is not None:
+            return False
         rows = self.rows or {}
         return rows.get("cu_seqlens") is None and rows.get("key_mask") is None
 
@@ -161,7 +176,7 @@ class Request:
 
     def with_gate(self, gate: Gate) -> "Request":
         """Return the request with another gate, and so with other blocks."""
-        return self._with(gate, None)
+        return self._with(gate, None, None)
 
     def located(self) -> "Request":
         """Return the request with its layout worked out."""
@@ -169,12 +184,18 @@ class Request:
             return self
         sizes = self.q.shape[2], self.k.shape[2]
         plain = Layout(*sizes, self.gate.block_size, self.gate.causal)
-        return self._with(self.gate, locate(plain, self.rows or {}))
+        if self.slots is not None:
+            layout = locate_slots(plain, self.slots)
+        else:
+            layout = locate(plain, self.rows or {})
+        return self._with(self.gate, layout, self.block_keys)
 
-    def _with(self, gate: Gate | None, layout: Layout | None) -> "Request":
+    def _with(
+        self, gate: Gate | None, layout: Layout | None, block_keys: Tensor | None
+    ) -> "Request":
         # Not by `dataclasses.replace`, which torch.compile would have to trace.
         given = self.q, self.k, self.v, self.scale, gate, self.routing, self.rows, layout
-        return Request(*given, mods=self.mods, lse=self.lse)
+        return Request(*given, self.slots, block_keys, mods=self.mods, lse=self.lse)
 
 
 def gated_request(
@@ -207,6 +228,31 @@ def gated_request(
     }
     check_layout(q, k, **rows)
     return Request(q, k, v, scale, gate=gate, rows=rows, mods=mods, lse=lse)
+
+
+def cached_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_keys: Tensor | None,
+    slots: Slots,
+    *,
+    return_aux: AuxRequest | None = None,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    causal: bool = True,
+    head_top_k: Tensor | None = None,
+    **scores: Unpack[ScoreOptions],
+) -> Request:
+    """Return the checked request of a call whose keys and values lie in a cache."""
+    scale, mods = _check_scores(q, k, v, **scores)
+    lse = check_aux(return_aux)
+    gate = Gate(block_size, top_k, sink_blocks, local_blocks, causal, head_top_k)
+    gate.check_heads(q)
+    cache = slots, block_keys
+    return Request(q, k, v, scale, gate, None, None, None, *cache, mods=mods, lse=lse)
 
 
 def given_request(

@@ -23,6 +23,7 @@ _SIZES = [
     "local_blocks",
     "num_blocks",
     "num_heads",
+    "numbers",
     "picks",
     "q_len",
     "q_offset",
@@ -83,7 +84,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     q_ptr, block_keys_ptr, out_ptr, head_top_k_ptr, queries_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     num_heads, group, q_len, q_offset, num_blocks, block_size, sink_blocks, local_blocks, picks,
-    table_rows,
+    table_rows, numbers,
     CAUSAL: tl.constexpr, FORCED: tl.constexpr, BY_HEAD: tl.constexpr, TABLES: tl.constexpr,
     SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
@@ -114,7 +115,8 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         newest = tl.minimum(own, num_blocks) - 1 if CAUSAL else oldest + num_blocks - 1
     chosen = picks
     if BY_HEAD:
-        chosen = tl.minimum(picks, tl.load(head_top_k_ptr + head).to(tl.int32) - 1)
+        number = tl.program_id(1) % numbers
+        chosen = tl.minimum(picks, tl.load(head_top_k_ptr + number).to(tl.int32) - 1)
 
     slot = tl.arange(0, SLOTS)[None, :]
     # Slots past `chosen` hold infinity, which nothing replaces. Each empty slot has a number of
@@ -173,7 +175,7 @@ def choose_triton(
             block_keys,
             out,
             # Placeholders, which the kernel does not read.
-            out if head_top_k is None else head_top_k,
+            out if head_top_k is None else head_top_k.contiguous(),
             out if queries is None else queries,
             *q.stride(),
             *block_keys.stride(),
@@ -187,6 +189,7 @@ def choose_triton(
             local_blocks,
             picks,
             1 if queries is None else queries.shape[1],
+            1 if head_top_k is None else head_top_k.numel(),
             CAUSAL=causal,
             FORCED=sink_blocks + local_blocks > 0,
             BY_HEAD=head_top_k is not None,

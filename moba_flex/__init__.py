@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moba_flex.attention import choose_plan, moba_attention, routed_attention
+    from moba_flex.cache import BlockCache, cached_attention
     from moba_flex.config import MoBAConfig
     from moba_flex.masks import patterns
     from moba_flex.masks.block_mask import create_moba_block_mask
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     Tables = Layout
 
 __all__ = [
+    "BlockCache",
     "Layout",
     "MoBAAttention",
     "MoBAConfig",
     "Routing",
     "Tables",
+    "cached_attention",
     "choose_plan",
     "create_moba_block_mask",
     "make_tables",
@@ -37,10 +40,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BlockCache": "cache",
     "Layout": "masks.layout",
     "MoBAAttention": "module",
     "MoBAConfig": "config",
     "Routing": "masks.routing",
+    "cached_attention": "cache",
     "choose_plan": "attention",
     "create_moba_block_mask": "masks.block_mask",
     "make_tables": "masks.layout",

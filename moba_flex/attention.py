@@ -146,7 +146,7 @@ def moba_attention(
         mask_mod=mask_mod,
         return_aux=return_aux,
     )
-    return _attend(request, plan, return_aux)
+    return attend(request, plan, return_aux)
 
 
 @overload
@@ -209,7 +209,7 @@ def routed_attention(
     """
     q, k, v = cast_by_autocast(q, k, v)
     request = given_request(q, k, v, routing, return_aux=return_aux, **options)
-    return _attend(request, plan, return_aux)
+    return attend(request, plan, return_aux)
 
 
 def choose_plan(
@@ -230,7 +230,8 @@ def choose_plan(
         options: Those of `moba_attention`.
 
     Returns:
-        "dense" if `top_k` blocks cover all keys, in every head; else "fused" on CUDA, for head
+        "dense" if `top_k` blocks cover all keys, in every head; else "decode" on CPU, for at most
+        64 queries without gradients and mods; else "fused" on CUDA, for head
         dims of at most 256 and neither `score_mod` nor `mask_mod`; else "routed".
 
     Raises:
@@ -247,7 +248,7 @@ def choose_plan(
     return find_plan("auto", request).name
 
 
-def _attend(
+def attend(
     request: Request, name: str, return_aux: AuxRequest | None
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend by the plan of a name, and return what is asked for."""

@@ -22,8 +22,8 @@ class MoBAConfig:
             `top_k` everywhere. None may exceed `top_k`.
         dense_layers: Layers that keep dense attention, as the model's config counts them; negative
             numbers count from the last.
-        cached: What a call with cached keys does, one with more keys than queries: "refuse"
-            raises, "dense" attends to all keys.
+        cached: What a call with cached keys does, one with more keys than queries: "route" routes
+            it like any other, "dense" attends to all keys, "refuse" raises.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -42,7 +42,7 @@ class MoBAConfig:
     sink_blocks: int = 0
     local_blocks: int = 0
     dense_layers: tuple[int, ...] = ()
-    cached: Literal["refuse", "dense"] = "refuse"
+    cached: Literal["route", "dense", "refuse"] = "route"
     head_top_k: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -59,8 +59,8 @@ class MoBAConfig:
             if isinstance(layer, bool) or not hasattr(layer, "__index__"):
                 raise TypeError(f"dense_layers must hold ints, got {type(layer).__name__}")
         object.__setattr__(self, "dense_layers", tuple(map(operator.index, layers)))
-        if self.cached not in ("refuse", "dense"):
-            raise ValueError(f"cached must be 'refuse' or 'dense', got {self.cached!r}")
+        if self.cached not in ("route", "dense", "refuse"):
+            raise ValueError(f"cached must be 'route', 'dense' or 'refuse', got {self.cached!r}")
         if self.head_top_k is not None:
             object.__setattr__(self, "head_top_k", self._checked_head_top_k())
 

@@ -83,7 +83,7 @@ def moba_attention_reference(
             `top_k`.
         causal: Whether a query sees only keys at its position and before.
         scale: Factor on the scores; `1 / sqrt(D)` if None. The gate never uses it.
-        head_top_k: `top_k` of each head, int `[Hq]`.
+        head_top_k: `top_k` of each head, int `[Hq]`, or of each head in each row, `[B, Hq]`.
         cu_seqlens: Where packed documents start, and the end `KV`, int `[docs + 1]`.
         cu_seqlens_q: Where the queries of each document start, if not where its keys do. They are
             the last positions of the document.
@@ -140,7 +140,8 @@ def moba_attention_reference(
             some_blocks = blocks[row, :, queries, numbers]
         else:
             with torch.no_grad():
-                gate = limit.to(q.device), sink_blocks, local_blocks, causal
+                numbers_of_heads = limit if limit.dim() == 1 else limit[row]
+                gate = numbers_of_heads.to(q.device), sink_blocks, local_blocks, causal
                 some_blocks = _gate(some_q, some_k, own, block_size, *gate)
         chosen[row, :, queries, numbers] = some_blocks
 

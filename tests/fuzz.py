@@ -29,10 +29,17 @@ from moba_flex.compile.plans import interpreted
 from tests.case import MEMORY, Case
 from tests.helpers import WORST, assert_matches_oracle, attention
 
-PLANS = ("routed", "auto", "dense", "fused", "masked")
+PLANS = ("routed", "auto", "dense", "decode", "fused", "masked")
 _WEIGHTS = {
     # Compiled FlexAttention takes many seconds for each kind of request.
-    "cpu": {"routed": 1.0, "auto": 0.4, "dense": 0.2, "fused": 0.01, "masked": 0.002},
+    "cpu": {
+        "routed": 1.0,
+        "auto": 0.4,
+        "dense": 0.2,
+        "decode": 0.4,
+        "fused": 0.01,
+        "masked": 0.002,
+    },
     "cuda": {"fused": 1.0, "auto": 0.1, "dense": 0.05, "routed": 0.1, "masked": 0.05},
 }
 # Kinds of requests, of a plan on a device: what a compiler makes something new for.
@@ -50,7 +57,7 @@ def draw(rng: Random, device: str = "cpu", plans: Sequence[str] = PLANS) -> Case
     Its kind, all that a compiler specializes on, comes from a generator of its own, so that plans
     that must be compiled have few; lengths, layout and values are always new.
     """
-    weights = [_WEIGHTS[device][plan] for plan in plans]
+    weights = [_WEIGHTS[device].get(plan, 0.0) for plan in plans]
     plan = rng.choices(plans, weights)[0]
     number = _KINDS.get(f"{device} {plan}", _KINDS.get(device, 2**32))
     case = _draw_kind(Random(rng.randrange(number)), device, plan)
@@ -91,7 +98,8 @@ def _draw_kind(rng: Random, device: str, plan: str) -> Case:
         (20, 1, 1, 1, 1, 1),
     )[0]
     masks = "window:1", "window:7", "window:100", "random:0.9", "random:0.3", "random:0"
-    no_grad = device == "cpu" and plan == "masked"  # compiled FlexAttention has no backward there
+    # Compiled FlexAttention has no backward on CPU.
+    no_grad = plan == "decode" or (device == "cpu" and plan == "masked")
     some = "".join(name for name in "qkvc" if rng.random() < 0.5)
     fixed = ("sliding_window", "sink_window", "global_local:3", "strided:2")
     lists = tuple(f"{kind}:{n}" for kind in ("given", "shared") for n in (0, 1, 3, 9))
@@ -119,7 +127,7 @@ def _draw_kind(rng: Random, device: str, plan: str) -> Case:
         score=score,
         mask=maybe(0.15, rng.choice(masks), ""),
         grads="" if no_grad else rng.choices(("qkvc", "", some), (5, 1, 4))[0],
-        lse=not no_grad and rng.random() < 0.6,
+        lse=(plan == "decode" or not no_grad) and rng.random() < 0.6,
         # Placeholders: sizes come later.
         docs=() if layout.endswith("docs") else None,
         q_docs=() if layout == "q_docs" else None,
@@ -186,13 +194,13 @@ def _draw_pad(rng: Random, kv_len: int) -> tuple[int, int]:
 
 def refusal(case: Case) -> str | None:
     """Return how the library must refuse a case, if it must."""
-    if case.plan == "fused":
-        if case.device == "cpu" and not interpreted():
-            return "q must be on cuda for plan='fused', got cpu: let plan be 'auto'"
+    if case.plan == "fused" and case.device == "cpu" and not interpreted():
+        return "q must be on cuda for plan='fused', got cpu: let plan be 'auto'"
+    if case.plan in ("fused", "decode"):
         for name in ("score", "mask"):
             if getattr(case, name):
                 return (
-                    f"{name}_mod must be None for plan='fused', got a function: "
+                    f"{name}_mod must be None for plan='{case.plan}', got a function: "
                     "let plan be 'routed'"
                 )
     if case.plan == "dense" and case.head_top_k is not None:

@@ -388,7 +388,9 @@ def test_vmap_is_refused() -> None:
 
 
 def test_choose_plan() -> None:
-    q, k = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 256, 16)
+    few, q, k = (torch.randn(1, *shape, 16) for shape in ((4, 64), (4, 128), (2, 256)))
+    assert choose_plan(few, k, block_size=64, top_k=3) == "decode"
+    assert choose_plan(few.requires_grad_(), k, block_size=64, top_k=3) == "routed"
     assert choose_plan(q, k, block_size=64, top_k=3) == "routed"
     assert choose_plan(q, k, block_size=64, top_k=4) == "dense"
     assert choose_plan(q, k, block_size=256, top_k=1) == "dense"

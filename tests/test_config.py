@@ -24,7 +24,7 @@ def test_takes_integers_of_numpy() -> None:
 
 def test_is_hashable_and_fills_in_defaults() -> None:
     config = MoBAConfig.from_dict({"block_size": 8, "top_k": 2})
-    assert {config: 1}[MoBAConfig(8, 2, 0, 0, (), "refuse")] == 1
+    assert {config: 1}[MoBAConfig(8, 2, 0, 0, (), "route")] == 1
 
 
 def test_dense_layers_count_from_both_ends() -> None:
@@ -52,7 +52,11 @@ def test_dense_layers_count_from_both_ends() -> None:
         ({"dense_layers": "01"}, TypeError, "dense_layers must be a tuple of ints, got str"),
         ({"dense_layers": (0.0,)}, TypeError, "dense_layers must hold ints, got float"),
         ({"dense_layers": (True,)}, TypeError, "dense_layers must hold ints, got bool"),
-        ({"cached": "moba"}, ValueError, "cached must be 'refuse' or 'dense', got 'moba'"),
+        (
+            {"cached": "moba"},
+            ValueError,
+            "cached must be 'route', 'dense' or 'refuse', got 'moba'",
+        ),
         ({"chunk": 3}, TypeError, "unexpected keyword argument 'chunk'"),
     ],
 )

@@ -32,6 +32,7 @@ from moba_flex import (
     route,
     routed_attention,
 )
+from tests.test_cache import CACHE_ERRORS
 
 GATE: dict[str, Any] = {"block_size": 4, "top_k": 2}
 
@@ -240,7 +241,7 @@ HEAD_ERRORS: list[tuple[Any, type[Exception], str]] = [
         TypeError,
         "head_top_k must have dtype torch.int32 or torch.int64, got torch.float32",
     ),
-    (torch.tensor([2]), ValueError, "head_top_k must have shape [Hq] = (2,), got (1,)"),
+    (torch.tensor([2]), ValueError, "head_top_k must have shape [Hq] = (2,) or [B, Hq], got (1,)"),
     (
         torch.tensor([2, 3]),
         ValueError,
@@ -434,7 +435,7 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: moba_attention(x(), x(), x(), **GATE, plan="fast"),  # type: ignore[call-overload]
         ValueError,
-        "plan must be one of ('auto', 'dense', 'fused', 'routed', 'masked'), got 'fast'",
+        "plan must be one of ('auto', 'dense', 'decode', 'fused', 'routed', 'masked'), got 'fast'",
     ),
     (
         lambda: moba_attention(x(), x(), x(), block_size=4, top_k=1, plan="dense"),
@@ -489,7 +490,7 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
             plan="dense",  # type: ignore[call-overload]
         ),
         ValueError,
-        "plan must be one of ('auto', 'fused', 'routed', 'masked'), got 'dense'",
+        "plan must be one of ('auto', 'decode', 'fused', 'routed', 'masked'), got 'dense'",
     ),
     (
         lambda: moba_attention(x(), x(), x(1, 2, 8, 0), **GATE),
@@ -552,7 +553,7 @@ CALL_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 CONFIG_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dense_layers": 1}, TypeError, "dense_layers must be a tuple of ints, got int"),
     ({"dense_layers": (0.0,)}, TypeError, "dense_layers must hold ints, got float"),
-    ({"cached": "moba"}, ValueError, "cached must be 'refuse' or 'dense', got 'moba'"),
+    ({"cached": "moba"}, ValueError, "cached must be 'route', 'dense' or 'refuse', got 'moba'"),
     (
         {"head_top_k": (2, 2)},
         TypeError,
@@ -678,10 +679,17 @@ HOLES = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
 SMALL: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8}
 DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
-        lambda: layer(kv_len=9),
+        lambda: layer(kv_len=9, config={"cached": "refuse"}),
         ValueError,
         "queries must be as many as keys, got 8 queries and 9 keys of a cache: pass "
-        "use_cache=False, or set cached='dense' to attend to all keys in such calls",
+        "use_cache=False, or let cached be 'route'",
+    ),
+    (
+        lambda: layer(kv_len=9),
+        ValueError,
+        "attention_mask must come from the mask functions of transformers in a call with cached "
+        "keys, got None: pass use_cache=False, or set cached='dense' to attend to all keys in "
+        "such calls",
     ),
     (
         lambda: layer(sliding_window=3),
@@ -911,6 +919,13 @@ MORE_MESSAGES = {
         "score_mod must be None for plan='fused', got a function: let plan be 'routed'",
         "q, k and v must have fewer than 2**31 elements each on cuda, got 2281701376: "
         "split the batch or the heads",
+    ],
+    "test_generation.py": [
+        "cache must stay on its device, got a call to offload it: offload from the start, by "
+        "DynamicCache(offloading=True)",
+        "tokens_to_remove must be at most 0, got 1",
+        "attention_mask must hold ones from the first token on in a call with cached keys, got "
+        "zeros between: pad on the left",
     ],
     "test_cli.py": [
         "--text must be a file, got 'x'",
@@ -1311,7 +1326,7 @@ def messages_in_code() -> Iterator[tuple[str, str]]:
 def test_the_tables_hold_every_message() -> None:
     tables = (
         GATE_ERRORS, QK_ERRORS, LAYOUT_ERRORS, HEAD_ERRORS, MOD_ERRORS, CALL_ERRORS, CUDA_ERRORS,
-        CONFIG_ERRORS, DOOR_ERRORS, GIVEN_ERRORS, TABLES_ERRORS,
+        CONFIG_ERRORS, DOOR_ERRORS, GIVEN_ERRORS, TABLES_ERRORS, CACHE_ERRORS,
     )  # fmt: skip
     known = [row[-1] for table in tables for row in table]
     known += [message for messages in MORE_MESSAGES.values() for message in messages]

@@ -24,9 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
 from moba_flex.compile import cpu
+from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks import router
 from moba_flex.masks._torch.exporting import is_exporting
 from moba_flex.masks._torch.inputs import copy_cpu
+from moba_flex.masks.append import append_cpu
 from moba_flex.masks.layout import Layout, locate
 from moba_flex.masks.pool import pool, pool_cpu
 from tests.helpers import DEVICES, Case, needs_interpreter
@@ -226,6 +228,7 @@ def layouts(device: str) -> Iterator[Layout]:
 
 def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Yield the ops that are Python on CPU, and arguments."""
+    yield append_cpu, appending("cpu")
     for layout in layouts("cpu"):
         queries, extents = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(2, 2, 3, 50, 90).inputs())
@@ -239,6 +242,7 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         inputs = [x.detach() for x in (q, q, k, v)]
         place = queries, extents, 16, True
         yield cpu.show_spoilt, (*inputs, blocks, *place)
+        yield decode_cpu, (*inputs[1:], blocks, *place, 0.3, 20.0)
         attend: Any = cpu.attend_cpu
         for softcap in (0.0, 20.0):
             given = (q, k, v, blocks, *place, 0.3, softcap)
@@ -248,12 +252,23 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
             yield attend.backward_op, (*grads, *saved, *place, 0.3, softcap)
 
 
+def appending(device: str) -> tuple[Any, ...]:
+    """Return arguments that append 5 keys to each of 2 rows of a cache."""
+    keys, values = (torch.zeros(2, 3, 40, dim, device=device) for dim in (16, 24))
+    sums, block_keys = (torch.zeros(2, 3, 5, 16, device=device) for _ in range(2))
+    new = (torch.randn(2, 3, 5, dim, device=device) for dim in (16, 24))
+    start, stop, counts = torch.tensor([[2, 0], [0, 7], [5, 3]], device=device).int()
+    return keys, values, sums, block_keys, *new, start, stop, counts, 8
+
+
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Yield the ops that launch Triton kernels, and arguments."""
     from moba_flex.compile import fused
-    from moba_flex.masks import pool_kernel, regroup_kernel, router_kernel
+    from moba_flex.masks import append_kernel, pool_kernel, regroup_kernel, router_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    append_op: Any = append_kernel.append_triton
+    yield append_op.op, appending(device)
     pool_op: Any = pool_kernel.pool_triton
     choose: Any = router_kernel.choose_triton
     sort_pairs: Any = regroup_kernel.sort_pairs_triton
@@ -285,9 +300,9 @@ def test_every_op_is_checked() -> None:
         if name.startswith("moba_flex::")
     }
     known = {"pool_cpu", "choose_cpu", "attend_cpu", "attend_cpu_backward"}
-    known |= {"copy_cpu", "show_spoilt"}
+    known |= {"copy_cpu", "show_spoilt", "append_cpu", "decode_cpu"}
     if pytest.importorskip("triton"):
-        known |= {"pool_triton", "choose_triton", "sort_pairs_triton"}
+        known |= {"append_triton", "pool_triton", "choose_triton", "sort_pairs_triton"}
         known |= {"attend_fused", "attend_fused_backward"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known
@@ -310,7 +325,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
     for op, arguments in kernel_ops():
         torch.library.opcheck(op, arguments, test_utils=utils)
         seen.add(op._qualname)
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 # Limits of PyTorch, and what is done about them.

@@ -145,6 +145,6 @@ def test_the_plan_and_numbers_of_heads_are_checked_in_a_call() -> None:
     with pytest.raises(ValueError, match="plan must be one of"):
         MoBAAttention(16, 4, plan="flash")(*CASE.inputs())  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"head_top_k must have shape \[Hq\] = \(4,\), got \(3,\)"
+        ValueError, match=r"head_top_k must have shape \[Hq\] = \(4,\) or \[B, Hq\], got \(3,\)"
     ):
         MoBAAttention(16, 4, head_top_k=[1, 2, 3])(*CASE.inputs())

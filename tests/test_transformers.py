@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def test_calls_with_a_cache_are_dense(steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 5])
 def test_calls_with_a_static_cache_are_dense(steps: int) -> None:
     results = []
-    for model in (cached_dense(), build("Llama")):
+    for model in (cached_dense().double(), build("Llama").double()):
         cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3)
         first = model(tokens()[:, :-steps], past_key_values=cache).logits
         second = model(tokens()[:, -steps:], past_key_values=cache).logits
@@ -304,12 +305,12 @@ def test_generates_without_a_cache_by_moba_alone() -> None:
 
 
 def test_refuses_a_cache() -> None:
-    model = apply(build("Llama"), SMALL)
+    model = apply(build("Llama"), replace(SMALL, cached="refuse"))
     cache = model(tokens(), use_cache=True).past_key_values
     assert isinstance(cache, DynamicCache)
     message = (
         "queries must be as many as keys, got 1 queries and 46 keys of a cache: "
-        "pass use_cache=False, or set cached='dense'"
+        "pass use_cache=False, or let cached be 'route'"
     )
     with pytest.raises(ValueError, match=message):
         model(tokens()[:, :1], past_key_values=cache)

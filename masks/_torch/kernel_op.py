@@ -105,6 +105,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def kernel_op(
     name: str,
     *,
+    mutates: tuple[str, ...] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
@@ -114,13 +115,14 @@ def kernel_op(
 
     Args:
         name: The op's qualified name.
+        mutates: Names of the arguments that it writes to.
         setup_context: Saves tensors for backward, as `CustomOpDef.register_autograd` takes it.
         backward: The formula of the gradient, as `CustomOpDef.register_autograd` takes it; None
             for a function without a gradient.
     """
 
     def decorate(function: F) -> F:
-        op = cast(CustomOpDef, triton_op(name, function, mutates_args=()))
+        op = cast(CustomOpDef, triton_op(name, function, mutates_args=mutates))
         watched: Callable[..., Any] = op
         plain = differentiable = _remember_launches(function)
         if backward is not None and setup_context is not None:

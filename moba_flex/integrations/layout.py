@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from moba_flex.masks.checks import is_readable
+from moba_flex.masks.layout import Slots
 
 Layout = dict[str, Tensor]
 """The arguments of `moba_attention` that say where documents or padding lie."""
@@ -30,13 +31,16 @@ _SIGNALS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class _Running(threading.local):
-    """The signals to the decoder that runs in this thread; None if none runs that listens.
+    """The signals to, and the cache of, the decoder that runs in this thread.
+
+    Both are None if none runs that listens.
 
     Not a ContextVar, which torch.compile cannot trace.
     """
 
     def __init__(self) -> None:
         self.signals: Signals | None = None
+        self.cache: Any = None
 
 
 _running = _Running()
@@ -44,9 +48,16 @@ _running = _Running()
 
 @dataclass(frozen=True)
 class _Enter:
-    """A forward pre-hook that records signals; the forward's arguments have names `parameters`."""
+    """A forward pre-hook that records signals and prepares the cache.
+
+    Attributes:
+        parameters: Names of the forward's arguments.
+        prepare: Called with the decoder, its cache, and the slot of each row's first key, int
+            `[B]`, if the mask tells.
+    """
 
     parameters: tuple[str, ...]
+    prepare: Callable[[nn.Module, Any, Tensor | None], None]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -54,20 +65,28 @@ class _Enter:
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             _running.signals["attention_mask"] = mask
+        _running.cache = given.get("past_key_values")
+        if _running.cache is not None:
+            self.prepare(module, _running.cache, _first_slots(mask))
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forget the recorded signals, after a forward."""
-    _running.signals = None
+    _running.signals = _running.cache = None
 
 
-def listen(decoder: nn.Module) -> None:
-    """Record the signals that a decoder is called with."""
+def running_cache() -> Any:
+    """Return the cache of the decoder that runs in this thread; None if it has none."""
+    return _running.cache
+
+
+def listen(decoder: nn.Module, prepare: Callable[[nn.Module, Any, Tensor | None], None]) -> None:
+    """Record the signals that a decoder is called with, and let `prepare` see its cache."""
     # A constant key: `register_forward_pre_hook` makes a new one for each model, for which
     # torch.compile would compile anew.
     key: Any = "moba_flex"
     parameters = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
-    decoder._forward_pre_hooks[key] = _Enter(parameters)
+    decoder._forward_pre_hooks[key] = _Enter(parameters, prepare)
     decoder._forward_pre_hooks_with_kwargs[key] = True
     decoder._forward_hooks[key] = _leave
     decoder._forward_hooks_always_called[key] = True
@@ -98,8 +117,11 @@ def mask(
     In another model: None or bool `[B, KV]`, for padding. Each layer then looks for signals among
     its own arguments.
 
-    In both: transformers' own mask `[B, 1, Q, KV]` in a windowed or cached call. The attention
-    passes it on or refuses it.
+    In both:
+
+    - int `[3, B, 1, 1]`, in a call with cached keys: the `Slots` of the cache.
+    - transformers' own mask `[B, 1, Q, KV]`, in a windowed call, or a cached one with a mask
+      function of the model's own. The attention passes it on or refuses it.
     """
     signals = _running.signals
     if signals is not None and not _fits(signals, q_length):
@@ -124,7 +146,9 @@ def mask(
     if local_size is not None or cached:
         if signals and cached:
             _refuse_documents_beside_cache(signals, real, sizes, kv_length)
-        elif signals and (starts := _starts(signals, real, sizes)) is not None:
+        if cached and local_size is None and mask_function is causal_mask_function:
+            return _mask_of_slots(attention_mask, batch_size, q_length, q_offset, device)
+        if not cached and signals and (starts := _starts(signals, real, sizes)) is not None:
             _refuse_other_keys(signals)
             mask_function = _apart(mask_function, starts, real)
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -190,7 +214,7 @@ def layout_of(
     """
     sizes, cached = (q.shape[0], q.shape[2]), q.shape[2] != k.shape[2]
     if mask is not None and mask.dtype == torch.int32:
-        if mask.dim() == 4:
+        if mask.dim() == 4 and mask.shape[0] == 1:
             return {}, None
         if mask.dim() == 3:
             return {"cu_seqlens_q": mask[0, 0], "cu_seqlens": mask[1, 0]}, None
@@ -225,6 +249,50 @@ def layout_of(
     return ({"key_mask": mask} if mask is not None and not layout else layout), None
 
 
+def slots_of(mask: Tensor | None) -> Slots | None:
+    """Return where a cached call's keys and queries lie, if its mask comes from `mask`."""
+    if mask is None or mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[0] != 3:
+        return None
+    return Slots(*mask[:, :, 0, 0])
+
+
+def _mask_of_slots(
+    attention_mask: Tensor | None,
+    batch: int,
+    q_len: int,
+    q_offset: int | Tensor,
+    device: torch.device | str,
+) -> Tensor:
+    """Return `Slots` as a mask, int32 `[3, B, 1, 1]`; models may slice it."""
+    query = torch.as_tensor(q_offset, device=device).int().expand(batch)
+    start = torch.zeros_like(query) if attention_mask is None else _first_slots(attention_mask)
+    assert start is not None
+    start, stop = start.to(query.device), query + q_len
+    if attention_mask is not None:
+        slot = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        outside = (slot < start[:, None]) | (slot >= stop[:, None])
+        _require(
+            outside | (attention_mask != 0),
+            "attention_mask must hold ones from the first token on in a call with cached keys, "
+            "got zeros between: pad on the left",
+            wait=False,
+        )
+    return torch.stack((query, start, stop))[:, :, None, None]
+
+
+def _first_slots(mask: Any) -> Tensor | None:
+    """Return the slot of each row's first key, int32 `[B]`, if a mask of some kind tells."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None
+    if (slots := slots_of(mask)) is not None:
+        return slots.start
+    if mask.dim() != 2:
+        return None
+    return F.pad((mask != 0).int(), (0, 1), value=1).argmax(dim=1).int()
+
+
 def one_row(x: Tensor) -> Tensor:
     """Lay the rows of a batch `[B, H, L, D]` one after another, `[1, H, B * L, D]`."""
     return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
@@ -245,9 +313,12 @@ def _fits(signals: Signals, length: int) -> bool:
     return all(x.shape[-1] == length for x in told if isinstance(x, Tensor))
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """Raise unless all of `condition` holds; if it cannot be read, the device asserts it."""
-    if not is_readable(condition):
+def _require(condition: Tensor, message: str, *, wait: bool = True) -> None:
+    """Raise unless all of `condition` holds.
+
+    If it cannot be read, or the host shall not wait for a GPU, the device asserts it.
+    """
+    if not is_readable(condition) or (condition.is_cuda and not wait):
         torch._assert_async(condition.all(), message)
     elif not condition.all():
         raise ValueError(message)

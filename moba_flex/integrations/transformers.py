@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -32,12 +32,22 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from moba_flex.attention import moba_attention
+from moba_flex.attention import attend, moba_attention
 from moba_flex.config import MoBAConfig
-from moba_flex.integrations.layout import Layout, layout_of, listen, mask, one_row
+from moba_flex.integrations.cache import adopt, block_keys_of
+from moba_flex.integrations.layout import (
+    Layout,
+    layout_of,
+    listen,
+    mask,
+    one_row,
+    running_cache,
+    slots_of,
+)
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import numbers_beside
-from moba_flex.masks.layout import ceil_div
+from moba_flex.masks.layout import Slots, ceil_div
+from moba_flex.masks.request import cached_request
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -174,7 +184,7 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
         )
     setattr(text, NAME, config.to_dict())
     for decoder in _decoders(model, text):
-        listen(decoder)
+        listen(decoder, _prepare_cache)
     return model
 
 
@@ -202,6 +212,14 @@ def observe(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+def _prepare_cache(decoder: Any, cache: Any, first: Tensor | None) -> None:
+    """Let the cache of a forward keep block keys."""
+    text = decoder.config.get_text_config()
+    if text._attn_implementation != NAME:  # switched to another one since
+        return
+    adopt(cache, _options(text), text.num_hidden_layers, first)
 
 
 def _register() -> None:
@@ -314,12 +332,22 @@ def _attention(
         )
     q_len, kv_len = query.shape[2], key.shape[2]
     dense = layer_idx is not None and config.is_dense(layer_idx, model_config.num_hidden_layers)
-    dense = dense or (q_len != kv_len and config.cached == "dense")
-    if q_len != kv_len and not dense:
+    slots = slots_of(attention_mask)
+    cached = slots is not None or q_len != kv_len
+    dense = dense or (cached and config.cached == "dense")
+    if cached and not dense and config.cached == "refuse":
         raise ValueError(
             f"queries must be as many as keys, got {q_len} queries and {kv_len} keys of a cache: "
-            "pass use_cache=False, or set cached='dense' to attend to all keys in such calls"
+            "pass use_cache=False, or let cached be 'route'"
         )
+    if cached and not dense and slots is None:
+        raise ValueError(
+            "attention_mask must come from the mask functions of transformers in a call with "
+            f"cached keys, got {'None' if attention_mask is None else 'another'}: pass "
+            "use_cache=False, or set cached='dense' to attend to all keys in such calls"
+        )
+    if slots is not None and dense:
+        attention_mask, slots = _pairs_of(slots, q_len, kv_len), None
     if "CrossAttention" in type(module).__name__ and (not dense or q_len == kv_len):
         raise ValueError(
             f"attention must be self-attention, got {type(module).__name__}: "
@@ -333,6 +361,22 @@ def _attention(
         )
     if not (dense and plain):
         _check_dropout(dropout)
+    if slots is not None:
+        _check_dropout(dropout)
+        block_keys = block_keys_of(running_cache(), layer_idx, key, config.block_size)
+        request = cached_request(
+            *(query, key, value, block_keys, slots),
+            **gate_of(config, layer_idx, query),
+            scale=scaling,
+            softcap=softcap,
+            return_aux=AuxRequest(lse=s_aux is not None),
+        )
+        out, aux = attend(request, "auto", AuxRequest(lse=s_aux is not None))
+        if s_aux is not None:
+            assert isinstance(aux, AuxOutput)
+            assert aux.lse is not None
+            out = _with_sinks(out, aux.lse, s_aux)
+        return out.transpose(1, 2).contiguous(), None
     layout, pairs = layout_of(query, key, attention_mask, kwargs, sliding_window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dense and plain and not layout:
@@ -371,6 +415,14 @@ def _attention(
         out = _with_sinks(out, aux.lse, s_aux)
     out = out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1)
     return out.contiguous(), None
+
+
+def _pairs_of(slots: Slots, q_len: int, kv_len: int) -> Tensor:
+    """Return which keys each query sees, bool `[B, 1, Q, KV]`, for attention to all of them."""
+    query, start, _ = (x[:, None, None, None] for x in slots)
+    slot = torch.arange(kv_len, device=query.device)
+    position = query + torch.arange(q_len, device=query.device)[:, None]
+    return (slot >= start) & (slot <= position)
 
 
 def _check_dropout(dropout: float) -> None:

@@ -1,0 +1,106 @@
+"""Append keys and values to a cache, and keep its block keys up to date."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from moba_flex.masks.layout import ceil_div
+from moba_flex.masks.pool import sum_blocks
+
+if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
+    from moba_flex.masks.append_kernel import append_triton
+
+
+def append(
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    block_keys: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    counts: Tensor | None,
+    block_size: int,
+) -> None:
+    """Write keys and values into a cache, and add the keys to the sums of their blocks.
+
+    A block's keys are added in float32, one after another, in whatever chunks they come. So block
+    keys have the bits that `pool` gives them.
+
+    Args:
+        keys: The cache's keys, `[B, Hkv, S, D]`; written to.
+        values: The cache's values, `[B, Hkv, S, Dv]`; written to.
+        sums: Sums of each block's keys, float32 `[B, Hkv, N, D]`; written to.
+        block_keys: Mean keys of the blocks, `[B, Hkv, N, D]`; written to.
+        k: New keys, `[B, Hkv, T, D]`.
+        v: New values, `[B, Hkv, T, Dv]`.
+        start: Slot of each row's first key, int32 `[B]`. What lies before it is no key.
+        stop: Slot of each row that the first new key goes to, int32 `[B]`.
+        counts: How many of the new keys each row takes, int32 `[B]`; None for all.
+        block_size: Keys per block.
+    """
+    here = append_triton if k.is_cuda else append_cpu
+    with torch.no_grad():
+        here(keys, values, sums, block_keys, k, v, start, stop, counts, block_size)
+
+
+@torch.library.custom_op(
+    "moba_flex::append_cpu",
+    mutates_args=("keys", "values", "sums", "block_keys"),
+    device_types="cpu",
+)
+def append_cpu(
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    block_keys: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    counts: Tensor | None,
+    block_size: int,
+) -> None:
+    """Do what `append` says, row by row."""
+    num_new = k.shape[2]
+    taken = [num_new] * k.shape[0] if counts is None else counts.tolist()
+    for b, (first, low, count) in enumerate(
+        zip(start.tolist(), stop.tolist(), taken, strict=True)
+    ):
+        if count == 0:
+            continue
+        keys[b, :, low : low + count] = k[b, :, :count]
+        values[b, :, low : low + count] = v[b, :, :count]
+        skip = max(first - low, 0)  # padding before the first key
+        if skip < count:
+            new = k[b, :, skip:count].float()
+            _add(sums[b], block_keys[b], new, low + skip - first, block_size)
+
+
+@append_cpu.register_fake
+def _nothing_to_return(*_: object) -> None:
+    return None
+
+
+def _add(sums: Tensor, block_keys: Tensor, new: Tensor, place: int, block_size: int) -> None:
+    """Add keys of one row to sums and block keys `[Hkv, N, D]`.
+
+    Args:
+        sums: Written to.
+        block_keys: Written to.
+        new: The keys, float32 `[Hkv, T, D]`.
+        place: Number of keys before them.
+        block_size: Keys per block.
+    """
+    block, within = divmod(place, block_size)
+    last = ceil_div(place + new.shape[1], block_size)
+    before = sums[:, block : block + 1] if within else torch.zeros_like(new[:, :1])
+    edges = torch.arange(block, last + 1) * block_size - place + 1
+    edges[0], edges[-1] = 0, new.shape[1] + 1
+    total = sum_blocks(torch.cat((before, new), dim=1), edges.expand(new.shape[0], -1))
+    number = edges.diff()
+    number[0] += within - 1
+    sums[:, block:last] = total
+    block_keys[:, block:last] = total / number[:, None]

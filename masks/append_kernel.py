@@ -1,0 +1,99 @@
+"""Append keys and values to a cache on CUDA: one launch writes them and updates block keys."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from moba_flex.masks._torch.kernel_op import kernel_op, launch
+
+# Arguments that vary with lengths: Triton would compile anew where 16 divides them.
+_SIZES = ["num_heads", "num_new", "num_blocks", "block_size", "num_slots"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def append_kernel(  # type: ignore[no-untyped-def]
+    keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, counts_ptr,
+    stride_keys_b, stride_keys_h, stride_keys_n, stride_keys_d,
+    stride_values_b, stride_values_h, stride_values_n, stride_values_d,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    num_heads, num_new, num_blocks, block_size, num_slots,
+    COUNTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Write the new keys and values of one block, and add the keys up in their order."""
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    first, low = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
+    high = low + num_new
+    if COUNTS:
+        high = low + tl.load(counts_ptr + batch)
+    high = tl.minimum(high, num_slots)
+    # Blocks before `first` hold padding alone, and count down from -1.
+    shifted = low - first
+    block = shifted // block_size - (shifted % block_size < 0).to(tl.int32) + tl.program_id(0)
+    begin = first + block * block_size
+    dim, value_dim = tl.arange(0, HEAD_DIM_PADDED), tl.arange(0, VALUE_DIM_PADDED)
+    keys_ptr += batch * stride_keys_b + head * stride_keys_h + dim * stride_keys_d
+    values_ptr += batch * stride_values_b + head * stride_values_h + value_dim * stride_values_d
+    k_ptr += batch * stride_kb + head * stride_kh + dim * stride_kd
+    v_ptr += batch * stride_vb + head * stride_vh + value_dim * stride_vd
+
+    out = (tl.program_id(1).to(tl.int64) * num_blocks + block) * HEAD_DIM + dim
+    from_slot, to_slot = tl.maximum(begin, low), tl.minimum(begin + block_size, high)
+    going_on = (block >= 0) & (from_slot > begin) & (dim < HEAD_DIM)
+    total = tl.load(sums_ptr + out, mask=going_on, other=0.0)
+    for slot in range(from_slot, to_slot):
+        new = (slot - low).to(tl.int64)
+        key = tl.load(k_ptr + new * stride_kn, mask=dim < HEAD_DIM, other=0.0)
+        value = tl.load(v_ptr + new * stride_vn, mask=value_dim < VALUE_DIM, other=0.0)
+        at = low + new
+        tl.store(keys_ptr + at * stride_keys_n, key, mask=dim < HEAD_DIM)
+        tl.store(values_ptr + at * stride_values_n, value, mask=value_dim < VALUE_DIM)
+        total += key.to(tl.float32)
+    number = tl.maximum(to_slot - begin, 1).to(tl.float32) + tl.zeros_like(total)
+    written = (block >= 0) & (from_slot < to_slot) & (dim < HEAD_DIM)
+    tl.store(sums_ptr + out, total, mask=written)
+    # Triton's own division of float32 is approximate.
+    mean = tl.div_rn(total, number).to(block_keys_ptr.dtype.element_ty)
+    tl.store(block_keys_ptr + out, mean, mask=written)
+
+
+@kernel_op("moba_flex::append_triton", mutates=("keys", "values", "sums", "block_keys"))
+def append_triton(
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    block_keys: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    counts: Tensor | None,
+    block_size: int,
+) -> None:
+    """Do what `moba_flex.masks.append.append` says."""
+    batch, num_heads, num_new, head_dim = k.shape
+    value_dim = v.shape[3]
+    if batch * num_heads * num_new == 0:
+        return
+    launch(
+        wrap_triton(append_kernel),
+        # As many blocks as `num_new` slots can touch, wherever they lie.
+        ((num_new + block_size - 2) // block_size + 1, batch * num_heads),
+        *(keys, values, sums, block_keys, k, v, start, stop),
+        start if counts is None else counts,  # a placeholder, which the kernel does not read
+        *(stride for x in (keys, values, k, v) for stride in x.stride()),
+        num_heads,
+        num_new,
+        sums.shape[2],
+        block_size,
+        keys.shape[2],
+        COUNTS=counts is not None,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        VALUE_DIM=value_dim,
+        VALUE_DIM_PADDED=triton.next_power_of_2(value_dim),
+        num_warps=1,
+    )

@@ -1,0 +1,380 @@
+"""A cache of keys and values that keeps the gate's block keys, and attention to it."""
+
+from dataclasses import dataclass
+from typing import Literal, Required, Self, Unpack, overload
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
+
+from moba_flex.attention import Plan, attend
+from moba_flex.masks._torch.inputs import cast_by_autocast
+from moba_flex.masks.append import append
+from moba_flex.masks.checks import check_int, is_readable
+from moba_flex.masks.layout import Slots, ceil_div
+from moba_flex.masks.mods import MaskMod, ScoreMod
+from moba_flex.masks.request import ScoreOptions, cached_request
+
+_ROOM = 256  # free slots of a new cache that grows
+
+
+class BlockCache:
+    """Keys, values and block keys of one attention layer, for a batch of rows.
+
+    A row is one sequence, and rows may have different lengths. Its keys lie in *slots*, from
+    `start` to `stop`; other slots may hold anything and are never read. Blocks are counted from
+    `start`.
+
+    A cache without `max_len` grows; then lengths must be known to the host. One with `max_len` is
+    allocated once and is only written in place, so that CUDA graphs and compiled graphs can hold
+    it: lengths are tensors, which no method reads.
+
+    Attributes:
+        block_size: Keys per block.
+        max_len: Number of slots, if the cache does not grow.
+        start: Slot of each row's first key, int32 `[B]`.
+        stop: The slot after each row's last key, int32 `[B]`.
+
+    Raises:
+        TypeError: A length is no int.
+        ValueError: A length is less than 1.
+
+    Example:
+        >>> cache = BlockCache(block_size=16)
+        >>> cache.append(torch.randn(1, 2, 100, 32), torch.randn(1, 2, 100, 32))
+        >>> cache.append(torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 32))
+        >>> out = cached_attention(torch.randn(1, 4, 1, 32), cache, top_k=3)
+        >>> out.shape, cache.stop.tolist()
+        (torch.Size([1, 4, 1, 32]), [101])
+    """
+
+    start: Tensor
+    stop: Tensor
+
+    def __init__(self, block_size: int, max_len: int | None = None) -> None:
+        self.block_size = check_int("block_size", block_size, 1)
+        self.max_len = None if max_len is None else check_int("max_len", max_len, 1)
+        self._memory: _Memory | None = None
+        self._longest = 0  # of a cache that grows: no row has a key behind this slot
+        self._counts: Tensor | None = None
+
+    def append(
+        self, k: Tensor, v: Tensor, *, counts: Tensor | None = None, start: Tensor | None = None
+    ) -> None:
+        """Add keys and values behind those of each row.
+
+        Args:
+            k: Keys, `[B, Hkv, T, D]`.
+            v: Values, `[B, Hkv, T, Dv]`.
+            counts: How many of the `T` each row takes, the first ones, int `[B]`; None for all.
+            start: Slot of each row's first key, int `[B]`, for rows that are padded on the left.
+                Only rows that have no key yet may change theirs.
+
+        Raises:
+            TypeError: A tensor has the wrong dtype.
+            ValueError: Shapes do not fit the cache, or a row would get more than `max_len` keys.
+        """
+        self.allocate(k, v)
+        memory, num_new = self._filled(), k.shape[2]
+        if start is not None:
+            self.start.copy_(_row_numbers("start", start, k))
+        if counts is not None:
+            counts = _row_numbers("counts", counts, k)
+        if self.max_len is None:
+            memory = self._memory = memory.with_room(self._longest + num_new, self.block_size)
+            self._longest += num_new
+        else:
+            last = self.stop + (num_new if counts is None else counts)
+            _require_room(last, self.max_len)
+        append(*memory.tensors, k, v, self.start, self.stop, counts, self.block_size)
+        self.stop += num_new if counts is None else counts
+        self._counts = counts
+
+    def crop(self, tokens: int | Tensor) -> None:
+        """Take back the last keys of each row, as after rejected guesses.
+
+        Args:
+            tokens: How many: one number, or one for each row, int `[B]`.
+
+        Raises:
+            ValueError: A row has fewer keys.
+        """
+        memory, size = self._filled(), self.block_size
+        if isinstance(tokens, Tensor):
+            tokens = _row_numbers("tokens", tokens, memory.keys)
+        kept = self.stop - self.start.minimum(self.stop) - tokens
+        if is_readable(kept) and bool((kept < 0).any()):
+            raise ValueError(f"tokens must be at most the keys of a row, got {tokens}")
+        self._counts = None
+        # The last block is filled anew: a sum does not come back bit by bit from a subtraction.
+        counts = kept.clamp(min=0) % size
+        self.stop.sub_(tokens).sub_(counts)
+        slots = self.stop.unsqueeze(1) + torch.arange(size, device=self.stop.device)
+        slots = slots.clamp(0, memory.keys.shape[2] - 1)[:, None, :, None].long()
+        k, v = (
+            x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3]))
+            for x in (memory.keys, memory.values)
+        )
+        append(*memory.tensors, k, v, self.start, self.stop, counts, size)
+        self.stop += counts
+        if self.max_len is None and isinstance(tokens, int):
+            self._longest -= tokens
+
+    def select(self, rows: Tensor) -> None:
+        """Make row `i` a copy of row `rows[i]`, int `[B']`: for beams, or to drop finished rows.
+
+        A cache with `max_len` keeps its memory if the number of rows stays the same.
+        """
+        if self._memory is None:
+            return
+        rows = rows.to(self.start.device)
+        old = self.tensors
+        new = [x.index_select(0, rows) for x in old]
+        if self._counts is not None:
+            self._counts = self._counts.index_select(0, rows)
+        if self.max_len is not None and rows.shape[0] == self.start.shape[0]:
+            for x, y in zip(old, new, strict=True):
+                x.copy_(y)
+        else:
+            *tensors, self.start, self.stop = new
+            self._memory = _Memory(*tensors)
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat each row `repeats` times, one copy beside the other."""
+        if self._memory is not None:
+            rows = torch.arange(self.start.shape[0], device=self.start.device)
+            self.select(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget all keys; the memory stays allocated."""
+        if self._memory is not None:
+            self.start.zero_()
+            self.stop.zero_()
+        self._longest, self._counts = 0, None
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys in their slots, `[B, Hkv, S, D]`."""
+        return self._slots("keys")
+
+    @property
+    def values(self) -> Tensor:
+        """The values in their slots, `[B, Hkv, S, Dv]`."""
+        return self._slots("values")
+
+    @property
+    def block_keys(self) -> Tensor:
+        """The mean keys of the blocks, `[B, Hkv, N, D]`; anything for blocks without keys."""
+        block_keys = self._filled().block_keys
+        if self.max_len is not None:
+            return block_keys
+        return block_keys[:, :, : ceil_div(self._longest, self.block_size)]
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that are allocated, for "keys and values" and for "blocks"."""
+        if self._memory is None:
+            return {"keys and values": 0, "blocks": 0}
+        sizes = [x.numel() * x.element_size() for x in self._memory.tensors]
+        return {"keys and values": sum(sizes[:2]), "blocks": sum(sizes[2:])}
+
+    def slots(self, q_len: int) -> Slots:
+        """Return where the keys lie, and the last `q_len` of them, which are the queries'.
+
+        Raises:
+            ValueError: The rows took different numbers of keys, and not from `q_len`.
+        """
+        if self._counts is None:
+            return Slots(self.stop - q_len, self.start, self.stop)
+        return Slots(self.stop - self._counts, self.start, self.stop)
+
+    def _filled(self) -> "_Memory":
+        if self._memory is None:
+            raise ValueError("cache must hold keys, got an empty one: append some")
+        return self._memory
+
+    def _slots(self, name: Literal["keys", "values"]) -> Tensor:
+        tensor: Tensor = getattr(self._filled(), name)
+        return tensor if self.max_len is not None else tensor[:, :, : self._longest]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that the cache writes to."""
+        return *self._filled().tensors, self.start, self.stop
+
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        """Allocate the memory for tensors like `k` and `v`; check them if there is some already.
+
+        Raises:
+            ValueError: Shapes, dtypes or devices do not fit the cache.
+        """
+        for name, x in (("k", k), ("v", v)):
+            if x.dim() != 4:
+                raise ValueError(f"{name} must have shape [B, Hkv, T, D], got {tuple(x.shape)}")
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"v must have shape [B, Hkv, T, Dv] like k, got {tuple(v.shape)} beside "
+                f"{tuple(k.shape)}"
+            )
+        if self._memory is None:
+            self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
+            self.stop = torch.zeros_like(self.start)
+            slots = self.max_len or k.shape[2] + _ROOM
+            self._memory = _Memory.of(k, v, slots, self.block_size)
+        memory = self._memory
+        for name, x, kept in (("k", k, memory.keys), ("v", v, memory.values)):
+            same = x.dtype == kept.dtype and x.device == kept.device
+            if not same or (*x.shape[:2], x.shape[3]) != (*kept.shape[:2], kept.shape[3]):
+                raise ValueError(
+                    f"{name} must have shape {(*kept.shape[:2], 'T', kept.shape[3])}, "
+                    f"{kept.dtype} on {kept.device} like the cache, got {tuple(x.shape)}, "
+                    f"{x.dtype} on {x.device}"
+                )
+
+
+@dataclass
+class _Memory:
+    """The tensors of a cache, with room for `S` slots."""
+
+    keys: Tensor
+    values: Tensor
+    sums: Tensor
+    block_keys: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, slots: int, block_size: int) -> Self:
+        heads, blocks = k.shape[:2], ceil_div(slots, block_size)
+        return cls(
+            k.new_empty(*heads, slots, k.shape[3]),
+            v.new_empty(*heads, slots, v.shape[3]),
+            k.new_empty(*heads, blocks, k.shape[3], dtype=torch.float32),
+            k.new_empty(*heads, blocks, k.shape[3]),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.sums, self.block_keys
+
+    def with_room(self, slots: int, block_size: int) -> "_Memory":
+        """Return this memory, or a larger copy if it has too little room."""
+        room = self.keys.shape[2]
+        if slots <= room:
+            return self
+        more = slots + max(_ROOM, room // 4)  # so that keys are copied few times each
+        larger = _Memory.of(self.keys, self.values, more, block_size)
+        for old, new in zip(self.tensors, larger.tensors, strict=True):
+            new[:, :, : old.shape[2]] = old
+        return larger
+
+
+def _row_numbers(name: str, x: Tensor, k: Tensor) -> Tensor:
+    """Return a number for each row as int32."""
+    if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be a Tensor of integers, got {getattr(x, 'dtype', type(x))}")
+    if x.shape != k.shape[:1]:
+        raise ValueError(f"{name} must have shape [B] = ({k.shape[0]},), got {tuple(x.shape)}")
+    return x.to(device=k.device, dtype=torch.int32)
+
+
+def _require_room(last: Tensor, max_len: int) -> None:
+    """Raise if a row would get more keys than there are slots; if unreadable, assert it."""
+    if last.is_cuda or not is_readable(last):  # the host does not wait for a GPU
+        message = f"max_len must be at least the slots of each row, got {max_len} for more"
+        torch._assert_async((last <= max_len).all(), message)
+    elif bool((last > max_len).any()):
+        raise ValueError(
+            f"max_len must be at least the slots of each row, got {max_len} for "
+            f"{int(last.max())} slots: make a longer cache"
+        )
+
+
+class _Options(ScoreOptions, total=False):
+    """Options of `cached_attention`."""
+
+    top_k: Required[int]
+    sink_blocks: int
+    local_blocks: int
+    head_top_k: Tensor | None
+    plan: Plan | Literal["auto"]
+
+
+@overload
+def cached_attention(
+    q: Tensor, cache: BlockCache, *, return_aux: None = None, **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def cached_attention(
+    q: Tensor, cache: BlockCache, *, return_aux: AuxRequest, **options: Unpack[_Options]
+) -> tuple[Tensor, AuxOutput]: ...
+def cached_attention(
+    q: Tensor,
+    cache: BlockCache,
+    *,
+    top_k: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    head_top_k: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    plan: Plan | Literal["auto"] = "auto",
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Attend from the last queries of each row to the keys of a cache, as `moba_attention` does.
+
+    The keys of the queries are in the cache already: call `cache.append` first. Keys that came in
+    any number of chunks give the result of one call of `moba_attention`.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`: the last `Q` of each row; or, if `counts` were given to
+            `append`, those of the `T` new keys. Behind its count a row has padding, which gets
+            zeros.
+        cache: The keys and values.
+        top_k: Blocks a query attends to, its own included.
+        sink_blocks: First blocks of a row that are always chosen; they count in `top_k`.
+        local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
+        head_top_k: Blocks that each head attends to, int `[Hq]`, or each head of each row, int
+            `[B, Hq]`; at most `top_k`. May change from call to call.
+        scale: Factor on the scores; None for `1 / sqrt(D)`.
+        softcap: Soft cap of the scores.
+        score_mod: As in FlexAttention; `kv_idx` is a slot, `q_idx` counts from 0.
+        mask_mod: As in FlexAttention; `kv_idx` is a slot, `q_idx` counts from 0.
+        plan: How to compute it.
+        return_aux: What to return beside the output.
+
+    Returns:
+        The output `[B, Hq, Q, Dv]`, or with `return_aux` the output and an `AuxOutput`.
+
+    Raises:
+        ValueError: A shape, a device or an option is out of range, the cache is empty, or the plan
+            cannot serve the request.
+        TypeError: An argument has the wrong type.
+
+    Example:
+        >>> cache = BlockCache(block_size=16)
+        >>> cache.append(torch.randn(2, 2, 100, 32), torch.randn(2, 2, 100, 32))
+        >>> dense_and_sparse = torch.tensor([[7] * 4, [3] * 4])  # 7 blocks are all
+        >>> q = torch.randn(2, 4, 1, 32)
+        >>> cached_attention(q, cache, top_k=7, head_top_k=dense_and_sparse).shape
+        torch.Size([2, 4, 1, 32])
+    """
+    slots = cache.slots(q.shape[2])
+    q, k, v = cast_by_autocast(q, cache.keys, cache.values)
+    request = cached_request(
+        q,
+        k,
+        v,
+        cache.block_keys,
+        slots,
+        block_size=cache.block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        head_top_k=head_top_k,
+        scale=scale,
+        softcap=softcap,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        return_aux=return_aux,
+    )
+    return attend(request, plan, return_aux)

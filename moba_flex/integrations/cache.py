@@ -1,0 +1,195 @@
+"""Cache layers of transformers that keep the gate's block keys."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from moba_flex.cache import BlockCache
+from moba_flex.config import MoBAConfig
+from moba_flex.masks._torch.exporting import is_traced
+
+
+class _Blocks:
+    """What both kinds of layers do: they keep keys and values in a `BlockCache`.
+
+    Attributes:
+        blocks: The cache.
+        first: Slot of each row's first key, int `[B]`, as the running forward's mask says; None
+            for no padding.
+    """
+
+    blocks: BlockCache
+    first: Tensor | None = None
+    keys: Tensor | None
+    values: Tensor | None
+
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.blocks.append(k, v, start=self.first)
+        self.keys, self.values = keys, values = self.blocks.keys, self.blocks.values
+        return keys, values
+
+    def _show(self) -> None:
+        """Let transformers see the tensors of the cache after a change."""
+        if self.keys is not None:
+            self.keys, self.values = self.blocks.keys, self.blocks.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row `i` a copy of row `beam_idx[i]`."""
+        self.blocks.select(beam_idx)
+        self._show()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, one copy beside the other."""
+        self.blocks.repeat(repeats)
+        self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.blocks.select(indices)
+        self._show()
+
+    def offload(self) -> None:
+        """Refuse; `adopt` leaves offloaded caches as they are."""
+        raise ValueError(
+            "cache must stay on its device, got a call to offload it: offload from the start, by "
+            "DynamicCache(offloading=True)"
+        )
+
+    prefetch = offload
+
+
+class BlockDynamicLayer(_Blocks, DynamicLayer):  # type: ignore[no-untyped-call]
+    """A `DynamicLayer` with block keys, which grows without a copy of all keys in each step.
+
+    Example:
+        >>> layer = BlockDynamicLayer(block_size=16)
+        >>> keys, values = layer.update(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
+        >>> keys.shape, layer.blocks.block_keys.shape
+        (torch.Size([1, 2, 40, 8]), torch.Size([1, 2, 3, 8]))
+    """
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.blocks = BlockCache(block_size)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; memory is allocated with the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B, Hkv, T, D]`, and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Return the number of slots in use."""
+        return 0 if self.keys is None else int(self.keys.shape[2])
+
+    def reset(self) -> None:
+        """Forget all keys."""
+        self.blocks.reset()
+        self.keys = self.values = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` keys."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
+        self.blocks.crop(-tokens_to_remove)
+        self._show()
+
+
+class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
+    """A `StaticLayer` with block keys.
+
+    Example:
+        >>> layer = BlockStaticLayer(block_size=16, max_cache_len=64)
+        >>> keys, values = layer.update(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
+        >>> keys.shape, layer.get_seq_length()
+        (torch.Size([1, 2, 64, 8]), tensor(40))
+    """
+
+    def __init__(self, block_size: int, max_cache_len: int) -> None:
+        super().__init__(max_cache_len)
+        self.blocks = BlockCache(block_size, max_cache_len)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the memory."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[3], value_states.shape[3]
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.blocks.allocate(key_states, value_states)
+        self.keys, self.values = self.blocks.keys, self.blocks.values
+        if not is_traced():
+            for x in (self.cumulative_length, *self.blocks.tensors):
+                torch._dynamo.mark_static_address(x)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B, Hkv, T, D]`, and return all slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length.add_(key_states.shape[2])
+        return self._append(key_states, value_states)
+
+    def reset(self) -> None:
+        """Forget all keys."""
+        self.blocks.reset()
+        self.cumulative_length.zero_()
+
+
+def adopt(cache: Cache, config: MoBAConfig, num_layers: int, first: Tensor | None) -> None:
+    """Give a cache layers with block keys, for the layers that route.
+
+    Layers that keep other things than all keys, such as those of a window or quantized ones, and
+    caches that are offloaded, stay as they are: without block keys, each call pools all keys.
+
+    Args:
+        cache: A cache of transformers; its `layers` are replaced.
+        config: The options of the model.
+        num_layers: Number of layers of the model.
+        first: Slot of each row's first key, as the forward's mask says.
+    """
+    if not isinstance(cache, Cache) or cache.offloading:
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        while len(cache.layers) < num_layers:
+            cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
+    for index, layer in enumerate(cache.layers[:num_layers]):
+        if isinstance(layer, _Blocks):
+            layer.first = first
+        if is_traced() or config.cached != "route" or config.is_dense(index, num_layers):
+            continue
+        made: BlockDynamicLayer | BlockStaticLayer
+        if type(layer) is DynamicLayer:
+            made = BlockDynamicLayer(config.block_size)
+            used = layer.get_seq_length()
+        elif type(layer) is StaticLayer:
+            made = BlockStaticLayer(config.block_size, layer.max_cache_len)
+            used = int(layer.get_seq_length())
+        else:
+            continue
+        made.first = first
+        if used and layer.keys is not None and layer.values is not None:
+            made.update(layer.keys[:, :, :used], layer.values[:, :, :used])
+        cache.layers[index] = made
+
+
+def block_keys_of(
+    cache: Any, layer_idx: int | None, key: Tensor, block_size: int
+) -> Tensor | None:
+    """Return the block keys of `key` that a cache keeps; None if it keeps none."""
+    if not isinstance(cache, Cache) or layer_idx is None or layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    if not isinstance(layer, _Blocks) or layer.keys is not key:  # a layer may share another's keys
+        return None
+    return layer.blocks.block_keys if layer.blocks.block_size == block_size else None

@@ -1,0 +1,349 @@
+"""The cache: any sequence of changes gives what one call over the keys that remain gives."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moba_flex import moba_attention, moba_attention_reference
+from moba_flex.cache import BlockCache, cached_attention
+from moba_flex.masks.append import append
+from moba_flex.masks.layout import Layout
+from moba_flex.masks.pool import pool
+from tests.helpers import DEVICES
+
+MOST = 200  # slots of a cache of fixed length
+
+
+@dataclass
+class Truth:
+    """The keys that each row should hold, and the slots where they should lie.
+
+    Attributes:
+        k: Keys of each row, `[Hkv, n, D]`.
+        v: Values of each row, `[Hkv, n, Dv]`.
+        start: Slot of each row's first key.
+        stop: The slot after each row's last.
+    """
+
+    k: list[Tensor]
+    v: list[Tensor]
+    start: list[int]
+    stop: list[int] = field(default_factory=list)
+
+    def select(self, rows: list[int]) -> None:
+        self.k, self.v = [self.k[i] for i in rows], [self.v[i] for i in rows]
+        self.start, self.stop = [self.start[i] for i in rows], [self.stop[i] for i in rows]
+
+
+def run(
+    seed: int, device: str = "cpu", plans: tuple[str, ...] = ("auto", "routed", "decode")
+) -> None:
+    """Draw changes of a cache, and compare it after each with what it should hold."""
+    rng, torch_seed = Random(seed), torch.Generator().manual_seed(seed)
+    dtype = rng.choice([torch.float32, torch.bfloat16])
+    kv_heads, group, block_size = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 9)
+    dim, value_dim = rng.choice([16, 32]), rng.choice([16, 32])
+    max_len = MOST if rng.random() < 0.5 else None
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch_seed).to(device, dtype)
+
+    cache = BlockCache(block_size, max_len)
+    start = [rng.choice([0, 0, rng.randint(0, 7)]) for _ in range(rng.randint(1, 3))]
+    nothing = (
+        [draw(kv_heads, 0, dim) for _ in start],
+        [draw(kv_heads, 0, value_dim) for _ in start],
+    )
+    truth = Truth(*nothing, start, [0] * len(start))
+    for step in range(rng.randint(1, 8)):
+        batch = len(truth.k)
+        change = rng.choice(["append"] * 5 + ["crop", "select", "repeat"]) if step else "append"
+        if change == "append":
+            num_new = rng.choice([1, 1, 2, 5, rng.randint(1, 25)])
+            if max(truth.stop) + num_new > MOST:
+                continue
+            counts = [num_new] * batch
+            if ragged := rng.random() < 0.3:
+                counts = [rng.randint(0, num_new) for _ in counts]
+            k, v = draw(batch, kv_heads, num_new, dim), draw(batch, kv_heads, num_new, value_dim)
+            cache.append(
+                k,
+                v,
+                counts=torch.tensor(counts) if ragged else None,
+                start=None if step else torch.tensor(truth.start),
+            )
+            for b, count in enumerate(counts):
+                skip = min(max(truth.start[b] - truth.stop[b], 0), count)  # padding on the left
+                truth.k[b] = torch.cat((truth.k[b], k[b, :, skip:count]), dim=1)
+                truth.v[b] = torch.cat((truth.v[b], v[b, :, skip:count]), dim=1)
+                truth.stop[b] += count
+            q = draw(batch, kv_heads * group, num_new, dim)
+            check_attention(rng, cache, truth, q, counts, rng.choice(plans))
+        elif change == "crop":
+            tokens = [rng.randint(0, min(12, x.shape[1])) for x in truth.k]
+            if rng.random() < 0.5:
+                tokens = [min(tokens)] * batch
+                cache.crop(tokens[0])
+            else:
+                cache.crop(torch.tensor(tokens))
+            for b, number in enumerate(tokens):
+                left = truth.k[b].shape[1] - number
+                truth.k[b], truth.v[b] = truth.k[b][:, :left], truth.v[b][:, :left]
+                truth.stop[b] -= number
+        elif change == "select":
+            rows = [
+                rng.randrange(batch) for _ in range(rng.choice([batch, rng.randint(1, batch)]))
+            ]
+            cache.select(torch.tensor(rows))
+            truth.select(rows)
+        elif batch < 4:
+            cache.repeat(2)
+            truth.select([b for b in range(batch) for _ in range(2)])
+        check_contents(cache, truth)
+
+
+def check_contents(cache: BlockCache, truth: Truth) -> None:
+    """Compare lengths, keys, and block keys, the latter bit by bit with those of one call."""
+    assert cache.stop.tolist() == truth.stop
+    for b, (k, start, stop) in enumerate(zip(truth.k, truth.start, truth.stop, strict=True)):
+        if k.shape[1] == 0:
+            continue
+        assert torch.equal(cache.keys[b, :, start:stop], k)
+        want = pool(k[None], Layout(1, k.shape[1], cache.block_size, True))
+        assert torch.equal(cache.block_keys[b, :, : want.shape[2]], want[0])
+
+
+def check_attention(
+    rng: Random, cache: BlockCache, truth: Truth, q: Tensor, counts: list[int], plan: Any
+) -> None:
+    """Compare attention from the newest queries of each row with the oracle's of that row."""
+    batch, num_heads, q_len, _ = q.shape
+    top_k = rng.randint(1, 5)
+    head_top_k = None
+    if rng.random() < 0.4:  # each row its own
+        numbers = [[rng.randint(1, top_k) for _ in range(num_heads)] for _ in range(batch)]
+        head_top_k = torch.tensor(numbers, device=q.device)
+    sink_blocks = 1 if top_k > 1 and head_top_k is None and rng.random() < 0.3 else 0
+    options: dict[str, Any] = {"top_k": top_k, "sink_blocks": sink_blocks}
+    options["softcap"] = rng.choice([None, None, 3.0])
+    got = cached_attention(q, cache, head_top_k=head_top_k, plan=plan, **options)
+    cap = options.pop("softcap")
+    if cap is not None:
+        options["score_mod"] = lambda score, *_: cap * torch.tanh(score / cap)
+    for b, count in enumerate(counts):
+        real = min(count, truth.k[b].shape[1])
+        want = got.new_zeros(num_heads, q_len, got.shape[3], dtype=torch.float64)
+        if real:
+            new = slice(count - real, count)
+            want[:, new] = moba_attention_reference(
+                q[b : b + 1, :, new],
+                truth.k[b][None],
+                truth.v[b][None],
+                block_size=cache.block_size,
+                head_top_k=None if head_top_k is None else head_top_k[b],
+                **options,
+            )[0]
+        bound = 2e-5 if q.dtype == torch.float32 else 4e-2
+        torch.testing.assert_close(got[b].double(), want, rtol=0, atol=bound)
+
+
+@pytest.mark.usefixtures("poison")
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_changes_give_what_remains(seed: int) -> None:
+    run(seed)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("poison")
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_changes_give_what_remains_on_cuda(seed: int) -> None:
+    run(seed, "cuda", ("auto",))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_chunks_of_a_prompt_are_one_pass(chunk: int, device: str) -> None:
+    k, v = (torch.randn(1, 2, 1100, 32, device=device) for _ in range(2))
+    q = torch.randn(1, 4, 1100, 32, device=device)
+    want = moba_attention(q, k, v, block_size=32, top_k=3)
+    cache, outs = BlockCache(32), []
+    first = 1000 if chunk == 1 else 0  # token by token behind a long prompt
+    if first:
+        cache.append(k[:, :, :first], v[:, :, :first])
+    for at in range(first, 1100, chunk):
+        some = slice(at, at + chunk)
+        cache.append(k[:, :, some], v[:, :, some])
+        outs.append(cached_attention(q[:, :, some], cache, top_k=3))
+    torch.testing.assert_close(torch.cat(outs, dim=2), want[:, :, first:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_slots_are_never_read(device: str) -> None:
+    """Neither those behind the last key, nor those before the first."""
+    cache = BlockCache(8, max_len=100)
+    k = torch.randn(2, 2, 50, 16, device=device)
+    k[1, :, :5] = float("nan")
+    cache.append(k, k, start=torch.tensor([0, 5]))
+    cache.keys[:, :, 50:] = cache.values[:, :, 50:] = float("nan")
+    cache.block_keys[:, :, 7:] = float("nan")
+    q = torch.randn(2, 4, 3, 16, device=device)
+    plans: Any = ("auto", "routed") if device == "cpu" else ("auto",)
+    for plan in plans:
+        got = cached_attention(q, cache, top_k=3, plan=plan)
+        for b, first in enumerate((0, 5)):
+            row = (x[b : b + 1] for x in (q, k[:, :, first:], k[:, :, first:]))
+            want = moba_attention(*row, block_size=8, top_k=3)
+            torch.testing.assert_close(got[b], want[0])
+
+
+def test_memory_of_block_keys_is_small() -> None:
+    cache = BlockCache(128, max_len=4096)
+    cache.append(*torch.randn(2, 1, 2, 1, 64, dtype=torch.bfloat16))
+    memory = cache.memory()
+    assert memory["blocks"] / memory["keys and values"] == 3 / 256  # 6 of 2 * 2 * 128 bytes
+
+
+def test_a_cache_of_fixed_length_keeps_its_memory() -> None:
+    cache = BlockCache(8, max_len=64)
+    cache.append(*torch.randn(2, 2, 2, 20, 16))
+    places = [x.data_ptr() for x in cache.tensors]
+    cache.append(*torch.randn(2, 2, 2, 5, 16))
+    cache.crop(3)
+    cache.select(torch.tensor([1, 0]))
+    cache.reset()
+    cache.append(*torch.randn(2, 2, 2, 5, 16))
+    assert [x.data_ptr() for x in cache.tensors] == places
+    assert cache.stop.tolist() == [5, 5]
+
+
+def test_steps_are_one_graph() -> None:
+    """Of append and attention; lengths grow without a graph anew."""
+    cache = BlockCache(8, max_len=64)
+    k, v = torch.randn(2, 1, 2, 50, 16)
+    cache.append(k[:, :, :20], v[:, :, :20])
+    graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(k, v)
+        return cached_attention(q, cache, top_k=3)
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    for at in range(20, 50):
+        q = torch.randn(1, 4, 1, 16)
+        got = compiled(q, k[:, :, at : at + 1], v[:, :, at : at + 1])
+        some = slice(0, at + 1)
+        want = moba_attention(q, k[:, :, some], v[:, :, some], block_size=8, top_k=3)
+        torch.testing.assert_close(got, want)
+    assert graphs == 1
+
+
+def test_kernel_appends_as_cpu_does() -> None:
+    """Bit by bit, in Triton's interpreter; blocks of padding before the first key too."""
+    kernel: Any = pytest.importorskip("moba_flex.masks.append_kernel")
+    for counts in (None, torch.tensor([0, 11], dtype=torch.int32)):
+        results = []
+        engines: Any = append, kernel.append_triton
+        for here in engines:
+            torch.manual_seed(0)
+            k, v = torch.randn(2, 2, 3, 20, 16), torch.randn(2, 2, 3, 20, 24)
+            tensors = [
+                torch.zeros(2, 3, 64, 16),
+                torch.zeros(2, 3, 64, 24),
+                torch.zeros(2, 3, 16, 16),
+                torch.zeros(2, 3, 16, 16),
+            ]
+            start, stop = torch.tensor([[9, 0], [0, 0]], dtype=torch.int32)
+            for some_k, some_v in zip(k, v, strict=True):
+                here(*tensors, some_k, some_v, start, stop, counts, 4)
+                stop = stop + (20 if counts is None else counts)
+            results.append(tensors)
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x, y)
+
+
+def small(max_len: int | None = None) -> BlockCache:
+    cache = BlockCache(8, max_len)
+    cache.append(*torch.randn(2, 2, 2, 20, 16))
+    return cache
+
+
+CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: BlockCache(8).keys,
+        ValueError,
+        "cache must hold keys, got an empty one: append some",
+    ),
+    (
+        lambda: small().append(torch.ones(2, 2, 16), torch.ones(2, 2, 16)),
+        ValueError,
+        "k must have shape [B, Hkv, T, D], got (2, 2, 16)",
+    ),
+    (
+        lambda: small().append(torch.ones(2, 2, 1, 16), torch.ones(2, 1, 1, 16)),
+        ValueError,
+        "v must have shape [B, Hkv, T, Dv] like k, got (2, 1, 1, 16) beside (2, 2, 1, 16)",
+    ),
+    (
+        lambda: small().append(*torch.ones(2, 2, 2, 1, 16, dtype=torch.float16)),
+        ValueError,
+        "k must have shape (2, 2, 'T', 16), torch.float32 on cpu like the cache, got "
+        "(2, 2, 1, 16), torch.float16 on cpu",
+    ),
+    (
+        lambda: small().append(*torch.ones(2, 2, 2, 1, 16), counts=torch.ones(2)),
+        TypeError,
+        "counts must be a Tensor of integers, got torch.float32",
+    ),
+    (
+        lambda: small().append(*torch.ones(2, 2, 2, 1, 16), counts=torch.ones(1).int()),
+        ValueError,
+        "counts must have shape [B] = (2,), got (1,)",
+    ),
+    (
+        lambda: small(21).append(*torch.ones(2, 2, 2, 2, 16)),
+        ValueError,
+        "max_len must be at least the slots of each row, got 21 for 22 slots: make a longer cache",
+    ),
+    (lambda: small().crop(21), ValueError, "tokens must be at most the keys of a row, got 21"),
+    (
+        lambda: cached_attention(
+            torch.ones(2, 2, 1, 16), small(), top_k=2, plan="decode", score_mod=lambda s, *_: s
+        ),
+        ValueError,
+        "score_mod must be None for plan='decode', got a function: let plan be 'routed'",
+    ),
+    (
+        lambda: cached_attention(
+            torch.ones(2, 2, 1, 16, requires_grad=True), small(), top_k=2, plan="decode"
+        ),
+        ValueError,
+        "q, k and v must need no gradients for plan='decode', got some that do: let plan be "
+        "'auto', or use torch.no_grad()",
+    ),
+    (
+        lambda: moba_attention(
+            *torch.ones(3, 1, 1, 1, 16, device="meta"), block_size=2, top_k=1, plan="decode"
+        ),
+        ValueError,
+        "q must be on cpu, and not in a package, for plan='decode', got meta: let plan be 'auto'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CACHE_ERRORS)
+def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
