@@ -447,6 +447,232 @@ def test_eval_names_the_extra_that_is_missing(
     assert capsys.readouterr().err == want
 
 
+PROMPT = 200
+
+
+@pytest.fixture(scope="module")
+def prompt(home: Path) -> Path:
+    """Write a prompt of `PROMPT` tokens for the model, and return its path."""
+    file = home / "prompt.txt"
+    file.write_text(" ".join(f"w{i * i % 47}" for i in range(PROMPT)))
+    return file
+
+
+def generate(home: Path, *argv: object) -> int:
+    place = ("--model", home / "model", "--prompt", home / "prompt.txt", "--device", "cpu")
+    size = ("--block-size", 16, "--sink-blocks", 0, "--max-new-tokens", 24)
+    return run("generate", *place, *size, *argv)
+
+
+def continued(home: Path, **gate: Any) -> str:
+    """Return what transformers generates, under moba_flex if there is a gate."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moba_flex import MoBAConfig
+    from moba_flex.integrations.transformers import apply
+
+    model: Any = AutoModelForCausalLM.from_pretrained(home / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(home / "model")
+    if gate:
+        apply(model, MoBAConfig(16, **gate))
+    inputs = tokenizer((home / "prompt.txt").read_text(), return_tensors="pt")
+    ids = model.generate(inputs.input_ids, do_sample=False, max_new_tokens=24)
+    return tokenizer.decode(ids[0, PROMPT:], skip_special_tokens=True)
+
+
+@pytest.mark.usefixtures("prompt")
+def test_generate_compares_with_dense_attention(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "figures.json"
+    assert generate(home, "--top-k", 14, "--compare", "--json", file) == 0
+    want, printed = continued(home), capsys.readouterr()
+    assert len(want.split()) > 5
+    assert printed.out == f"dense:\n{want}\n\nsparse:\n{want}\n"  # 14 blocks of 16 are all
+    assert "both texts are the same" in printed.err
+    assert f"wrote {file}" in printed.err
+
+    found = json.loads(file.read_text())
+    dense, sparse = found["runs"]
+    assert found["prompt_tokens"] == PROMPT
+    assert (dense["config"], sparse["config"]["top_k"]) == (None, 14)
+    assert dense["text"] == sparse["text"] == want
+    for made in (dense, sparse):
+        assert made["prefill_seconds"] > 0 < made["decode_seconds"]
+        assert made["peak_bytes"] > 1e6
+    kept = PROMPT + len(dense["tokens"]) - 1
+    assert dense["cache_bytes"] == kept * 2 * 2 * 2 * 8 * 4  # layers, k and v, heads, dim, bytes
+    assert dense["block_bytes"] == 0
+    assert sparse["cache_bytes"] >= dense["cache_bytes"]
+    assert 0 < sparse["block_bytes"] < sparse["cache_bytes"]
+
+
+@pytest.mark.usefixtures("prompt")
+def test_generate_routes_as_transformers_would(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for decode in ("route", "dense"):
+        want = continued(home, top_k=2, cached=decode, dense_layers=(-1,))
+        texts.append(want)
+        for chunk in ((), ("--chunk", 37), ("--chunk", PROMPT)):
+            gate = ("--top-k", 2, "--dense-layers", -1, "--decode", decode, *chunk)
+            capsys.readouterr()
+            assert generate(home, *gate) == 0
+            assert capsys.readouterr().out == f"{want}\n"
+    assert len({continued(home), *texts}) == 3
+
+
+@pytest.mark.usefixtures("prompt")
+def test_generate_takes_samples(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (0, 0, 1):
+        assert generate(home, "--top-k", 2, "--temperature", 1.5, "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.usefixtures("prompt")
+def test_generate_takes_a_model_with_options_of_its_own(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    for own in ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own))
+        assert generate(home, "--model", tmp_path / "model", "--top-k", 14) == 0
+        assert capsys.readouterr().out == f"{continued(home)}\n"
+
+
+def test_generate_reads_stdin(
+    home: Path, prompt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(home, "--top-k", 2) == 0
+    want = capsys.readouterr().out
+    for content, code in ((prompt.read_bytes(), 0), (b"\xff", 2), (b" ", 2), (None, 2)):
+        stdin = None if content is None else io.TextIOWrapper(io.BytesIO(content))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert generate(home, "--top-k", 2, "--prompt", "-") == code
+        printed = capsys.readouterr()
+        if code == 0:
+            assert printed.out == want
+        else:
+            message = {
+                b"\xff": "--prompt must be UTF-8, got '-': invalid start byte",
+                b" ": "--prompt must have at least one token, got none",
+                None: "--prompt must be readable, got '-': stdin is closed",
+            }[content]
+            assert printed.err == f"moba-flex generate: error: {message}\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("prompt")
+def test_generate_shows_the_progress_of_chunks(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for chunk, bars in ((("--chunk", 50), True), ((), False)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert generate(home, "--top-k", 2, *chunk) == 0
+        shown = terminal.getvalue()
+        assert ("prefill, sparse" in shown) == bars
+        assert ("150/200" in shown) == bars
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "nowhere.txt"], "--prompt must be a file or -, got 'nowhere.txt'"),
+        (["--prompt", "/proc"], "--prompt must be a file or -, got '/proc'"),
+        (["--prompt", "/proc/self/mem"], "--prompt must be readable, got '/proc/self/mem': Input"),
+        (["--top-k", "1", "--sink-blocks", "1"], "top_k must be at least 1 + sink_blocks"),
+        (["--dense-layers", "2"], "dense_layers must lie in -2..1, got 2: the model has 2 layers"),
+        (
+            ["--dense-layers=--5"],
+            "argument --dense-layers: must be an int of at least -1048576",
+        ),
+        (["--dense-layers", "-9999999"], "argument --dense-layers: must be an int of at least -1"),
+        (["--decode", "refuse"], "argument --decode: invalid choice: 'refuse'"),
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: must be an int of at least 1"),
+        (
+            ["--max-new-tokens", "57"],
+            "--prompt and --max-new-tokens must make at most 256 tokens for this model, got 200 + "
+            "57: take fewer",
+        ),
+        (["--chunk", "0"], "argument --chunk: must be an int of at least 1, got '0'"),
+        (["--temperature", "0"], "argument --temperature: must be a finite number above 0, got"),
+        (["--temperature", "inf"], "argument --temperature: must be a finite number above 0, got"),
+        (["--temperature", "hot"], "argument --temperature: must be a finite number above 0, got"),
+        (["--json", "/proc/x.json"], "--json must be writable, got '/proc/x.json': "),
+        (["--device", "abacus"], "device must be cpu or a CUDA device of this machine"),
+        (["--model", "./nowhere"], "model must be a folder or Hub id of a causal LM, got"),
+    ],
+)
+@pytest.mark.usefixtures("prompt")
+def test_generate_refuses_in_one_line(
+    home: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(home, *argv) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert f"moba-flex generate: error: {message}" in line
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda x: change_weights(x, "model.norm.weight", value=math.nan),
+            "logits must be numbers, got nan with sparse attention: are the model's weights",
+        ),
+        (shrink_vocabulary, "tokenizer must have at most the model's 20 tokens, got token 42: is"),
+    ],
+)
+@pytest.mark.usefixtures("prompt")
+def test_generate_says_what_is_wrong_with_a_model(
+    damage: Any, message: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    assert generate(home, "--model", tmp_path / "model", "--top-k", 2) == 2
+    printed = capsys.readouterr()
+    assert f"moba-flex generate: error: {message}" in printed.err.splitlines()[-1]
+    assert printed.out == ""
+
+
+@pytest.mark.usefixtures("prompt")
+def test_generate_says_what_it_cannot_write(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from moba_flex.cli import report
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(report, "save_json", fail)
+    file = tmp_path / "x.json"
+    assert generate(home, "--top-k", 2, "--json", file) == 2
+    printed = capsys.readouterr()
+    assert printed.out
+    assert "decode, tokens/s" in printed.err
+    message = f"results must be written to files, got {file}: OSError: no space"
+    assert message in printed.err.splitlines()[-1]
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert generate(home, "--top-k", 2) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        line == "moba-flex generate: error: stdout must be writable, got No space left on device"
+    )
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("moba-flex ")

@@ -950,6 +950,15 @@ MORE_MESSAGES = {
         "--text and --tokens must make lengths from 1 to 9 for this package, got 8 to 10",
         'matplotlib is missing: pip install "moba-flex[plot]"',
         "device must be cpu or a CUDA device of this machine, got 'tpu'",
+        "--prompt must be a file or -, got 'x'",
+        "--prompt must be UTF-8, got '-': invalid start byte",
+        "--prompt must be readable, got '-': stdin is closed",
+        "--prompt must have at least one token, got none",
+        "--prompt and --max-new-tokens must make at most 256 tokens for this model, got 200 + 57: "
+        "take fewer",
+        "logits must be numbers, got nan with sparse attention: "
+        "are the model's weights whole, and can they be held in this dtype?",
+        "must be a finite number above 0, got '0'",
         "text must have at least 9 tokens, got 3: take a longer one, or a smaller --seq-len",
         "text must be UTF-8, got 'x': invalid start byte",
         "--seq-len must be at most 8 for this model, got 9",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from moba_flex.cli import packages
+from moba_flex.cli import generation, packages
 from moba_flex.cli.door import TRACEBACK, Parser, guarded, integer, need, say
 from moba_flex.compile.outside import check_output, reason, whole_file
 from moba_flex.compile.package import MOST_TOKENS, own_version
@@ -98,6 +98,7 @@ def _parser() -> Parser:
     place.add_argument(
         "--out", type=Path, metavar="DIR", default=Path(), help="folder for the two files"
     )
+    generation.add_command(commands)
     packages.add_commands(commands)
     return parser
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -55,8 +56,8 @@ def guarded(parser: Parser, argv: list[str]) -> int:
             return 2
 
 
-def say(text: str) -> None:
-    """Print text to stdout and flush.
+def say(text: str, end: str = "\n") -> None:
+    """Print text to stdout, then `end` unless the text is empty, and flush.
 
     Raises:
         OSError: stdout cannot be written to.
@@ -65,7 +66,7 @@ def say(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(text, end="\n" if text else "", flush=True)
+        print(text, end=end if text else "", flush=True)
     except OSError as error:
         _mute(sys.stdout)
         raise OSError(f"stdout must be writable, got {error.strerror}") from error
@@ -75,10 +76,12 @@ def integer(least: int, most: int = _MOST) -> Callable[[str], int]:
     """Return a parser of ints from `least` to `most`."""
 
     def parse(value: str) -> int:
-        digits = value.lstrip("0") or value[-1:]
-        number = -1
+        sign = "-" if least < 0 and value.startswith("-") else ""
+        digits = value.removeprefix(sign)
+        digits = digits.lstrip("0") or digits[-1:]
+        number = least - 1
         if re.fullmatch("[0-9]+", digits):  # `int` would accept digits of other scripts
-            number = int(digits[: len(str(most)) + 1])
+            number = int(sign + digits[: len(str(most)) + 1])
         if least <= number <= most:
             return number
         need = f"at most {most}" if number > most else f"at least {least}"
@@ -86,6 +89,18 @@ def integer(least: int, most: int = _MOST) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"must be an int of {need}, got {shown!r}")
 
     return parse
+
+
+def positive(value: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if 0 < number < math.inf:
+        return number
+    shown = value if len(value) <= 40 else f"{value[:40]}..."
+    raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {shown!r}")
 
 
 def need(extra: str, *packages: str) -> None:

@@ -28,7 +28,17 @@ from moba_flex.integrations.layout import Layout
 from moba_flex.integrations.transformers import apply, gate_of, observe
 from moba_flex.masks.router import route
 
-__all__ = ["Report", "Run", "check_device", "check_sizes", "evaluate", "read_tokens"]
+__all__ = [
+    "Report",
+    "Run",
+    "check_device",
+    "check_sizes",
+    "check_tokens",
+    "clock",
+    "evaluate",
+    "read_tokens",
+    "setting_of",
+]
 
 _CHARACTERS = 8  # read for each token at first: few tokens have more
 _ROWS = 256  # rows of logits that are held in float32 at a time
@@ -135,6 +145,21 @@ def read_tokens(tokenizer: Any, text: Path | None, seq_len: int) -> Tensor:
     return torch.tensor([ids[:seq_len]])
 
 
+def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise if a model does not know a token.
+
+    Raises:
+        ValueError: A token exceeds the model's vocabulary.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
+    if (largest := int(ids.max())) >= vocabulary:
+        raise ValueError(
+            f"tokenizer must have at most the model's {vocabulary} tokens, got token {largest}: "
+            "is it the tokenizer of this model?"
+        )
+
+
 def _opened(text: Path | None) -> TextIO:
     """Open a text file, or Python's help topics."""
     if text is not None:
@@ -167,13 +192,7 @@ def evaluate(
             transformers, or its perplexity is not finite.
     """
     check_sizes(model.config, ids.shape[1], configs)
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.num_embeddings
-    if (largest := int(ids.max())) >= vocabulary:
-        raise ValueError(
-            f"tokenizer must have at most the model's {vocabulary} tokens, got token {largest}: "
-            "is it the tokenizer of this model?"
-        )
+    check_tokens(model, ids)
     for config in configs:
         apply(model, config)  # raises before the long run if the model does not support it
 
@@ -202,24 +221,28 @@ def evaluate(
             if config is shown:
                 picture = probe.map
             bar.update()
-    device = ids.device
     return Report(
         model=model_name,
         text=text_name,
         tokens=ids.shape[1],
-        setting={
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        setting=setting_of(model, ids.device),
         runs=runs,
         map=picture,
         map_title=f"layer {layer}, head 0, block {shown.block_size}, top_k {shown.top_k}, "
         f"sink {shown.sink_blocks}, local {shown.local_blocks}",
     )
+
+
+def setting_of(model: PreTrainedModel, device: torch.device) -> dict[str, str | int]:
+    """Return what affects the seconds: device, dtype, threads and versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class _Probe:
@@ -241,7 +264,7 @@ class _Probe:
         config: MoBAConfig,
         layout: Layout,
     ) -> None:
-        start = _clock(q.device)
+        start = clock(q.device)
         routing = route(q, k, **gate_of(config, layer_idx, q))
         self.rows.append(
             (
@@ -253,7 +276,7 @@ class _Probe:
         )
         if layer_idx == self.layer:
             self.map = diagnostics.routing_map(routing)[0, 0].tolist()
-        self.seconds += _clock(q.device) - start
+        self.seconds += clock(q.device) - start
 
     def means(self) -> list[float]:
         """Return density, recall, entropy and imbalance, averaged over layers."""
@@ -264,12 +287,12 @@ def _perplexity(model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
     """Return the perplexity of the second half of `ids` and the seconds of the forward pass."""
     targets = ids[0, ids.shape[1] // 2 :]
     rows = len(targets) + 1
-    start = _clock(ids.device)
+    start = clock(ids.device)
     with torch.no_grad():
         # The model's whole forward, not body and head apart: some models scale or cap their
         # logits.
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0, -rows:-1]
-    seconds = _clock(ids.device) - start
+    seconds = clock(ids.device) - start
     loss = sum(
         F.cross_entropy(part.float(), target, reduction="sum").double()
         for part, target in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
@@ -277,7 +300,8 @@ def _perplexity(model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
     return float(torch.as_tensor(loss / len(targets)).exp()), seconds
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, after the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

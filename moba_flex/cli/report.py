@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from moba_flex.cli.evaluate import Report, Run
+from moba_flex.cli.generate import Generation
 from moba_flex.config import MoBAConfig
 
 _COLUMNS = {
@@ -46,7 +47,7 @@ def table(report: Report) -> str:
     return "\n".join([*lines, _LEGEND])
 
 
-def save_json(report: Report, path: Path) -> None:
+def save_json(report: Report | Generation, path: Path) -> None:
     """Write the report with all its figures."""
     path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 

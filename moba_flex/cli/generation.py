@@ -1,0 +1,178 @@
+"""The command `moba-flex generate`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from moba_flex.cli.door import integer, need, positive
+from moba_flex.compile.outside import check_output, reason, whole_file
+from moba_flex.compile.package import MOST_TOKENS
+
+_GENERATE = """\
+Continue a text with a language model under Mixture of Block Attention, by the likeliest tokens or
+by samples. The text goes to stdout as it comes; the figures of prefill, decode and memory go to
+stderr at the end. Texts of at most top-k blocks are as with dense attention."""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command `generate` to those of `moba-flex`."""
+    job = commands.add_parser(
+        "generate",
+        help="continue a text, with figures of prefill and decode",
+        description=_GENERATE,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    job.set_defaults(run=_generate)
+    source = job.add_argument_group("model and prompt")
+    source.add_argument(
+        "--prompt",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="text file to continue, UTF-8; - for stdin",
+    )
+    source.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        default=argparse.SUPPRESS,
+        help="folder or Hugging Face id of a causal language model (default: "
+        "SmolLM2-135M-Instruct, 93 MB, downloaded once)",
+    )
+    gate = job.add_argument_group("gate")
+    for option, least, default, meaning in (
+        ("--block-size", 1, 64, "keys in a block"),
+        ("--top-k", 1, 8, "blocks a query attends to, its own included"),
+        ("--sink-blocks", 0, 1, "first blocks, always attended to; they count in top-k"),
+        ("--local-blocks", 0, 0, "blocks right before the own one, likewise"),
+    ):
+        gate.add_argument(option, type=integer(least), metavar="N", default=default, help=meaning)
+    gate.add_argument(
+        "--dense-layers",
+        type=integer(-MOST_TOKENS, MOST_TOKENS),  # no model has more layers
+        nargs="+",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="layers that keep dense attention; -1 is the last (default: none)",
+    )
+    gate.add_argument(
+        "--decode",
+        choices=("route", "dense"),
+        default="route",
+        help="attention of the new tokens: as in the prompt, or to all keys",
+    )
+    text = job.add_argument_group("text")
+    text.add_argument(
+        "--max-new-tokens",
+        type=integer(1, MOST_TOKENS),
+        metavar="N",
+        default=128,
+        help="tokens to add at most",
+    )
+    text.add_argument(
+        "--temperature",
+        type=positive,
+        metavar="T",
+        default=argparse.SUPPRESS,
+        help="take samples at this temperature (default: the likeliest token)",
+    )
+    text.add_argument(
+        "--seed", type=integer(0), metavar="N", default=0, help="seed of the samples"
+    )
+    text.add_argument(
+        "--compare",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="run dense attention before it, on the same prompt",
+    )
+    place = job.add_argument_group("machine and output")
+    place.add_argument(
+        "--chunk",
+        type=integer(1, MOST_TOKENS),
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="tokens of the prompt in one call, to save memory (default: all)",
+    )
+    place.add_argument(
+        "--device", default=argparse.SUPPRESS, help="cpu or cuda (default: cuda if there is one)"
+    )
+    place.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=argparse.SUPPRESS,
+        help="of the model (default: float32 on cpu, bfloat16 on cuda)",
+    )
+    place.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="file for texts and figures (default: none)",
+    )
+
+
+_ABSENT = {
+    **dict.fromkeys(("model", "dense_layers", "temperature", "chunk", "device", "dtype", "json")),
+    "compare": False,
+}
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    need("hf", "transformers", "tqdm")
+    options: dict[str, Any] = {**_ABSENT, **vars(arguments)}
+    # Arguments are checked before the model loads.
+    from moba_flex.config import MoBAConfig
+
+    config = MoBAConfig(
+        arguments.block_size,
+        arguments.top_k,
+        arguments.sink_blocks,
+        arguments.local_blocks,
+        dense_layers=tuple(options["dense_layers"] or ()),
+        cached=arguments.decode,
+    )
+    prompt: Path = arguments.prompt
+    if str(prompt) != "-" and (not os.path.exists(prompt) or prompt.is_dir()):
+        raise ValueError(f"--prompt must be a file or -, got {str(prompt)!r}")
+    json: Path | None = options["json"]
+    if json is not None:
+        check_output("--json", json)
+
+    import torch
+    import transformers
+
+    from moba_flex.cli import evaluate, generate, pretrained, report
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    device = evaluate.check_device(options["device"])
+    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
+    name: str | None = options["model"]
+    model_config = pretrained.load_config(name)
+    if config.dense_layers:
+        config.is_dense(0, model_config.get_text_config().num_hidden_layers)
+    tokenizer = pretrained.load_tokenizer(name)
+    ids = generate.read_prompt(tokenizer, prompt)
+    generate.check_length(model_config, ids.shape[1], arguments.max_new_tokens)
+    found = generate.generate(
+        pretrained.load_model(name, dtype=getattr(torch, dtype)).to(device),
+        tokenizer,
+        ids.to(device),
+        [None, config] if options["compare"] else [config],
+        generate.Settings(
+            arguments.max_new_tokens, options["chunk"], options["temperature"], arguments.seed
+        ),
+        model_name=pretrained.NAME if name is None else Path(name).resolve().name,
+    )
+    print(f"\n{generate.table(found)}", file=sys.stderr)
+    if json is not None:
+        try:
+            with whole_file(json) as fresh:
+                report.save_json(found, fresh)
+        except Exception as error:
+            raise OSError(
+                f"results must be written to files, got {json}: {reason(error)}"
+            ) from error
+        print(f"\nwrote {json}", file=sys.stderr)
+    return 0
