@@ -37,6 +37,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with Py
 if _HAS_TRITON:
     import triton
 
+    from moba_flex.compile.decode_kernels import decode_triton
     from moba_flex.compile.fused import attend_fused
 
 Result = tuple[Tensor, Tensor | None]
@@ -114,7 +115,7 @@ class Dense(Plan):
 
 
 class Decode(Plan):
-    """Few queries, each with its own choice among many keys; no gradients."""
+    """Few queries, each with its own choice among many keys, without gradients."""
 
     name = "decode"
 
@@ -131,24 +132,25 @@ class Decode(Plan):
                 "q, k and v must need no gradients for plan='decode', got some that do: "
                 "let plan be 'auto', or use torch.no_grad()"
             )
-        if is_exporting() or request.q.device.type != "cpu":
+        device = request.q.device.type
+        if is_exporting() or device not in ("cpu", "cuda"):
             return ValueError(
-                f"q must be on cpu, and not in a package, for plan='decode', got "
-                f"{request.q.device.type}: let plan be 'auto'"
+                "q must be on cpu or cuda, and not in a package, for plan='decode', got "
+                f"{device}: let plan be 'auto'"
             )
-        return None
+        return _refused_dtype(request) if device == "cuda" else None
 
     @override
     def suits(self, request: Request) -> bool:
-        # Products with all gathered keys are faster than attention part by part while queries are
-        # fewer than the keys of a block or two.
+        # On CUDA it must be asked for: no measurement says yet where it is the faster.
         return on_cpu(request.q) and 0 < request.q.shape[2] <= _FEW_QUERIES
 
     @override
     def __call__(self, request: Request) -> Result:
         routing, (q, scale) = route_request(request), _scaled_up(request)
         softcap = float(request.mods.softcap or 0.0)
-        return decode_cpu(q, request.k, request.v, *routing.parts, scale, softcap)
+        attend = decode_triton if q.is_cuda else decode_cpu
+        return attend(q, request.k, request.v, *routing.parts, scale, softcap)
 
 
 class Fused(Plan):

@@ -2,22 +2,24 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moba_flex import moba_attention, moba_attention_reference
+from moba_flex import make_tables, moba_attention, moba_attention_reference, route
 from moba_flex.cache import BlockCache, cached_attention
+from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks.append import append
 from moba_flex.masks.layout import Layout
 from moba_flex.masks.pool import pool
-from tests.helpers import DEVICES
+from tests.case import Case
+from tests.helpers import DEVICES, cases
 
 MOST = 200  # slots of a cache of fixed length
 
@@ -165,7 +167,7 @@ def test_any_changes_give_what_remains(seed: int) -> None:
 @pytest.mark.usefixtures("poison")
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_changes_give_what_remains_on_cuda(seed: int) -> None:
-    run(seed, "cuda", ("auto",))
+    run(seed, "cuda", ("auto", "decode"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -195,7 +197,7 @@ def test_other_slots_are_never_read(device: str) -> None:
     cache.keys[:, :, 50:] = cache.values[:, :, 50:] = float("nan")
     cache.block_keys[:, :, 7:] = float("nan")
     q = torch.randn(2, 4, 3, 16, device=device)
-    plans: Any = ("auto", "routed") if device == "cpu" else ("auto",)
+    plans: Any = ("auto", "routed") if device == "cpu" else ("auto", "decode")
     for plan in plans:
         got = cached_attention(q, cache, top_k=3, plan=plan)
         for b, first in enumerate((0, 5)):
@@ -248,6 +250,30 @@ def test_steps_are_one_graph() -> None:
         want = moba_attention(q, k[:, :, some], v[:, :, some], block_size=8, top_k=3)
         torch.testing.assert_close(got, want)
     assert graphs == 1
+
+
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=settings().max_examples // 3 + 1)
+@given(
+    case=cases(max_len=60, min_block=2, dtypes=[torch.float32, torch.bfloat16]),
+    q_len=st.integers(1, 4),
+    left=st.integers(0, 20),
+    softcap=st.sampled_from([0.0, 2.0]),
+)
+def test_kernel_decodes_as_cpu_does(case: Case, q_len: int, left: int, softcap: float) -> None:
+    """In Triton's interpreter; some rows have padding before the first key."""
+    kernels: Any = pytest.importorskip("moba_flex.compile.decode_kernels")
+    case = replace(case, q_len=min(q_len, case.kv_len))
+    q, k, v = case.inputs()
+    tables = None
+    if left:
+        mask = torch.arange(case.kv_len) >= torch.full((case.batch, 1), left)
+        tables = make_tables(case.q_len, case.kv_len, case.block_size, case.causal, key_mask=mask)
+    routing = route(q, k, **case.gate, tables=tables)
+    got = kernels.decode_triton(q, k, v, *routing.parts, 0.3, softcap)
+    want = decode_cpu(q, k, v, *routing.parts, 0.3, softcap)
+    bound = 1e-5 if case.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, want, rtol=bound, atol=bound)
 
 
 def test_kernel_appends_as_cpu_does() -> None:
@@ -338,7 +364,8 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
             *torch.ones(3, 1, 1, 1, 16, device="meta"), block_size=2, top_k=1, plan="decode"
         ),
         ValueError,
-        "q must be on cpu, and not in a package, for plan='decode', got meta: let plan be 'auto'",
+        "q must be on cpu or cuda, and not in a package, for plan='decode', got meta: "
+        "let plan be 'auto'",
     ),
 ]
 

@@ -263,7 +263,7 @@ def appending(device: str) -> tuple[Any, ...]:
 
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Yield the ops that launch Triton kernels, and arguments."""
-    from moba_flex.compile import fused
+    from moba_flex.compile import decode_kernels, fused
     from moba_flex.masks import append_kernel, pool_kernel, regroup_kernel, router_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,6 +273,7 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     choose: Any = router_kernel.choose_triton
     sort_pairs: Any = regroup_kernel.sort_pairs_triton
     attend: Any = fused.attend_fused
+    decode: Any = decode_kernels.decode_triton
     for layout in layouts(device):
         place = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(1, 2, 2, 50, 90, device=device).inputs())
@@ -284,6 +285,8 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         blocks = choose(*gate)
         yield sort_pairs.op, (blocks, 2, layout.num_blocks)
         scores = 0.3, 0.0 if layout.queries is None else 20.0
+        inputs = q.detach(), k.detach(), v.detach()
+        yield decode.op, (*inputs, blocks, *place, 16, True, *scores)
         yield attend.op, (q, k, v, blocks, *place, 16, True, *scores)
         with torch.no_grad():
             made = attend(q, k, v, blocks, *place, 16, True, *scores)
@@ -303,7 +306,7 @@ def test_every_op_is_checked() -> None:
     known |= {"copy_cpu", "show_spoilt", "append_cpu", "decode_cpu"}
     if pytest.importorskip("triton"):
         known |= {"append_triton", "pool_triton", "choose_triton", "sort_pairs_triton"}
-        known |= {"attend_fused", "attend_fused_backward"}
+        known |= {"attend_fused", "attend_fused_backward", "decode_triton"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known
 
@@ -325,7 +328,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
     for op, arguments in kernel_ops():
         torch.library.opcheck(op, arguments, test_utils=utils)
         seen.add(op._qualname)
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 # Limits of PyTorch, and what is done about them.
