@@ -229,7 +229,7 @@ def test_layers_refuse_what_they_cannot_do() -> None:
 def test_an_offloaded_cache_stays_as_it_is() -> None:
     cache: Any = DynamicCache()
     cache.offloading = True
-    adopt(cache, MoBAConfig(8, 3), 2, None)
+    adopt(cache, MoBAConfig(8, 3), 2)
     assert cache.layers == []
 
 

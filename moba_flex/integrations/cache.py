@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from moba_flex.cache import BlockCache
 from moba_flex.config import MoBAConfig
+from moba_flex.integrations.layout import first_slots
 from moba_flex.masks._torch.exporting import is_traced
 
 
@@ -16,17 +17,14 @@ class _Blocks:
 
     Attributes:
         blocks: The cache.
-        first: Slot of each row's first key, int `[B]`, as the running forward's mask says; None
-            for no padding.
     """
 
     blocks: BlockCache
-    first: Tensor | None = None
     keys: Tensor | None
     values: Tensor | None
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.blocks.append(k, v, start=self.first)
+        self.blocks.append(k, v, start=first_slots())
         self.keys, self.values = keys, values = self.blocks.keys, self.blocks.values
         return keys, values
 
@@ -46,8 +44,8 @@ class _Blocks:
         self._show()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self.blocks.select(indices)
+        """Keep some rows, by their numbers or by a mask."""
+        self.blocks.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
         self._show()
 
     def offload(self) -> None:
@@ -126,6 +124,9 @@ class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.blocks.allocate(key_states, value_states)
         self.keys, self.values = self.blocks.keys, self.blocks.values
+        # Dense attention, which a model may be switched to, multiplies hidden values by zero.
+        self.keys.zero_()
+        self.values.zero_()
         if not is_traced():
             for x in (self.cumulative_length, *self.blocks.tensors):
                 torch._dynamo.mark_static_address(x)
@@ -146,7 +147,7 @@ class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
         self.cumulative_length.zero_()
 
 
-def adopt(cache: Cache, config: MoBAConfig, num_layers: int, first: Tensor | None) -> None:
+def adopt(cache: Any, config: MoBAConfig, num_layers: int) -> None:
     """Give a cache layers with block keys, for the layers that route.
 
     Layers that keep other things than all keys, such as those of a window or quantized ones, and
@@ -156,17 +157,16 @@ def adopt(cache: Cache, config: MoBAConfig, num_layers: int, first: Tensor | Non
         cache: A cache of transformers; its `layers` are replaced.
         config: The options of the model.
         num_layers: Number of layers of the model.
-        first: Slot of each row's first key, as the forward's mask says.
     """
-    if not isinstance(cache, Cache) or cache.offloading:
+    if is_traced() or config.cached != "route":
+        return
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) < num_layers:
             cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
     for index, layer in enumerate(cache.layers[:num_layers]):
-        if isinstance(layer, _Blocks):
-            layer.first = first
-        if is_traced() or config.cached != "route" or config.is_dense(index, num_layers):
+        if config.is_dense(index, num_layers):
             continue
         made: BlockDynamicLayer | BlockStaticLayer
         if type(layer) is DynamicLayer:
@@ -177,7 +177,6 @@ def adopt(cache: Cache, config: MoBAConfig, num_layers: int, first: Tensor | Non
             used = int(layer.get_seq_length())
         else:
             continue
-        made.first = first
         if used and layer.keys is not None and layer.values is not None:
             made.update(layer.keys[:, :, :used], layer.values[:, :, :used])
         cache.layers[index] = made

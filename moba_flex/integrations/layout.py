@@ -31,9 +31,12 @@ _SIGNALS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class _Running(threading.local):
-    """The signals to, and the cache of, the decoder that runs in this thread.
+    """What is known of the call of a decoder that runs in this thread; None if none listens.
 
-    Both are None if none runs that listens.
+    Attributes:
+        signals: The signals.
+        cache: The cache of keys and values.
+        first: Slot of each row's first key in the cache, int `[B]`, if the mask tells.
 
     Not a ContextVar, which torch.compile cannot trace.
     """
@@ -41,6 +44,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.signals: Signals | None = None
         self.cache: Any = None
+        self.first: Tensor | None = None
 
 
 _running = _Running()
@@ -52,12 +56,11 @@ class _Enter:
 
     Attributes:
         parameters: Names of the forward's arguments.
-        prepare: Called with the decoder, its cache, and the slot of each row's first key, int
-            `[B]`, if the mask tells.
+        prepare: Called with the decoder and its cache.
     """
 
     parameters: tuple[str, ...]
-    prepare: Callable[[nn.Module, Any, Tensor | None], None]
+    prepare: Callable[[nn.Module, Any], None]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -67,12 +70,13 @@ class _Enter:
             _running.signals["attention_mask"] = mask
         _running.cache = given.get("past_key_values")
         if _running.cache is not None:
-            self.prepare(module, _running.cache, _first_slots(mask))
+            _running.first = _first_slots(mask)
+            self.prepare(module, _running.cache)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forget the recorded signals, after a forward."""
-    _running.signals = _running.cache = None
+    _running.signals = _running.cache = _running.first = None
 
 
 def running_cache() -> Any:
@@ -80,7 +84,12 @@ def running_cache() -> Any:
     return _running.cache
 
 
-def listen(decoder: nn.Module, prepare: Callable[[nn.Module, Any, Tensor | None], None]) -> None:
+def first_slots() -> Tensor | None:
+    """Return the slot of each row's first key in that cache, int `[B]`, if its mask tells."""
+    return _running.first
+
+
+def listen(decoder: nn.Module, prepare: Callable[[nn.Module, Any], None]) -> None:
     """Record the signals that a decoder is called with, and let `prepare` see its cache."""
     # A constant key: `register_forward_pre_hook` makes a new one for each model, for which
     # torch.compile would compile anew.

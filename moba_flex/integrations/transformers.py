@@ -214,12 +214,12 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def _prepare_cache(decoder: Any, cache: Any, first: Tensor | None) -> None:
+def _prepare_cache(decoder: Any, cache: Any) -> None:
     """Let the cache of a forward keep block keys."""
     text = decoder.config.get_text_config()
     if text._attn_implementation != NAME:  # switched to another one since
         return
-    adopt(cache, _options(text), text.num_hidden_layers, first)
+    adopt(cache, _options(text), text.num_hidden_layers)
 
 
 def _register() -> None:
@@ -367,6 +367,7 @@ def _attention(
         request = cached_request(
             *(query, key, value, block_keys, slots),
             **gate_of(config, layer_idx, query),
+            causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
             scale=scaling,
             softcap=softcap,
             return_aux=AuxRequest(lse=s_aux is not None),
