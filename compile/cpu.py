@@ -218,6 +218,8 @@ def _show_nonfinite(
     bad = bad_keys | (~q.isfinite().all(3) & keys)
     out += torch.where(up, math.inf, 0.0) - torch.where(down, math.inf, 0.0)
     out.masked_fill_(nan | (bad & (lse == -math.inf)).unsqueeze(3), math.nan)
+    if mods.score_mod is None and mods.softcap is not None:
+        return  # a soft cap leaves no score at -inf
     change = mods.on_scores()
 
     def minus_infinity_alone(score: Tensor, *place: Tensor) -> Tensor:

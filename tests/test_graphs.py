@@ -4,6 +4,7 @@ A limit that PyTorch lifts fails its test here: then what was done about it can 
 `moba_flex/compile/__init__.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,6 +214,18 @@ def test_hugging_face_model(device: str) -> None:
         torch.testing.assert_close(loss, model(ids, labels=ids, use_cache=False).loss)
         torch.autograd.backward(loss)
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_infinite_values_under_a_soft_cap() -> None:
+    """PyTorch watches an op in a graph's first run, and vmap under its mode knows no tanh."""
+    q, k, v = Case(1, 2, 2, 90, 90).inputs()
+    v[:, :, 3] = -math.inf
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=16, top_k=2, softcap=0.5)
+
+    got = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.testing.assert_close(got, attend(q, k, v), equal_nan=True)
 
 
 # Ops.
