@@ -143,7 +143,9 @@ class Decode(Plan):
     @override
     def suits(self, request: Request) -> bool:
         # On CUDA it must be asked for: no measurement says yet where it is the faster.
-        return on_cpu(request.q) and 0 < request.q.shape[2] <= _FEW_QUERIES
+        if is_exporting() or not on_cpu(request.q):  # the package would serve such lengths alone
+            return False
+        return 0 < request.q.shape[2] <= _FEW_QUERIES
 
     @override
     def __call__(self, request: Request) -> Result:

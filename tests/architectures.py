@@ -40,7 +40,7 @@ from tests.tiny import NotBuilt, architectures, build, call, inputs, one_line, t
 LENGTH = 45
 SHORT = 37  # the real tokens of a padded row
 DOCUMENTS = (19, 26)
-ALL = MoBAConfig(8, 7, cached="dense")  # covers LENGTH and what is generated
+ALL = MoBAConfig(8, 7)  # covers LENGTH and what is generated
 SPARSE = MoBAConfig(8, 2)
 OWN = MoBAConfig(8, 1)
 TOLERANCE = 2e-4  # of the largest output; what is wrong differs by far more
@@ -406,6 +406,34 @@ def generate(subject: Subject) -> Verdict:
     return Verdict("equal") if torch.equal(got, want) else Verdict("differs", wrong=True)
 
 
+def generate_sparse(subject: Subject) -> Verdict:
+    """Logits of three new tokens are the same with a cache and without."""
+    if not subject.model.can_generate():
+        return Verdict("cannot generate")
+    options = inputs(subject.model, tokens(2, LENGTH))
+    options |= {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def difference(model: Any) -> float:
+        """Return how far the logits are from each other, relative to the largest."""
+        cached, full = (
+            torch.stack(model.generate(**options, use_cache=use_cache).logits)
+            for use_cache in (True, False)
+        )
+        return float((cached - full).abs().max() / full.abs().max())
+
+    try:
+        alone = difference(copy.deepcopy(subject.model))
+    except Exception as error:
+        return Verdict("dense fails too", one_line(error))
+    if alone > TOLERANCE:
+        return Verdict("dense differs too", f"{alone:.1e}")
+    found = difference(subject.applied(SPARSE))
+    if found <= TOLERANCE:
+        return Verdict("equal")
+    return Verdict("differs", f"{found:.1e}", wrong=True)
+
+
 PROPERTIES: dict[str, Callable[[Subject], Verdict]] = {
     function.__name__: function
     for function in (
@@ -422,6 +450,7 @@ PROPERTIES: dict[str, Callable[[Subject], Verdict]] = {
         meta,
         fake,
         generate,
+        generate_sparse,
     )
 }
 

@@ -17,7 +17,12 @@ from tests.architectures import Result, Verdict, check, refusal, table
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SAMPLE = {
-    "LlamaForCausalLM": {"packed": "apart", "dense_layers": "honoured", "generate": "equal"},
+    "LlamaForCausalLM": {
+        "packed": "apart",
+        "dense_layers": "honoured",
+        "generate": "equal",
+        "generate_sparse": "equal",
+    },
     "GptOssForCausalLM": {"packed": "apart"},  # learned sinks, experts
     "DeepseekV3ForCausalLM": {"packed": "apart"},  # latent attention
     "PersimmonForCausalLM": {"packed": "apart"},  # hands position_ids to no layer
