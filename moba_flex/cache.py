@@ -1,17 +1,19 @@
 """A cache of keys and values that keeps the gate's block keys, and attention to it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Required, Self, Unpack, overload
+from typing import Any, Literal, Required, Self, Unpack, overload
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.attention import Plan, attend
+from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
 from moba_flex.masks.append import append
 from moba_flex.masks.checks import check_int, is_readable
-from moba_flex.masks.layout import Slots, ceil_div
+from moba_flex.masks.layout import LONGEST, Slots, ceil_div
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import ScoreOptions, cached_request
 
@@ -56,7 +58,8 @@ class BlockCache:
         self.max_len = None if max_len is None else check_int("max_len", max_len, 1)
         self._memory: _Memory | None = None
         self._longest = 0  # of a cache that grows: no row has a key behind this slot
-        self._counts: Tensor | None = None
+        self._counts: Tensor | None = None  # of the last append
+        self._num_new = 0
 
     def append(
         self, k: Tensor, v: Tensor, *, counts: Tensor | None = None, start: Tensor | None = None
@@ -72,39 +75,58 @@ class BlockCache:
 
         Raises:
             TypeError: A tensor has the wrong dtype.
-            ValueError: Shapes do not fit the cache, or a row would get more than `max_len` keys.
+            ValueError: Shapes do not fit the cache, a number is out of range, a row would get more
+                than `max_len` keys, or a gradient is wanted, which a cache does not hand on.
         """
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError(
+                "k and v must need no gradients in a cache, got some that do: use "
+                "torch.no_grad(), or call moba_attention with all keys"
+            )
         self.allocate(k, v)
         memory, num_new = self._filled(), k.shape[2]
-        if start is not None:
-            self.start.copy_(_row_numbers("start", start, k))
         if counts is not None:
-            counts = _row_numbers("counts", counts, k)
+            counts = _row_numbers("counts", counts, k, num_new)
+        if start is not None:
+            start = _row_numbers("start", start, k, LONGEST)
+            same = (start == self.start) | (self.stop <= self.start)
+            if _is_seen(same) and not bool(same.all()):
+                raise ValueError(
+                    "start must stay as it is for rows that have keys, got another: reset the "
+                    "cache first"
+                )
         if self.max_len is None:
             memory = self._memory = memory.with_room(self._longest + num_new, self.block_size)
             self._longest += num_new
         else:
             last = self.stop + (num_new if counts is None else counts)
             _require_room(last, self.max_len)
+        if start is not None:
+            self.start.copy_(start.where(self.stop <= self.start, self.start))
         append(*memory.tensors, k, v, self.start, self.stop, counts, self.block_size)
         self.stop += num_new if counts is None else counts
-        self._counts = counts
+        self._counts, self._num_new = counts, num_new
 
     def crop(self, tokens: int | Tensor) -> None:
         """Take back the last keys of each row, as after rejected guesses.
 
         Args:
-            tokens: How many: one number, or one for each row, int `[B]`.
+            tokens: How many, padding on the left included: one number, or one for each row, int
+                `[B]`.
 
         Raises:
-            ValueError: A row has fewer keys.
+            TypeError: It is no integer.
+            ValueError: A row has fewer, or a number is negative.
         """
         memory, size = self._filled(), self.block_size
         if isinstance(tokens, Tensor):
-            tokens = _row_numbers("tokens", tokens, memory.keys)
-        kept = self.stop - self.start.minimum(self.stop) - tokens
-        if is_readable(kept) and bool((kept < 0).any()):
-            raise ValueError(f"tokens must be at most the keys of a row, got {tokens}")
+            tokens = _row_numbers("tokens", tokens, memory.keys, LONGEST)
+        else:
+            tokens = check_int("tokens", tokens, 0)
+        enough = self.stop >= tokens
+        if _is_seen(enough) and not bool(enough.all()):
+            raise ValueError(f"tokens must be at most the slots of a row, got {tokens}")
+        kept = self.stop - self.start - tokens
         self._counts = None
         # The last block is filled anew: a sum does not come back bit by bit from a subtraction.
         counts = kept.clamp(min=0) % size
@@ -129,7 +151,8 @@ class BlockCache:
             return
         rows = rows.to(self.start.device)
         old = self.tensors
-        new = [x.index_select(0, rows) for x in old]
+        with _normal():
+            new = [x.index_select(0, rows) for x in old]
         if self._counts is not None:
             self._counts = self._counts.index_select(0, rows)
         if self.max_len is not None and rows.shape[0] == self.start.shape[0]:
@@ -181,10 +204,15 @@ class BlockCache:
         """Return where the keys lie, and the last `q_len` of them, which are the queries'.
 
         Raises:
-            ValueError: The rows took different numbers of keys, and not from `q_len`.
+            ValueError: `counts` were given to the last append, of another number of keys.
         """
         if self._counts is None:
             return Slots(self.stop - q_len, self.start, self.stop)
+        if q_len != self._num_new:
+            raise ValueError(
+                f"q must have the {self._num_new} queries of the keys that were appended with "
+                f"counts, got {q_len}"
+            )
         return Slots(self.stop - self._counts, self.start, self.stop)
 
     def _filled(self) -> "_Memory":
@@ -216,8 +244,9 @@ class BlockCache:
                 f"{tuple(k.shape)}"
             )
         if self._memory is None:
-            self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
-            self.stop = torch.zeros_like(self.start)
+            with _normal():
+                self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
+                self.stop = torch.zeros_like(self.start)
             slots = self.max_len or k.shape[2] + _ROOM
             self._memory = _Memory.of(k, v, slots, self.block_size)
         memory = self._memory
@@ -243,12 +272,13 @@ class _Memory:
     @classmethod
     def of(cls, k: Tensor, v: Tensor, slots: int, block_size: int) -> Self:
         heads, blocks = k.shape[:2], ceil_div(slots, block_size)
-        return cls(
-            k.new_empty(*heads, slots, k.shape[3]),
-            v.new_empty(*heads, slots, v.shape[3]),
-            k.new_empty(*heads, blocks, k.shape[3], dtype=torch.float32),
-            k.new_empty(*heads, blocks, k.shape[3]),
-        )
+        with _normal():
+            return cls(
+                k.new_empty(*heads, slots, k.shape[3]),
+                v.new_empty(*heads, slots, v.shape[3]),
+                k.new_empty(*heads, blocks, k.shape[3], dtype=torch.float32),
+                k.new_empty(*heads, blocks, k.shape[3]),
+            )
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,18 +296,34 @@ class _Memory:
         return larger
 
 
-def _row_numbers(name: str, x: Tensor, k: Tensor) -> Tensor:
-    """Return a number for each row as int32."""
+def _normal() -> AbstractContextManager[Any]:
+    """Return a context whose tensors can be written to with and without inference mode."""
+    return nullcontext() if is_traced() else torch.inference_mode(False)
+
+
+def _is_seen(x: Tensor) -> bool:
+    """Whether the host may look at `x`: not if it would have to wait for a GPU."""
+    return is_readable(x) and not x.is_cuda
+
+
+def _row_numbers(name: str, x: Tensor, k: Tensor, most: int) -> Tensor:
+    """Return a number for each row, from 0 to `most`, as int32."""
     if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype == torch.bool:
         raise TypeError(f"{name} must be a Tensor of integers, got {getattr(x, 'dtype', type(x))}")
     if x.shape != k.shape[:1]:
         raise ValueError(f"{name} must have shape [B] = ({k.shape[0]},), got {tuple(x.shape)}")
+    good = (x >= 0) & (x <= most)
+    if not _is_seen(good):
+        message = f"{name} must be from 0 to {most}, got another number"
+        torch._assert_async(good.all(), message)
+    elif not bool(good.all()):
+        raise ValueError(f"{name} must be from 0 to {most}, got {x.tolist()}")
     return x.to(device=k.device, dtype=torch.int32)
 
 
 def _require_room(last: Tensor, max_len: int) -> None:
     """Raise if a row would get more keys than there are slots; if unreadable, assert it."""
-    if last.is_cuda or not is_readable(last):  # the host does not wait for a GPU
+    if not _is_seen(last):
         message = f"max_len must be at least the slots of each row, got {max_len} for more"
         torch._assert_async((last <= max_len).all(), message)
     elif bool((last > max_len).any()):
@@ -359,12 +405,12 @@ def cached_attention(
         torch.Size([2, 4, 1, 32])
     """
     slots = cache.slots(q.shape[2])
-    q, k, v = cast_by_autocast(q, cache.keys, cache.values)
+    q, k, v, block_keys = cast_by_autocast(q, cache.keys, cache.values, cache.block_keys)
     request = cached_request(
         q,
         k,
         v,
-        cache.block_keys,
+        block_keys,
         slots,
         block_size=cache.block_size,
         top_k=top_k,

@@ -306,6 +306,12 @@ def small(max_len: int | None = None) -> BlockCache:
     return cache
 
 
+def ragged() -> BlockCache:
+    cache = small()
+    cache.append(*torch.randn(2, 2, 2, 5, 16), counts=torch.tensor([3, 5]))
+    return cache
+
+
 CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: BlockCache(8).keys,
@@ -343,7 +349,29 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "max_len must be at least the slots of each row, got 21 for 22 slots: make a longer cache",
     ),
-    (lambda: small().crop(21), ValueError, "tokens must be at most the keys of a row, got 21"),
+    (lambda: small().crop(21), ValueError, "tokens must be at most the slots of a row, got 21"),
+    (lambda: small().crop(-1), ValueError, "tokens must be at least 0, got -1"),
+    (
+        lambda: small().append(*torch.ones(2, 2, 2, 1, 16), counts=torch.tensor([0, 2])),
+        ValueError,
+        "counts must be from 0 to 1, got [0, 2]",
+    ),
+    (
+        lambda: small().append(*torch.ones(2, 2, 2, 1, 16), start=torch.tensor([0, 3])),
+        ValueError,
+        "start must stay as it is for rows that have keys, got another: reset the cache first",
+    ),
+    (
+        lambda: small().append(*torch.ones(2, 2, 2, 1, 16, requires_grad=True)),
+        ValueError,
+        "k and v must need no gradients in a cache, got some that do: use torch.no_grad(), or "
+        "call moba_attention with all keys",
+    ),
+    (
+        lambda: cached_attention(torch.ones(2, 2, 1, 16), ragged(), top_k=2),
+        ValueError,
+        "q must have the 5 queries of the keys that were appended with counts, got 1",
+    ),
     (
         lambda: cached_attention(
             torch.ones(2, 2, 1, 16), small(), top_k=2, plan="decode", score_mod=lambda s, *_: s
@@ -374,3 +402,23 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_a_refused_append_changes_nothing() -> None:
+    cache = small(21)
+    before = cache.start.clone(), cache.stop.clone(), cache.keys[:, :, :20].clone()
+    refused: list[dict[str, Any]] = [{}, {"start": torch.tensor([1, 0])}]
+    for options in refused:
+        with pytest.raises(ValueError, match="must"):
+            cache.append(*torch.randn(2, 2, 2, 2, 16), **options)
+    for x, y in zip((cache.start, cache.stop, cache.keys[:, :, :20]), before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    for max_len in (None, 64):
+        with torch.inference_mode():
+            cache = small(max_len)
+            cache.select(torch.tensor([1, 0]))
+        cache.append(*torch.randn(2, 2, 2, 1, 16))
+        assert cached_attention(torch.randn(2, 4, 1, 16), cache, top_k=2).isfinite().all()

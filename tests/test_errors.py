@@ -924,6 +924,7 @@ MORE_MESSAGES = {
         "cache must stay on its device, got a call to offload it: offload from the start, by "
         "DynamicCache(offloading=True)",
         "tokens_to_remove must be at most 0, got 1",
+        "attention_mask must start rows where it did before, got another start",
         "attention_mask must hold ones from the first token on in a call with cached keys, got "
         "zeros between: pad on the left",
     ],

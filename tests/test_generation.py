@@ -239,3 +239,59 @@ def test_a_model_switched_back_has_plain_caches() -> None:
     with torch.no_grad():
         cache = model(prompt(), past_key_values=DynamicCache()).past_key_values
     assert not any(isinstance(layer, BlockDynamicLayer) for layer in cache.layers)
+
+
+def fresh(cache: Any, length: int) -> Any:
+    """Return a cache of the same keys and values, without block keys."""
+    parts = [
+        (x.keys[:, :, :length].clone(), x.values[:, :, :length].clone()) for x in cache.layers
+    ]
+    return DynamicCache(parts)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("turns", ["mask, none", "none, mask", "mask, new tokens' mask"])
+def test_masks_that_change_from_turn_to_turn(turns: str, static: bool) -> None:
+    """Block keys of rows that start elsewhere are not taken."""
+    model, x = build("Llama"), prompt()
+    mask, longer = (torch.ones(2, n, dtype=torch.int64) for n in (LENGTH, LENGTH + 10))
+    mask[1, :9] = longer[1, :9] = 0
+    first = mask if turns.startswith("mask") else None
+    second = {"none": None, "mask": longer, "new tokens' mask": longer[:, :10] * 0 + 1}
+    cache: Any = StaticCache(model.config, LENGTH + 10) if static else DynamicCache()
+    with torch.no_grad():
+        model(x, past_key_values=cache, attention_mask=first)
+        other = fresh(cache, LENGTH)
+        later = {"attention_mask": second[turns.partition(", ")[2]]}
+        want = model(x[:, :10], past_key_values=other, **later).logits
+        got = model(x[:, :10], past_key_values=cache, **later).logits
+    torch.testing.assert_close(got, want)
+
+
+def test_keys_that_a_caller_has_cut() -> None:
+    model, x = build("Llama"), prompt()
+    cache: Any = DynamicCache()
+    with torch.no_grad():
+        model(x, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, 3:40], layer.values[:, :, 3:40]
+        want = model(x[:, :5], past_key_values=fresh(cache, 37)).logits
+        got = model(x[:, :5], past_key_values=cache).logits
+    assert cache.get_seq_length() == 42
+    torch.testing.assert_close(got, want)
+
+
+def test_gradients_pass_through_a_cache_that_is_handed_in() -> None:
+    model, x = build("Llama"), prompt()
+    grads = []
+    for options in ({"past_key_values": DynamicCache()}, {"use_cache": False}):
+        model.zero_grad()
+        model(x, labels=x, **options).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+def test_autocast(options: dict[str, Any]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(build("Llama"), prompt(), **options).shape == (2, LENGTH + NEW)

@@ -10,6 +10,7 @@ from moba_flex.cache import BlockCache
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations.layout import first_slots
 from moba_flex.masks._torch.exporting import is_traced
+from moba_flex.masks.checks import is_readable
 
 
 class _Blocks:
@@ -20,33 +21,46 @@ class _Blocks:
     """
 
     blocks: BlockCache
-    keys: Tensor | None
-    values: Tensor | None
+    keys: Any
+    values: Any
+    _seen: Tensor | None = None  # the keys as transformers saw them last
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.blocks.append(k, v, start=first_slots())
-        self.keys, self.values = keys, values = self.blocks.keys, self.blocks.values
-        return keys, values
+        blocks, start = self.blocks, first_slots()
+        if self.keys is not None and self.keys is not self._seen:  # a caller has cut them
+            old_k, old_v = self.keys.clone(), self.values.clone()
+            blocks.reset()
+            blocks.append(old_k, old_v, start=start)
+        blocks.allocate(k, v)
+        if start is not None:  # a mask may tell another one later: see `block_keys_of`
+            start = start.to(blocks.start.device)
+            start = start.where(blocks.stop <= blocks.start, blocks.start)
+        blocks.append(k, v, start=start)
+        self._show()
+        return self.blocks.keys, self.blocks.values
 
     def _show(self) -> None:
         """Let transformers see the tensors of the cache after a change."""
-        if self.keys is not None:
-            self.keys, self.values = self.blocks.keys, self.blocks.values
+        self.keys, self.values = self.blocks.keys, self.blocks.values
+        self._seen = self.keys
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `i` a copy of row `beam_idx[i]`."""
-        self.blocks.select(beam_idx)
-        self._show()
+        if self.keys is not None:
+            self.blocks.select(beam_idx)
+            self._show()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, one copy beside the other."""
-        self.blocks.repeat(repeats)
-        self._show()
+        if self.keys is not None:
+            self.blocks.repeat(repeats)
+            self._show()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, by their numbers or by a mask."""
-        self.blocks.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-        self._show()
+        if self.keys is not None:
+            self.blocks.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+            self._show()
 
     def offload(self) -> None:
         """Refuse; `adopt` leaves offloaded caches as they are."""
@@ -98,8 +112,9 @@ class BlockDynamicLayer(_Blocks, DynamicLayer):  # type: ignore[no-untyped-call]
         """Take back the last `-tokens_to_remove` keys."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
-        self.blocks.crop(-tokens_to_remove)
-        self._show()
+        if self.keys is not None:
+            self.blocks.crop(-tokens_to_remove)
+            self._show()
 
 
 class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
@@ -123,7 +138,9 @@ class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
         self.k_head_dim, self.v_head_dim = key_states.shape[3], value_states.shape[3]
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.blocks.allocate(key_states, value_states)
-        self.keys, self.values = self.blocks.keys, self.blocks.values
+        self._show()
+        assert self.keys is not None
+        assert self.values is not None
         # Dense attention, which a model may be switched to, multiplies hidden values by zero.
         self.keys.zero_()
         self.values.zero_()
@@ -158,7 +175,8 @@ def adopt(cache: Any, config: MoBAConfig, num_layers: int) -> None:
         config: The options of the model.
         num_layers: Number of layers of the model.
     """
-    if is_traced() or config.cached != "route":
+    # A cache hands on no gradients: where they are wanted, plain layers do.
+    if is_traced() or config.cached != "route" or torch.is_grad_enabled():
         return
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return
@@ -183,12 +201,24 @@ def adopt(cache: Any, config: MoBAConfig, num_layers: int) -> None:
 
 
 def block_keys_of(
-    cache: Any, layer_idx: int | None, key: Tensor, block_size: int
+    cache: Any, layer_idx: int | None, key: Tensor, block_size: int, start: Tensor
 ) -> Tensor | None:
-    """Return the block keys of `key` that a cache keeps; None if it keeps none."""
+    """Return the block keys of `key` that a cache keeps; None if it keeps none.
+
+    Nor does it keep those of rows that start elsewhere, as a later mask may say.
+    """
     if not isinstance(cache, Cache) or layer_idx is None or layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
     if not isinstance(layer, _Blocks) or layer.keys is not key:  # a layer may share another's keys
         return None
-    return layer.blocks.block_keys if layer.blocks.block_size == block_size else None
+    same = layer.blocks.start == start
+    if layer.blocks.block_size != block_size:
+        return None
+    if same.is_cuda or not is_readable(same):
+        torch._assert_async(
+            same.all(), "attention_mask must start rows where it did before, got another start"
+        )
+    elif not bool(same.all()):
+        return None
+    return layer.blocks.block_keys

@@ -45,7 +45,7 @@ from moba_flex.integrations.layout import (
     slots_of,
 )
 from moba_flex.masks._torch.exporting import is_traced
-from moba_flex.masks._torch.inputs import numbers_beside
+from moba_flex.masks._torch.inputs import cast_by_autocast, numbers_beside
 from moba_flex.masks.layout import Slots, ceil_div
 from moba_flex.masks.request import cached_request
 
@@ -363,7 +363,11 @@ def _attention(
         _check_dropout(dropout)
     if slots is not None:
         _check_dropout(dropout)
-        block_keys = block_keys_of(running_cache(), layer_idx, key, config.block_size)
+        kept = running_cache(), layer_idx, key, config.block_size, slots.start
+        block_keys = block_keys_of(*kept)
+        query, key, value = cast_by_autocast(query, key, value)
+        if block_keys is not None:
+            block_keys = block_keys.to(query.dtype)
         request = cached_request(
             *(query, key, value, block_keys, slots),
             **gate_of(config, layer_idx, query),
