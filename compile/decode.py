@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_flex.compile.cpu import forward
+from moba_flex.compile.engine import shapes_of_attention
 from moba_flex.masks._torch.inputs import all_finite
-from moba_flex.masks.layout import Layout
+from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
 
@@ -91,10 +92,7 @@ def decode_cpu(
     return out[:-1].view(*shape, -1).to(q.dtype), lse[:-1].view(shape)
 
 
-@decode_cpu.register_fake
-def _shapes(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    exact = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
+decode_cpu.register_fake(shapes_of_attention)
 
 
 @dataclass
@@ -129,7 +127,7 @@ class _Tiles:
         row = row[order]
         found, which, count = key.unique_consecutive(return_inverse=True, return_counts=True)
         width = min(_TILE, int(count.max()) if count.numel() else 1)
-        per_block = (count + width - 1) // width
+        per_block = ceil_div(count, width)
         first_pair, first_tile = count.cumsum(0) - count, per_block.cumsum(0) - per_block
         within = torch.arange(key.shape[0]) - first_pair[which]
         num_tiles = int(per_block.sum())

@@ -107,7 +107,7 @@ def attention_op(
     else:
         op = _cpu_op(qualified, attend)
         backward_op = _cpu_op(f"{qualified}_backward", attend_backward)
-        op.register_fake(_shapes_of_attention)
+        op.register_fake(shapes_of_attention)
         backward_op.register_fake(_shapes_of_gradients)
         call_backward = backward_op
         call_op = with_gradient(op, setup_context=save, backward=gradients)
@@ -142,9 +142,10 @@ def _cpu_op(name: str, function: Any) -> CustomOpDef:
     )
 
 
-def _shapes_of_attention(
+def shapes_of_attention(
     q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return an output and a log-sum-exp of the right shapes, as fakes of ops on CPU."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=exact)
 

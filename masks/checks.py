@@ -515,6 +515,11 @@ def is_readable(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def is_seen(x: Tensor) -> bool:
+    """Whether the host may look at `x`: not if it would have to wait for a GPU."""
+    return is_readable(x) and not x.is_cuda
+
+
 def _check_match(name: str, other: str, x: Tensor, y: Tensor) -> None:
     if x.shape[0] != y.shape[0]:
         raise ValueError(

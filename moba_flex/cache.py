@@ -12,7 +12,7 @@ from moba_flex.attention import Plan, attend
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
 from moba_flex.masks.append import append
-from moba_flex.masks.checks import check_int, is_readable
+from moba_flex.masks.checks import check_int, is_seen
 from moba_flex.masks.layout import LONGEST, Slots, ceil_div
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import ScoreOptions, cached_request
@@ -87,10 +87,11 @@ class BlockCache:
         memory, num_new = self._filled(), k.shape[2]
         if counts is not None:
             counts = _row_numbers("counts", counts, k, num_new)
+        taken = num_new if counts is None else counts
         if start is not None:
             start = _row_numbers("start", start, k, LONGEST)
             same = (start == self.start) | (self.stop <= self.start)
-            if _is_seen(same) and not bool(same.all()):
+            if is_seen(same) and not bool(same.all()):
                 raise ValueError(
                     "start must stay as it is for rows that have keys, got another: reset the "
                     "cache first"
@@ -99,12 +100,11 @@ class BlockCache:
             memory = self._memory = memory.with_room(self._longest + num_new, self.block_size)
             self._longest += num_new
         else:
-            last = self.stop + (num_new if counts is None else counts)
-            _require_room(last, self.max_len)
+            _require_room(self.stop + taken, self.max_len)
         if start is not None:
             self.start.copy_(start.where(self.stop <= self.start, self.start))
         append(*memory.tensors, k, v, self.start, self.stop, counts, self.block_size)
-        self.stop += num_new if counts is None else counts
+        self.stop += taken
         self._counts, self._num_new = counts, num_new
 
     def crop(self, tokens: int | Tensor) -> None:
@@ -124,7 +124,7 @@ class BlockCache:
         else:
             tokens = check_int("tokens", tokens, 0)
         enough = self.stop >= tokens
-        if _is_seen(enough) and not bool(enough.all()):
+        if is_seen(enough) and not bool(enough.all()):
             raise ValueError(f"tokens must be at most the slots of a row, got {tokens}")
         kept = self.stop - self.start - tokens
         self._counts = None
@@ -301,11 +301,6 @@ def _normal() -> AbstractContextManager[Any]:
     return nullcontext() if is_traced() else torch.inference_mode(False)
 
 
-def _is_seen(x: Tensor) -> bool:
-    """Whether the host may look at `x`: not if it would have to wait for a GPU."""
-    return is_readable(x) and not x.is_cuda
-
-
 def _row_numbers(name: str, x: Tensor, k: Tensor, most: int) -> Tensor:
     """Return a number for each row, from 0 to `most`, as int32."""
     if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype == torch.bool:
@@ -313,7 +308,7 @@ def _row_numbers(name: str, x: Tensor, k: Tensor, most: int) -> Tensor:
     if x.shape != k.shape[:1]:
         raise ValueError(f"{name} must have shape [B] = ({k.shape[0]},), got {tuple(x.shape)}")
     good = (x >= 0) & (x <= most)
-    if not _is_seen(good):
+    if not is_seen(good):
         message = f"{name} must be from 0 to {most}, got another number"
         torch._assert_async(good.all(), message)
     elif not bool(good.all()):
@@ -323,7 +318,7 @@ def _row_numbers(name: str, x: Tensor, k: Tensor, most: int) -> Tensor:
 
 def _require_room(last: Tensor, max_len: int) -> None:
     """Raise if a row would get more keys than there are slots; if unreadable, assert it."""
-    if not _is_seen(last):
+    if not is_seen(last):
         message = f"max_len must be at least the slots of each row, got {max_len} for more"
         torch._assert_async((last <= max_len).all(), message)
     elif bool((last > max_len).any()):

@@ -10,7 +10,7 @@ from moba_flex.cache import BlockCache
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations.layout import first_slots
 from moba_flex.masks._torch.exporting import is_traced
-from moba_flex.masks.checks import is_readable
+from moba_flex.masks.checks import is_seen
 
 
 class _Blocks:
@@ -215,7 +215,7 @@ def block_keys_of(
     same = layer.blocks.start == start
     if layer.blocks.block_size != block_size:
         return None
-    if same.is_cuda or not is_readable(same):
+    if not is_seen(same):
         torch._assert_async(
             same.all(), "attention_mask must start rows where it did before, got another start"
         )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from moba_flex.masks.checks import is_readable
+from moba_flex.masks.checks import is_readable, is_seen
 from moba_flex.masks.layout import Slots
 
 Layout = dict[str, Tensor]
@@ -31,7 +31,7 @@ _SIGNALS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class _Running(threading.local):
-    """What is known of the call of a decoder that runs in this thread; None if none listens.
+    """Arguments of the decoder call that runs in this thread; None if no such call runs.
 
     Attributes:
         signals: The signals.
@@ -327,7 +327,7 @@ def _require(condition: Tensor, message: str, *, wait: bool = True) -> None:
 
     If it cannot be read, or the host shall not wait for a GPU, the device asserts it.
     """
-    if not is_readable(condition) or (condition.is_cuda and not wait):
+    if not (is_readable(condition) if wait else is_seen(condition)):
         torch._assert_async(condition.all(), message)
     elif not condition.all():
         raise ValueError(message)
