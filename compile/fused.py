@@ -16,9 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from moba_flex.compile.engine import attention_op
 from moba_flex.compile.fused_kernels import (
@@ -31,7 +29,7 @@ from moba_flex.compile.fused_kernels import (
     stats_kernel,
 )
 from moba_flex.masks._torch.inputs import dense_vectors
-from moba_flex.masks._torch.kernel_op import launch
+from moba_flex.masks._torch.kernel_op import launch, power_of_2, wrap_triton
 from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
 from moba_flex.masks.routing import Routing
@@ -74,7 +72,7 @@ _STATS_ROWS = 64
 
 
 def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 # Cached: in eager code a short sequence waits for the Python between the launches.
@@ -85,7 +83,7 @@ def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _
     else:
         table = _TILES[kernel] | (_TILES_LONG.get(kernel, {}) if block_size > 128 else {})
     tiles = table[max(64, _padded(head_dim))]
-    return tiles._replace(n=max(16, min(tiles.n, triton.next_power_of_2(block_size))))
+    return tiles._replace(n=max(16, min(tiles.n, power_of_2(block_size))))
 
 
 @lru_cache(maxsize=1024)

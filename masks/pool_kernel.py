@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from moba_flex.masks._torch.kernel_op import kernel_op, launch
+from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
 
 # Keys that are loaded at a time.
 _AHEAD = 16
@@ -88,7 +87,7 @@ def pool_triton(k: Tensor, block_size: int, num_blocks: int, extents: Tensor | N
             1 if extents is None else extents.shape[1],
             TABLES=extents is not None,
             HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+            HEAD_DIM_PADDED=power_of_2(head_dim),
             AHEAD=_AHEAD,
             num_warps=1,
         )

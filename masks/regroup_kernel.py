@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from moba_flex.masks._torch.kernel_op import kernel_op, launch
+from moba_flex.masks._torch.kernel_op import kernel_op, launch, wrap_triton
 from moba_flex.masks.layout import ceil_div
 
 # `_TILE` pairs are placed at a time, by one warp. A chunk is one such tile per `_BLOCKS_PER_TILE`

@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from moba_flex.masks._torch.kernel_op import kernel_op, launch
+from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
 from moba_flex.masks.layout import ceil_div
 
 _TILE_Q = 64
@@ -194,9 +193,9 @@ def choose_triton(
             FORCED=sink_blocks + local_blocks > 0,
             BY_HEAD=head_top_k is not None,
             TABLES=queries is not None,
-            SLOTS=max(2, triton.next_power_of_2(picks)),
+            SLOTS=max(2, power_of_2(picks)),
             HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
+            HEAD_DIM_PADDED=max(16, power_of_2(head_dim)),
             TILE_Q=_TILE_Q,
             TILE_N=_TILE_N,
             num_warps=_WARPS,

@@ -12,30 +12,32 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
+from types import NoneType
 from typing import Any, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import TraceableTritonKernelWrapper
 from torch._library.custom_ops import CustomOpDef
-from torch._library.triton import set_wrap_triton_enabled
 from torch.library import triton_op
 from triton.runtime._async_compile import active_mode
 
 from moba_flex.masks._torch.exporting import is_traced
-from moba_flex.masks._torch.gradients import is_transformed, only_once, with_gradient
+from moba_flex.masks._torch.gradients import only_once, with_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]
 """The launcher of a compiled kernel over a grid, and the kernel's compile-time arguments."""
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of arguments that no op must see.
+_PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, tuple, NoneType}
 _MOST_LAYOUTS = 16384
 _known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and `_layout` of its arguments
 
 
 class _Call:
-    """The launches of a plain call of a function, which runs within a `with` statement.
+    """The launches of a plain call of a function.
 
     Attributes:
         replay: The recorded launches that are still to come; None if none were recorded.
@@ -49,20 +51,20 @@ class _Call:
         self.record: list[_Launch] = []
         self.awaited: list[Any] = []
 
-    def __enter__(self) -> "_Call":
-        self._outer, _running.call = _running.call, self
-        self._unwrapped = set_wrap_triton_enabled(False)
-        self._unwrapped.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._unwrapped.__exit__(*error)
-        _running.call = self._outer
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call the function."""
+        _running.call = self
+        try:
+            return function(*args)
+        finally:
+            _running.call = None  # plain calls within this one are part of it
 
     def find(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         """Find a kernel in a first call, launch it, and note it down."""
+        if isinstance(kernel, TraceableTritonKernelWrapper):  # of PyTorch's `wrap_triton`
+            kernel = kernel.kernel
         compiled = kernel.warmup(*args, grid=grid, **options)
         if compiled is None:  # Triton's interpreter compiles nothing
             kernel[grid](*args, **options)
@@ -81,6 +83,20 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of 2 that is at least `n`, where `triton.next_power_of_2` is slow."""
+    return 1 << (int(n) - 1).bit_length()
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """Return a kernel for `launch`: as it is in a plain call, else as a graph can hold it.
+
+    `triton_op` finds the kernels of a function by this name in its source. PyTorch's function of
+    the name takes 1 to 3 us even where it returns the kernel as it is.
+    """
+    return torch.library.wrap_triton(kernel) if _running.call is None else kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -146,8 +162,8 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     return (
         is_traced()
         or torch._C._len_torch_dispatch_stack() > 0
-        or is_transformed()
-        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, args))
     )
 
 
@@ -166,25 +182,31 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return run(*args)
-        layout = (function, device, *map(_layout, args))
+        layout = function, device, _layout(args)
         launches = _known.get(layout)
         if launches is not None:
-            with _Call(iter(launches)):
-                return function(*args)
-        with _compiling_side_by_side(args[0]), _Call() as call:
-            result = function(*args)
-        while call.awaited:
-            for kernel in call.awaited:
-                kernel.result()  # raises what failed in a caller's own threads
-            with _Call() as call:
-                result = function(*args)
-        if call.record:
+            return _Call(iter(launches)).run(function, args)
+        result, launches = _first_call(function, args)
+        if launches:
             if len(_known) >= _MOST_LAYOUTS:
                 _known.clear()
-            _known[layout] = call.record
+            _known[layout] = launches
         return result
 
     return run
+
+
+def _first_call(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, list[_Launch]]:
+    """Return the result of a plain call that has no recorded launches, and its launches."""
+    call = _Call()
+    with _compiling_side_by_side(args[0]):
+        result = call.run(function, args)
+    while call.awaited:
+        for kernel in call.awaited:
+            kernel.result()  # raises what failed in a caller's own threads
+        call = _Call()
+        result = call.run(function, args)
+    return result, call.record
 
 
 class _Loaders(ThreadPoolExecutor):
@@ -224,14 +246,17 @@ def _compiling_side_by_side(example: Tensor) -> Iterator[None]:
         active_mode.set(None)  # Triton forgets to if an interrupt ends its wait
 
 
-def _layout(x: Any) -> Any:
-    """Return the properties of an argument that Triton specializes kernels for.
+def _layout(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the properties of arguments that Triton specializes kernels for.
 
     Tensors that the function allocates itself need no entry: all are aligned alike.
     """
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.data_ptr() % 16
-    return x
+    return tuple(
+        [
+            (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x
+            for x in args
+        ]
+    )
 
 
 def _differentiable(
