@@ -143,7 +143,10 @@ def _first_lists(lists: int, at_once: int, picks: int) -> Sequence[int]:
 
 def _strides(*tensors: Tensor) -> list[int]:
     """Return the strides of batch, head and position; that of the head_dim is 1."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+    strides: list[int] = []
+    for x in tensors:
+        strides += x.stride()[:3]
+    return strides
 
 
 class _Kind(NamedTuple):
@@ -165,7 +168,7 @@ class _Kind(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The sizes of a call, and how its kernels are launched."""
+    """The sizes of a call, and how its kernels are launched: `at_once` lists at a time."""
 
     kind: _Kind
     lists: int
@@ -179,6 +182,7 @@ class _Problem(NamedTuple):
     scale: float
     softcap: float
     table_rows: int
+    at_once: int
 
     @classmethod
     def of(
@@ -196,6 +200,7 @@ class _Problem(NamedTuple):
         batch, num_heads, q_len, head_dim = q.shape
         num_kv_heads, kv_len = k.shape[1:3]
         group = num_heads // num_kv_heads
+        lists = batch * num_kv_heads
         kind = _Kind(  # plain numbers, also where sizes are symbols
             q.dtype,
             int(head_dim),
@@ -208,7 +213,7 @@ class _Problem(NamedTuple):
         )
         return cls(
             kind=kind,
-            lists=batch * num_kv_heads,
+            lists=lists,
             num_kv_heads=num_kv_heads,
             group=group,
             q_len=q_len,
@@ -219,6 +224,7 @@ class _Problem(NamedTuple):
             scale=scale,
             softcap=softcap,
             table_rows=1 if extents is None else extents.shape[1],
+            at_once=_lists_at_once(lists, picks),
         )
 
     @property
@@ -231,32 +237,25 @@ class _Problem(NamedTuple):
         """Pairs of a list, including entries without a block."""
         return self.group * self.q_len * self.picks
 
-    @property
-    def at_once(self) -> int:
-        """Lists per launch."""
-        return _lists_at_once(self.lists, self.picks)
-
     def launches(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
         """Yield, for each launch, its number of lists and the sizes that kernels take."""
         any_batch = isinstance(self.lists, torch.SymInt)
+        sizes = (
+            self.num_kv_heads,
+            self.group,
+            self.q_len,
+            self.kv_len,
+            self.num_blocks,
+            self.block_size,
+            self.num_pairs,
+            self.picks,
+            self.scale_log2,
+            self.softcap / math.log(2),
+            self.table_rows,
+        )
         for first_list in _first_lists(self.lists, self.at_once, self.picks):
-            yield (
-                self.at_once if any_batch else min(self.at_once, self.lists - first_list),
-                (
-                    first_list,
-                    self.num_kv_heads,
-                    self.group,
-                    self.q_len,
-                    self.kv_len,
-                    self.num_blocks,
-                    self.block_size,
-                    self.num_pairs,
-                    self.picks,
-                    self.scale_log2,
-                    self.softcap / math.log(2),
-                    self.table_rows,
-                ),
-            )
+            lists = self.at_once if any_batch else min(self.at_once, self.lists - first_list)
+            yield lists, (first_list, *sizes)
 
     def parts(self, like: Tensor, values: int) -> Tensor:
         """Allocate `values` values for each pair of the lists of a launch."""

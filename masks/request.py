@@ -178,17 +178,22 @@ class Request:
         """Return the request with another gate, and so with other blocks."""
         return self._with(gate, None, None)
 
-    def located(self) -> "Request":
-        """Return the request with its layout worked out."""
-        if self.layout is not None or self.gate is None:
-            return self
+    def find_layout(self) -> Layout:
+        """Return where queries and blocks lie."""
+        if self.layout is not None:
+            return self.layout
+        assert self.gate is not None  # a routing brings its layout
         sizes = self.q.shape[2], self.k.shape[2]
         plain = Layout(*sizes, self.gate.block_size, self.gate.causal)
         if self.slots is not None:
-            layout = locate_slots(plain, self.slots)
-        else:
-            layout = locate(plain, self.rows or {})
-        return self._with(self.gate, layout, self.block_keys)
+            return locate_slots(plain, self.slots)
+        return locate(plain, self.rows or {})
+
+    def located(self) -> "Request":
+        """Return the request with its layout worked out."""
+        if self.layout is not None:
+            return self
+        return self._with(self.gate, self.find_layout(), self.block_keys)
 
     def _with(
         self, gate: Gate | None, layout: Layout | None, block_keys: Tensor | None

@@ -74,16 +74,14 @@ def route_request(request: Request) -> Routing:
     """Return which blocks a request attends to: those that it names, or those of its gate."""
     if request.routing is not None:
         return request.routing
-    request = request.located()
-    assert request.gate is not None
-    assert request.layout is not None
-    if request.gate.top_k == 1:  # own blocks alone
-        none = request.q.new_empty((*request.q.shape[:3], 0), dtype=torch.int32)
-        return Routing.over(request.layout, none)
+    q, gate, layout = request.q, request.gate, request.find_layout()
+    assert gate is not None
+    if gate.top_k == 1:  # own blocks alone
+        return Routing.over(layout, q.new_empty((*q.shape[:3], 0), dtype=torch.int32))
     block_keys = request.block_keys
     if block_keys is None:
-        block_keys = pool(request.k, request.layout)
-    return choose(request.q, block_keys, request.gate, request.layout)
+        block_keys = pool(request.k, layout)
+    return choose(q, block_keys, gate, layout)
 
 
 def choose(q: Tensor, block_keys: Tensor, gate: Gate, layout: Layout) -> Routing:

@@ -63,7 +63,9 @@ class Routing:
     @property
     def num_blocks(self) -> int:
         """Number of key blocks, `N`."""
-        return self.layout.num_blocks
+        if self.tables is not None:
+            return self.tables.num_blocks
+        return ceil_div(self.kv_len, self.block_size)
 
     @property
     def q_offset(self) -> int:
