@@ -62,6 +62,7 @@ def decode_cpu(
     # A row behind the last stands in where a tile has no query.
     rows = F.pad(q.flatten(0, 2).to(exact), (0, 0, 0, 1))
     most = torch.full((rows.shape[0],), -math.inf, dtype=exact)
+    sees = torch.zeros(rows.shape[0], dtype=torch.bool)
     tiles, attended = _Tiles.of(routing, v.shape[1]), []
     keys, values = _Vectors.of(k), _Vectors.of(v)
     for tile in tiles.split(max(1, _AT_ONCE // (block_size * max(q.shape[3], v.shape[3])))):
@@ -77,6 +78,7 @@ def decode_cpu(
         if not all_finite(value):  # perhaps of a key that the query does not see
             return forward(q, k, v, routing, Mods(softcap=softcap or None), scale)
         attended.append((tile.row.flatten(), top.flatten(), weight.sum(1).flatten(), value))
+        sees[tile.row[tile.slot[:, :1] <= tile.last]] = True
     for row, top, _, _ in attended:
         most.scatter_reduce_(0, row, top, "amax")
     total = torch.zeros_like(most)
@@ -85,7 +87,7 @@ def decode_cpu(
         share = (top - most[row]).exp_()
         total.index_add_(0, row, share * weight)
         out.index_add_(0, row, value.flatten(0, 1).mul_(share.unsqueeze(1)))
-    sees = total > 0
+    # A query whose scores are all -inf has a total of zero: its output is NaN.
     out = out / total.where(sees, 1.0).unsqueeze(1)
     lse = (most + total.log()).where(sees, -math.inf)
     shape = q.shape[:3]

@@ -278,6 +278,10 @@ def test_what_is_not_finite_shows_to_those_who_see_it(
         options: dict[str, Any] = {"block_size": block_size, "top_k": 2, **more, **mods}
         case = Case(2, 2, 2, 40, 40, plants=(f"{name}={value}",), **options)
         assert_matches_oracle("planted", case, attention(case, "routed"))
+        if not case.score and not case.mask:
+            inferred = replace(case, grads="")
+            with torch.no_grad():
+                assert_matches_oracle("planted, decode", inferred, attention(inferred, "decode"))
         dense = replace(case, top_k=40, lse=False)
         assert_matches_oracle("planted, dense", dense, attention(dense, "dense", lse=False))
 
