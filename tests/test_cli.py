@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -318,6 +319,18 @@ def test_eval_keeps_what_can_be_written(
     assert message in printed.err.splitlines()[-1]
     assert (out / "moba_eval.json").read_text() == "old"
     assert sorted(x.name for x in out.iterdir()) == ["moba_eval.json", "moba_eval.png"]
+
+
+def test_an_interrupt_during_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "moba_flex", "eval"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "moba-flex: interrupted\n")
 
 
 @pytest.mark.parametrize(

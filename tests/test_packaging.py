@@ -95,4 +95,4 @@ def test_metadata() -> None:
     assert [line for line in distribution.requires if "extra" not in line] == ["torch>=2.11"]
     assert (distribution.read_text("top_level.txt") or "").split() == ["moba_flex"]
     (script,) = distribution.entry_points.select(group="console_scripts")
-    assert (script.name, script.value) == ("moba-flex", "moba_flex.cli:main")
+    assert (script.name, script.value) == ("moba-flex", "moba_flex.__main__:main")
