@@ -21,10 +21,11 @@ from moba_flex.masks._torch.gradients import is_transformed
 from moba_flex.masks._torch.inputs import finite
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.checks import longest_sequence
-from moba_flex.masks.layout import LONGEST, ceil_div
+from moba_flex.masks.layout import LONGEST, Layout, ceil_div
+from moba_flex.masks.pool import pool
 from moba_flex.masks.regroup import regroup
 from moba_flex.masks.request import Gate, Request
-from moba_flex.masks.router import route_request
+from moba_flex.masks.router import numbers_of, route_request
 from moba_flex.masks.tiles import (
     TILE,
     lay_out_keys,
@@ -37,7 +38,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with Py
 if _HAS_TRITON:
     import triton
 
-    from moba_flex.compile.decode_kernels import decode_triton
+    from moba_flex.compile.decode_kernels import (
+        MOST_ROWS,
+        decode_few_triton,
+        decode_triton,
+    )
     from moba_flex.compile.fused import attend_fused
 
 Result = tuple[Tensor, Tensor | None]
@@ -97,6 +102,8 @@ class Dense(Plan):
 
     @override
     def suits(self, request: Request) -> bool:
+        if request.slots is not None and request.q.is_cuda:  # SDPA knows no slots
+            return False
         return request.gate is not None and request.gate.covers(request.k.shape[2])
 
     @override
@@ -142,15 +149,18 @@ class Decode(Plan):
 
     @override
     def suits(self, request: Request) -> bool:
-        # On CUDA it must be asked for: no measurement says yet where it is the faster.
-        if is_exporting() or not on_cpu(request.q):  # the package would serve such lengths alone
+        if is_exporting():  # the package would serve such lengths alone
             return False
+        if request.q.is_cuda:
+            return 0 < _rows(request) <= MOST_ROWS
         return 0 < request.q.shape[2] <= _FEW_QUERIES
 
     @override
     def __call__(self, request: Request) -> Result:
-        routing, (q, scale) = route_request(request), _scaled_up(request)
         softcap = float(request.mods.softcap or 0.0)
+        if request.q.is_cuda and (result := _decode_few(request, softcap)):
+            return result
+        routing, (q, scale) = route_request(request), _scaled_up(request)
         attend = decode_triton if q.is_cuda else decode_cpu
         return attend(q, request.k, request.v, *routing.parts, scale, softcap)
 
@@ -236,7 +246,7 @@ class Masked(Plan):
 
     @override
     def __call__(self, request: Request) -> Result:
-        return _attend_masked(request)
+        return _attend_masked(request.without_unused())
 
 
 PLANS: tuple[Plan, ...] = (Dense(), Decode(), Fused(), Routed(), Masked())
@@ -268,6 +278,35 @@ def find_plan(name: str, request: Request) -> Plan:
 
 def _no_such_plan(plans: tuple[Plan, ...], name: str) -> ValueError:
     return ValueError(f"plan must be one of {('auto', *(x.name for x in plans))}, got {name!r}")
+
+
+def _rows(request: Request) -> int:
+    """Return how many queries share each key/value head of a row of the batch."""
+    return request.q.shape[1] // request.k.shape[1] * request.q.shape[2]
+
+
+def _decode_few(request: Request, softcap: float) -> Result | None:
+    """Choose and attend in one op, which reads on the device where keys lie; None if it cannot."""
+    gate, slots, k = request.gate, request.slots, request.k
+    if gate is None or (slots is None and not request.is_plain):
+        return None
+    # The gate must see queries as they are: see `_scaled_up`.
+    if request.scale <= 0 or _rows(request) > MOST_ROWS:
+        return None
+    layout = Layout(request.q.shape[2], k.shape[2], gate.block_size, gate.causal)
+    numbers = numbers_of(gate, layout)
+    block_keys = request.block_keys
+    if block_keys is None:
+        block_keys = pool(k, request.located().layout or layout)
+    query, start, stop = (None, None, None) if slots is None else slots
+    return decode_few_triton(
+        *(request.q, k, request.v, block_keys, query, start, stop),
+        numbers,
+        gate.causal,
+        gate.head_top_k,
+        request.scale,
+        softcap,
+    )
 
 
 def interpreted() -> bool:
@@ -361,7 +400,7 @@ def _refused_by_export(request: Request) -> Exception | None:
 def _attend_routed(request: Request) -> Result:
     """Attend to the own blocks and to the chosen ones, part by part, and merge."""
     if not on_cpu(request.q):
-        return _attend_regrouped(request)
+        return _attend_regrouped(request.without_unused())
     routing, (q, scale), k, v = route_request(request), _scaled_up(request), request.k, request.v
     if is_exporting():  # rows are plain: see `_refused_by_export`
         return attend_portable(q, k, v, routing, scale=scale)

@@ -21,6 +21,7 @@ def append(
     v: Tensor,
     start: Tensor,
     stop: Tensor,
+    arrived: Tensor,
     counts: Tensor | None,
     block_size: int,
 ) -> None:
@@ -37,18 +38,19 @@ def append(
         k: New keys, `[B, Hkv, T, D]`.
         v: New values, `[B, Hkv, T, Dv]`.
         start: Slot of each row's first key, int32 `[B]`. What lies before it is no key.
-        stop: Slot of each row that the first new key goes to, int32 `[B]`.
+        stop: Slot of each row that the first new key goes to, int32 `[B]`; moved behind the last.
+        arrived: Zeros, int32 `[B]`, in which programs of the kernel count themselves.
         counts: How many of the new keys each row takes, int32 `[B]`; None for all.
         block_size: Keys per block.
     """
     here = append_triton if k.is_cuda else append_cpu
     with torch.no_grad():
-        here(keys, values, sums, block_keys, k, v, start, stop, counts, block_size)
+        here(keys, values, sums, block_keys, k, v, start, stop, arrived, counts, block_size)
 
 
 @torch.library.custom_op(
     "moba_flex::append_cpu",
-    mutates_args=("keys", "values", "sums", "block_keys"),
+    mutates_args=("keys", "values", "sums", "block_keys", "stop", "arrived"),
     device_types="cpu",
 )
 def append_cpu(
@@ -60,6 +62,7 @@ def append_cpu(
     v: Tensor,
     start: Tensor,
     stop: Tensor,
+    arrived: Tensor,
     counts: Tensor | None,
     block_size: int,
 ) -> None:
@@ -77,6 +80,7 @@ def append_cpu(
         if skip < count:
             new = k[b, :, skip:count].float()
             _add(sums[b], block_keys[b], new, low + skip - first, block_size)
+    stop += num_new if counts is None else counts
 
 
 @append_cpu.register_fake

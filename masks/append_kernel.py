@@ -3,17 +3,18 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from moba_flex.masks._torch.kernel_op import kernel_op, launch
+from moba_flex.masks._torch.exporting import is_traced
+from moba_flex.masks._torch.kernel_op import kernel_op, launch, wrap_triton
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = ["num_heads", "num_new", "num_blocks", "block_size", "num_slots"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, debug=True)  # for its assertion
 def append_kernel(  # type: ignore[no-untyped-def]
     keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, counts_ptr,
+    arrived_ptr,
     stride_keys_b, stride_keys_h, stride_keys_n, stride_keys_d,
     stride_values_b, stride_values_h, stride_values_n, stride_values_d,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -22,13 +23,18 @@ def append_kernel(  # type: ignore[no-untyped-def]
     COUNTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Write the new keys and values of one block, and add the keys up in their order."""
+    """Write the new keys and values of one block, and add the keys up in their order.
+
+    The last program of a row of the batch moves its `stop`, which all others have read by then.
+    """
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     first, low = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
     high = low + num_new
     if COUNTS:
         high = low + tl.load(counts_ptr + batch)
+    tl.device_assert(high <= num_slots, "max_len must be at least the slots of each row")
+    end = high
     high = tl.minimum(high, num_slots)
     # Blocks before `first` hold padding alone, and count down from -1.
     shifted = low - first
@@ -58,9 +64,16 @@ def append_kernel(  # type: ignore[no-untyped-def]
     # Triton's own division of float32 is approximate.
     mean = tl.div_rn(total, number).to(block_keys_ptr.dtype.element_ty)
     tl.store(block_keys_ptr + out, mean, mask=written)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + batch, 1) == num_heads * tl.num_programs(0) - 1:
+        tl.store(stop_ptr + batch, end)
+        tl.store(arrived_ptr + batch, 0)
 
 
-@kernel_op("moba_flex::append_triton", mutates=("keys", "values", "sums", "block_keys"))
+@kernel_op(
+    "moba_flex::append_triton",
+    mutates=("keys", "values", "sums", "block_keys", "stop", "arrived"),
+)
 def append_triton(
     keys: Tensor,
     values: Tensor,
@@ -70,6 +83,7 @@ def append_triton(
     v: Tensor,
     start: Tensor,
     stop: Tensor,
+    arrived: Tensor,
     counts: Tensor | None,
     block_size: int,
 ) -> None:
@@ -84,6 +98,7 @@ def append_triton(
         ((num_new + block_size - 2) // block_size + 1, batch * num_heads),
         *(keys, values, sums, block_keys, k, v, start, stop),
         start if counts is None else counts,  # a placeholder, which the kernel does not read
+        arrived,
         *(stride for x in (keys, values, k, v) for stride in x.stride()),
         num_heads,
         num_new,
@@ -96,4 +111,6 @@ def append_triton(
         VALUE_DIM=value_dim,
         VALUE_DIM_PADDED=triton.next_power_of_2(value_dim),
         num_warps=1,
+        # Else `debug` checks each sum of integers too.
+        **({} if is_traced() else {"sanitize_overflow": False}),
     )

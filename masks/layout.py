@@ -132,19 +132,21 @@ class Slots(NamedTuple):
     """Where the keys of each row of a cache lie, and where its queries do; int `[B]` each.
 
     Attributes:
-        query: Slot of the first query. Queries at slots from `stop` on are padding.
+        query: Slot of the first query; None if the queries are those of the last keys. Queries
+            outside of `start` to `stop` are padding.
         start: Slot of the first key.
         stop: The slot after the last key.
     """
 
-    query: Tensor
+    query: Tensor | None
     start: Tensor
     stop: Tensor
 
 
 def locate_slots(plain: Layout, slots: Slots) -> Layout:
     """Return the layout of the same sizes and options, for rows of a cache."""
-    query, start, stop = (x.unsqueeze(1) for x in slots)
+    start, stop = slots.start.unsqueeze(1), slots.stop.unsqueeze(1)
+    query = stop - plain.q_len if slots.query is None else slots.query.unsqueeze(1)
     offset = torch.arange(plain.q_len, device=start.device)
     return _between(plain, query + offset, start, stop)
 

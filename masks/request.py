@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Required, TypedDict, Unpack
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -194,6 +195,20 @@ class Request:
         if self.layout is not None:
             return self
         return self._with(self.gate, self.find_layout(), self.block_keys)
+
+    def without_unused(self) -> "Request":
+        """Return the request with zeros in slots of a cache that hold no key.
+
+        FlexAttention multiplies what it masks by zero, and NaN would come through.
+        """
+        if self.slots is None:
+            return self
+        slot = torch.arange(self.k.shape[2], device=self.k.device)
+        start, stop = (x[:, None, None, None] for x in self.slots[1:])
+        used = (slot[:, None] >= start) & (slot[:, None] < stop)
+        k, v = (x.where(used, 0.0) for x in (self.k, self.v))
+        given = self.q, k, v, self.scale, self.gate, self.routing, self.rows, self.layout
+        return Request(*given, self.slots, self.block_keys, mods=self.mods, lse=self.lse)
 
     def _with(
         self, gate: Gate | None, layout: Layout | None, block_keys: Tensor | None

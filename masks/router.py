@@ -95,7 +95,7 @@ def choose(q: Tensor, block_keys: Tensor, gate: Gate, layout: Layout) -> Routing
     """
     with torch.no_grad():
         exporting = is_exporting()
-        numbers = _picks(gate, layout), gate.block_size, gate.sink_blocks, gate.local_blocks
+        numbers = numbers_of(gate, layout)
         if exporting and not q.is_cuda:  # rows are plain: see compile/plans.py
             blocks = choose_portable(q, block_keys, layout, numbers)
         else:
@@ -103,6 +103,11 @@ def choose(q: Tensor, block_keys: Tensor, gate: Gate, layout: Layout) -> Routing
             place = layout.q_offset, layout.queries
             blocks = choose_here(q, block_keys, numbers, gate.causal, gate.head_top_k, *place)
     return Routing.over(layout, blocks)
+
+
+def numbers_of(gate: Gate, layout: Layout) -> tuple[int, int, int, int]:
+    """Return how many blocks to choose at most, and three numbers of the gate."""
+    return _picks(gate, layout), gate.block_size, gate.sink_blocks, gate.local_blocks
 
 
 def _picks(gate: Gate, layout: Layout) -> int:

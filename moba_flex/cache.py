@@ -99,12 +99,12 @@ class BlockCache:
         if self.max_len is None:
             memory = self._memory = memory.with_room(self._longest + num_new, self.block_size)
             self._longest += num_new
-        else:
+        elif is_traced() or not k.is_cuda:  # else the kernel requires it
             _require_room(self.stop + taken, self.max_len)
         if start is not None:
             self.start.copy_(start.where(self.stop <= self.start, self.start))
-        append(*memory.tensors, k, v, self.start, self.stop, counts, self.block_size)
-        self.stop += taken
+        rows = self.start, self.stop, self._arrived
+        append(*memory.tensors, k, v, *rows, counts, self.block_size)
         self._counts, self._num_new = counts, num_new
 
     def crop(self, tokens: int | Tensor) -> None:
@@ -137,8 +137,7 @@ class BlockCache:
             x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3]))
             for x in (memory.keys, memory.values)
         )
-        append(*memory.tensors, k, v, self.start, self.stop, counts, size)
-        self.stop += counts
+        append(*memory.tensors, k, v, self.start, self.stop, self._arrived, counts, size)
         if self.max_len is None and isinstance(tokens, int):
             self._longest -= tokens
 
@@ -159,7 +158,7 @@ class BlockCache:
             for x, y in zip(old, new, strict=True):
                 x.copy_(y)
         else:
-            *tensors, self.start, self.stop = new
+            *tensors, self.start, self.stop, self._arrived = new
             self._memory = _Memory(*tensors)
 
     def repeat(self, repeats: int) -> None:
@@ -207,7 +206,7 @@ class BlockCache:
             ValueError: `counts` were given to the last append, of another number of keys.
         """
         if self._counts is None:
-            return Slots(self.stop - q_len, self.start, self.stop)
+            return Slots(None, self.start, self.stop)
         if q_len != self._num_new:
             raise ValueError(
                 f"q must have the {self._num_new} queries of the keys that were appended with "
@@ -227,7 +226,7 @@ class BlockCache:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that the cache writes to."""
-        return *self._filled().tensors, self.start, self.stop
+        return *self._filled().tensors, self.start, self.stop, self._arrived
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate the memory for tensors like `k` and `v`; check them if there is some already.
@@ -247,6 +246,7 @@ class BlockCache:
             with _normal():
                 self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
                 self.stop = torch.zeros_like(self.start)
+                self._arrived = torch.zeros_like(self.start)
             slots = self.max_len or k.shape[2] + _ROOM
             self._memory = _Memory.of(k, v, slots, self.block_size)
         memory = self._memory

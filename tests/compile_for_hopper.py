@@ -8,15 +8,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moba_flex.compile import decode_kernels as decode
 from moba_flex.compile import fused, fused_kernels
-from moba_flex.masks import pool_kernel, regroup_kernel, router_kernel
+from moba_flex.masks import append_kernel, pool_kernel, regroup_kernel, router_kernel
 from moba_flex.masks.layout import Layout
 
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
-    *("owners", "block_ptr", "count", "total", "next", "head_top_k"),
+    *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
+    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "arrived"),
 )
-FLOATS = ("lse", "spill_ptr")
+FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -34,7 +36,8 @@ def compile_kernel(
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        if name.startswith(INTS) or (kernel is router_kernel.gate_kernel and name == "out_ptr"):
+        choosing = router_kernel.gate_kernel, decode.select_kernel
+        if name.startswith(INTS) or (name == "out_ptr" and kernel in choosing):
             return "*i32"
         return "*fp32" if any(word in name for word in FLOATS) else f"*{DTYPES[dtype]}"
 
@@ -120,6 +123,27 @@ def attention(
     return found
 
 
+def decoding(dtype: torch.dtype, head_dim: int, everything: bool) -> list[dict[str, Any]]:
+    """Compile the kernels of the decode plan and of a cache."""
+    padded = triton.next_power_of_2(head_dim)
+    constants: dict[str, Any] = {"HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "D": padded}
+    constants |= {"HEAD_DIM_PADDED": padded, "VALUE_DIM_PADDED": padded, "DV": padded}
+    constants |= {"CACHED": True, "TABLES": False, "CAUSAL": True, "WIDTH": 4096}
+    constants |= {"ROWS": 64 if everything else 16, "SLOTS": 64 if everything else 8}
+    constants |= {"WHOLE": not everything, "PARTS": 8, "CHOOSE": not everything}
+    constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+    for name in ("QUERY", "FORCED", "BY_HEAD", "CLEAN", "SOFTCAP", "COUNTS"):
+        constants[name] = everything
+    kernels = ("score", 64, 4), ("select", 64, 4), ("attend", 64, 8 if everything else 2)
+    found = [
+        compile_kernel(
+            getattr(decode, f"{name}_kernel"), dtype, {**constants, "TILE": tile}, warps, 3
+        )
+        for name, tile, warps in kernels
+    ]
+    return [*found, compile_kernel(append_kernel.append_kernel, dtype, constants, 1, 3)]
+
+
 if __name__ == "__main__":
     cases = [
         (torch.bfloat16, 128, 7, False),
@@ -129,6 +153,8 @@ if __name__ == "__main__":
     results = [gate(*case) for case in cases]
     results += [pool(torch.bfloat16, 128, False), pool(torch.float32, 80, True)]
     results += sorting()
+    results += decoding(torch.bfloat16, 128, everything=False)
+    results += decoding(torch.float32, 80, everything=True)
     results += attention(torch.bfloat16, 128, 128, everything=False)
     results += attention(torch.float16, 80, 100, everything=True)
     print(json.dumps(results))

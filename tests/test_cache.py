@@ -1,5 +1,6 @@
 """The cache: any sequence of changes gives what one call over the keys that remain gives."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,10 @@ from moba_flex import make_tables, moba_attention, moba_attention_reference, rou
 from moba_flex.cache import BlockCache, cached_attention
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks.append import append
-from moba_flex.masks.layout import Layout
+from moba_flex.masks.layout import Layout, Slots, locate_slots
 from moba_flex.masks.pool import pool
+from moba_flex.masks.request import Gate
+from moba_flex.masks.router import choose, numbers_of
 from tests.case import Case
 from tests.helpers import DEVICES, cases, needs_interpreter
 
@@ -256,7 +259,8 @@ def test_steps_are_one_graph() -> None:
 @pytest.mark.usefixtures("poison")
 @settings(max_examples=settings().max_examples // 3 + 1)
 @given(
-    case=cases(max_len=60, min_block=2, dtypes=[torch.float32, torch.bfloat16]),
+    # The interpreter multiplies bfloat16 as integers.
+    case=cases(max_len=60, min_block=2, dtypes=[torch.float32, torch.float16]),
     q_len=st.integers(1, 4),
     left=st.integers(0, 20),
     softcap=st.sampled_from([0.0, 2.0]),
@@ -278,6 +282,68 @@ def test_kernel_decodes_as_cpu_does(case: Case, q_len: int, left: int, softcap: 
     torch.testing.assert_close(got, want, rtol=bound, atol=bound)
 
 
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=settings().max_examples // 2 + 1)
+@given(
+    case=cases(max_len=90, min_block=2, dtypes=[torch.float32, torch.float16]),
+    q_len=st.integers(1, 4),
+    cached=st.booleans(),
+    named=st.booleans(),
+    ends=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 90)), min_size=4, max_size=4),
+    by_head=st.booleans(),
+    apart=st.sampled_from([0, 4, 64]),
+)
+def test_kernels_choose_and_decode_as_cpu_does(
+    case: Case,
+    q_len: int,
+    cached: bool,
+    named: bool,
+    ends: list[tuple[int, int]],
+    by_head: bool,
+    apart: int,
+) -> None:
+    """In Triton's interpreter; slots of a cache that hold no key, and their blocks, hold NaN."""
+    needs_interpreter()
+    kernels: Any = import_module("moba_flex.compile.decode_kernels")
+    case = replace(case, q_len=min(q_len, case.kv_len))
+    q, k, v = case.inputs()
+    gate = Gate(**case.gate)
+    if by_head:
+        numbers = torch.randint(gate.least_top_k, gate.top_k + 1, q.shape[:2])
+        gate = replace(gate, head_top_k=numbers)
+    layout, slots = Layout(case.q_len, case.kv_len, case.block_size, case.causal), None
+    if cached:
+        start, stop = torch.tensor(ends[: case.batch]).clamp(max=case.kv_len).int().T
+        slots = Slots(None, start, torch.maximum(start, stop))
+        layout = locate_slots(layout, slots)
+        if named:  # one query fewer, and padding
+            slots = Slots(slots.stop - case.q_len + 1, *slots[1:])
+            layout = locate_slots(layout, slots)
+    block_keys = pool(k, layout)
+    want = decode_cpu(q, k, v, *choose(q, block_keys, gate, layout).parts, 0.3, 2.0)
+    if slots is not None:
+        slot = torch.arange(case.kv_len)
+        unused = (slot < slots.start[:, None]) | (slot >= slots.stop[:, None])
+        k, v = (x.masked_fill(unused[:, None, :, None], math.nan) for x in (k, v))
+        number = torch.arange(block_keys.shape[2]) * case.block_size
+        empty = number >= (slots.stop - slots.start)[:, None]
+        block_keys = block_keys.masked_fill(empty[:, None, :, None], math.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        if apart:  # a kernel of its own chooses, and holds so many affinities
+            patch.setattr(kernels, "_MOST_CHOOSING", 0)
+            patch.setattr(kernels, "_SELECTED", apart)
+        got = kernels.decode_few_triton(
+            *(q, k, v, block_keys, *(slots or (None, None, None))),
+            numbers_of(gate, layout),
+            gate.causal,
+            gate.head_top_k,
+            0.3,
+            2.0,
+        )
+    bound = 1e-5 if case.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+
+
 def test_kernel_appends_as_cpu_does() -> None:
     """Bit by bit, in Triton's interpreter; blocks of padding before the first key too."""
     needs_interpreter()
@@ -295,9 +361,11 @@ def test_kernel_appends_as_cpu_does() -> None:
                 torch.zeros(2, 3, 16, 16),
             ]
             start, stop = torch.tensor([[9, 0], [0, 0]], dtype=torch.int32)
+            arrived = torch.zeros_like(start)
             for some_k, some_v in zip(k, v, strict=True):
-                here(*tensors, some_k, some_v, start, stop, counts, 4)
-                stop = stop + (20 if counts is None else counts)
+                here(*tensors, some_k, some_v, start, stop, arrived, counts, 4)
+            assert stop.tolist() == ([40, 40] if counts is None else [0, 22])
+            assert arrived.tolist() == [0, 0]
             results.append(tensors)
         for x, y in zip(*results, strict=True):
             assert torch.equal(x, y)

@@ -271,7 +271,8 @@ def appending(device: str) -> tuple[Any, ...]:
     sums, block_keys = (torch.zeros(2, 3, 5, 16, device=device) for _ in range(2))
     new = (torch.randn(2, 3, 5, dim, device=device) for dim in (16, 24))
     start, stop, counts = torch.tensor([[2, 0], [0, 7], [5, 3]], device=device).int()
-    return keys, values, sums, block_keys, *new, start, stop, counts, 8
+    arrived = torch.zeros_like(start)
+    return keys, values, sums, block_keys, *new, start, stop, arrived, counts, 8
 
 
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -287,6 +288,11 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     sort_pairs: Any = regroup_kernel.sort_pairs_triton
     attend: Any = fused.attend_fused
     decode: Any = decode_kernels.decode_triton
+    decode_few: Any = decode_kernels.decode_few_triton
+    q, k, v = Case(2, 2, 2, 3, 90, device=device).inputs()
+    ends = (torch.tensor(x, device=device).int() for x in ([80, 70], [0, 5], [83, 72]))
+    block_keys = pool(k, Layout(3, 90, 16, causal=True))
+    yield decode_few.op, (q, k, v, block_keys, *ends, (3, 16, 1, 0), True, None, 0.3, 20.0)
     for layout in layouts(device):
         place = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(1, 2, 2, 50, 90, device=device).inputs())
@@ -320,6 +326,7 @@ def test_every_op_is_checked() -> None:
     if pytest.importorskip("triton"):
         known |= {"append_triton", "pool_triton", "choose_triton", "sort_pairs_triton"}
         known |= {"attend_fused", "attend_fused_backward", "decode_triton"}
+        known |= {"decode_few_triton"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known
 
@@ -341,7 +348,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
     for op, arguments in kernel_ops():
         torch.library.opcheck(op, arguments, test_utils=utils)
         seen.add(op._qualname)
-    assert len(seen) == 7
+    assert len(seen) == 8
 
 
 # Limits of PyTorch, and what is done about them.

@@ -424,7 +424,8 @@ def _attention(
 
 def _pairs_of(slots: Slots, q_len: int, kv_len: int) -> Tensor:
     """Return which keys each query sees, bool `[B, 1, Q, KV]`, for attention to all of them."""
-    query, start, _ = (x[:, None, None, None] for x in slots)
+    assert slots.query is not None  # of a mask, which names it
+    query, start = (x[:, None, None, None] for x in (slots.query, slots.start))
     slot = torch.arange(kv_len, device=query.device)
     position = query + torch.arange(q_len, device=query.device)[:, None]
     return (slot >= start) & (slot <= position)
