@@ -533,7 +533,14 @@ def test_generate_routes_as_transformers_would(
             capsys.readouterr()
             assert generate(home, *gate) == 0
             assert capsys.readouterr().out == f"{want}\n"
+    gate = ("--top-k", 2, "--dense-layers", -1, "--decode-top-k", 99)
+    for chunk in ((), ("--chunk", 37)):
+        assert generate(home, *gate, *chunk) == 0
+        assert capsys.readouterr().out == f"{texts[1]}\n"
     assert len({continued(home), *texts}) == 3
+    assert generate(home, "--top-k", 3, "--layer-top-k", 3, 2) == 0
+    want = continued(home, top_k=3, layer_top_k=(3, 2))
+    assert capsys.readouterr().out == f"{want}\n"
 
 
 @pytest.mark.usefixtures("prompt")
@@ -604,6 +611,12 @@ def test_generate_shows_the_progress_of_chunks(
         (["--prompt", "/proc/self/mem"], "--prompt must be readable, got '/proc/self/mem': Input"),
         (["--top-k", "1", "--sink-blocks", "1"], "top_k must be at least 1 + sink_blocks"),
         (["--dense-layers", "2"], "dense_layers must lie in -2..1, got 2: the model has 2 layers"),
+        (["--layer-top-k", "2"], "layer_top_k must hold 2 numbers, one for each layer, got 1"),
+        (["--layer-top-k", "9", "9"], "layer_top_k must be at most top_k = 8, got 9: raise top_k"),
+        (
+            ["--decode", "dense", "--decode-top-k", "9"],
+            "decode_top_k must be None for cached='dense', got 9: let cached be 'route'",
+        ),
         (
             ["--dense-layers=--5"],
             "argument --dense-layers: must be an int of at least -1048576",

@@ -9,7 +9,11 @@ from moba_flex.config import MoBAConfig
 
 
 def test_survives_json() -> None:
-    config = MoBAConfig(64, 4, 1, 2, dense_layers=(0, -1), cached="dense")
+    for options in ({"cached": "dense"}, {"layer_top_k": (4, 4), "decode_top_k": 9}):
+        _survives_json(MoBAConfig(64, 4, 1, 2, dense_layers=(0, -1), **options))
+
+
+def _survives_json(config: MoBAConfig) -> None:
     assert MoBAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -566,6 +566,35 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "head_top_k must be at most top_k = 2, got 3: raise top_k",
     ),
+    ({"layer_top_k": 2}, TypeError, "layer_top_k must be a tuple of ints, got int"),
+    ({"layer_top_k": (2, 2.0)}, TypeError, "layer_top_k must be an int, got float"),
+    (
+        {"layer_top_k": (2, 1), "local_blocks": 1},
+        ValueError,
+        "layer_top_k must be at least 2, got 1",
+    ),
+    (
+        {"layer_top_k": (2, 3)},
+        ValueError,
+        "layer_top_k must be at most top_k = 2, got 3: raise top_k",
+    ),
+    (
+        {"layer_top_k": (2,), "head_top_k": ((2,),)},
+        ValueError,
+        "layer_top_k must be None beside head_top_k, got both: "
+        "give head_top_k the numbers of each layer",
+    ),
+    ({"decode_top_k": True}, TypeError, "decode_top_k must be an int, got bool"),
+    (
+        {"decode_top_k": 1, "sink_blocks": 1},
+        ValueError,
+        "decode_top_k must be at least 2, got 1",
+    ),
+    (
+        {"decode_top_k": 2, "cached": "dense"},
+        ValueError,
+        "decode_top_k must be None for cached='dense', got 2: let cached be 'route'",
+    ),
 ]
 
 
@@ -621,11 +650,11 @@ def compiled_packed() -> Any:
     return model(torch.ones_like(positions), position_ids=positions, use_cache=False)
 
 
-def nobody_knows_which_layer() -> Any:
+def nobody_knows_which_layer(**options: Any) -> Any:
     pytest.importorskip("transformers")
     from moba_flex.integrations.transformers import gate_of
 
-    return gate_of(MoBAConfig(4, 2, head_top_k=((2, 2),)), None, x())
+    return gate_of(MoBAConfig(4, 2, **options), None, x())
 
 
 def call_windows(**options: Any) -> Any:
@@ -852,9 +881,14 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "attention must be self-attention, got CrossAttention: use attn_implementation='sdpa'",
     ),
     (
-        nobody_knows_which_layer,
+        lambda: nobody_knows_which_layer(head_top_k=((2, 2),)),
         ValueError,
         "head_top_k must be None for layers without layer_idx, got a table: use top_k",
+    ),
+    (
+        lambda: nobody_knows_which_layer(layer_top_k=(2, 2)),
+        ValueError,
+        "layer_top_k must be None for layers without layer_idx, got a table: use top_k",
     ),
     (
         without_options,
@@ -872,6 +906,11 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "head_top_k must hold 4 numbers, one for each head, for each of 3 layers, "
         "got 2 rows of [2]",
+    ),
+    (
+        lambda: llama(layer_top_k=(2, 2)),
+        ValueError,
+        "layer_top_k must hold 3 numbers, one for each layer, got 2",
     ),
     (
         lambda: apply_to("BloomForCausalLM", model_type="bloom", n_layer=1, n_head=2, **SMALL),
@@ -924,6 +963,8 @@ MORE_MESSAGES = {
         "cache must stay on its device, got a call to offload it: offload from the start, by "
         "DynamicCache(offloading=True)",
         "tokens_to_remove must be at most 0, got 1",
+        "cached must be 'route', and decode_top_k None, in a graph of several queries and a "
+        "static cache, got 'dense' and None: leave such calls out of the graph",
         "attention_mask must start rows where it did before, got another start",
         "attention_mask must hold ones from the first token on in a call with cached keys, got "
         "zeros between: pad on the left",

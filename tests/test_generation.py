@@ -208,6 +208,35 @@ def test_prefill_sparse_and_decode_dense() -> None:
     torch.testing.assert_close(second, want)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_schedule_of_layers_and_of_decode(static: bool) -> None:
+    """Each call is that of a model which has the numbers of this call alone."""
+    x = prompt()
+    model = build("Llama", layer_top_k=(2, 3), decode_top_k=5)
+    rows = (2,) * 4, (3,) * 4
+    calls = [build("Llama", head_top_k=rows), *[apply(build("Llama"), MoBAConfig(8, 5))] * 2]
+    caches: list[Any] = [
+        StaticCache(model.config, LENGTH + 9) if static else DynamicCache() for _ in range(2)
+    ]
+    others = build("Llama"), apply(build("Llama"), MoBAConfig(8, 3, layer_top_k=(3, 2)))
+    with torch.no_grad():
+        for alone, part in zip(calls, (x, x[:, :8], x[:, 8:9]), strict=True):
+            got = model(part, past_key_values=caches[0]).logits
+            torch.testing.assert_close(got, alone(part, past_key_values=caches[1]).logits)
+            if part is x:  # the numbers matter
+                assert all((got - other(x).logits).abs().max() > 1e-3 for other in others)
+        assert not torch.equal(got, calls[0](part, past_key_values=fresh(caches[1], 58)).logits)
+
+
+def test_a_graph_cannot_tell_a_prompt_from_later_tokens() -> None:
+    model, x = build("Llama", cached="dense"), prompt()
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + NEW)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    message = "cached must be 'route', and decode_top_k None, in a graph of several queries and"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        compiled(x, past_key_values=cache)
+
+
 def test_holes_in_a_mask_are_refused() -> None:
     model, x = build("Llama"), prompt()
     with torch.no_grad():

@@ -207,8 +207,9 @@ def _run(
     length, device = ids.shape[1], ids.device
     chunked = settings.chunk is not None and settings.chunk < length
     if config is not None:
-        # Chunks behind the first are calls with a cache, too; only decode may be dense in these.
-        apply(model, replace(config, cached="route") if chunked else config)
+        # Chunks behind the first are calls with a cache, too; only decode may differ from others.
+        prefill = replace(config, cached="route", decode_top_k=None)
+        apply(model, prefill if chunked else config)
     cache = DynamicCache(config=model.config)
     # Options of the model's own generation_config that do not fit a stream or this cache.
     options: dict[str, Any] = {"num_beams": 1, "use_cache": True, "cache_implementation": None}

@@ -58,10 +58,25 @@ def add_command(commands: Any) -> None:
         help="layers that keep dense attention; -1 is the last (default: none)",
     )
     gate.add_argument(
+        "--layer-top-k",
+        type=integer(1),
+        nargs="+",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="top-k of each layer, at most --top-k (default: --top-k in all)",
+    )
+    gate.add_argument(
         "--decode",
         choices=("route", "dense"),
         default="route",
         help="attention of the new tokens: as in the prompt, or to all keys",
+    )
+    gate.add_argument(
+        "--decode-top-k",
+        type=integer(1),
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="top-k of the new tokens, in all layers (default: as in the prompt)",
     )
     text = job.add_argument_group("text")
     text.add_argument(
@@ -114,7 +129,8 @@ def add_command(commands: Any) -> None:
 
 
 _ABSENT = {
-    **dict.fromkeys(("model", "dense_layers", "temperature", "chunk", "device", "dtype", "json")),
+    **dict.fromkeys(("model", "dense_layers", "layer_top_k", "decode_top_k", "temperature")),
+    **dict.fromkeys(("chunk", "device", "dtype", "json")),
     "compare": False,
 }
 
@@ -132,6 +148,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.local_blocks,
         dense_layers=tuple(options["dense_layers"] or ()),
         cached=arguments.decode,
+        layer_top_k=options["layer_top_k"],
+        decode_top_k=options["decode_top_k"],
     )
     prompt: Path = arguments.prompt
     if str(prompt) != "-" and (not os.path.exists(prompt) or prompt.is_dir()):
@@ -150,8 +168,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
     name: str | None = options["model"]
     model_config = pretrained.load_config(name)
-    if config.dense_layers:
-        config.is_dense(0, model_config.get_text_config().num_hidden_layers)
+    if config.dense_layers or config.layer_top_k:
+        text = model_config.get_text_config()
+        config.check_model(text.num_hidden_layers, text.num_attention_heads)
     tokenizer = pretrained.load_tokenizer(name)
     ids = generate.read_prompt(tokenizer, prompt)
     generate.check_length(model_config, ids.shape[1], arguments.max_new_tokens)

@@ -46,6 +46,7 @@ from moba_flex.integrations.layout import (
 )
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast, numbers_beside
+from moba_flex.masks.checks import is_readable
 from moba_flex.masks.layout import Slots, ceil_div
 from moba_flex.masks.request import cached_request
 
@@ -266,7 +267,7 @@ def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) 
                     "model must have no sparse attention of its own, got "
                     f"{type(layer).__name__}.{part}: use attn_implementation='eager'"
                 )
-    for name in ("dense_layers", "head_top_k"):
+    for name in ("dense_layers", "head_top_k", "layer_top_k"):
         if not getattr(config, name):
             continue
         for layer in layers:
@@ -333,7 +334,7 @@ def _attention(
     q_len, kv_len = query.shape[2], key.shape[2]
     dense = layer_idx is not None and config.is_dense(layer_idx, model_config.num_hidden_layers)
     slots = slots_of(attention_mask)
-    cached = slots is not None or q_len != kv_len
+    cached = _has_cached_keys(config, slots, q_len, kv_len)
     dense = dense or (cached and config.cached == "dense")
     if cached and not dense and config.cached == "refuse":
         raise ValueError(
@@ -370,7 +371,7 @@ def _attention(
             block_keys = block_keys.to(query.dtype)
         request = cached_request(
             *(query, key, value, block_keys, slots),
-            **gate_of(config, layer_idx, query),
+            **gate_of(config, layer_idx, query, cached=cached),
             causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
             scale=scaling,
             softcap=softcap,
@@ -422,6 +423,25 @@ def _attention(
     return out.contiguous(), None
 
 
+def _has_cached_keys(config: MoBAConfig, slots: Slots | None, q_len: int, kv_len: int) -> bool:
+    """Whether a call has keys of earlier calls, for options that treat such calls otherwise.
+
+    The first call with a static cache has none, though it has more slots than queries.
+    """
+    if slots is None or (config.cached == "route" and config.decode_top_k is None):
+        return slots is not None or q_len != kv_len
+    assert slots.query is not None  # of a mask, which names it
+    if q_len == 1:  # the first token attends to itself alone, whatever the options are
+        return True
+    if not is_readable(slots.query):
+        raise ValueError(
+            "cached must be 'route', and decode_top_k None, in a graph of several queries and a "
+            f"static cache, got {config.cached!r} and {config.decode_top_k}: "
+            "leave such calls out of the graph"
+        )
+    return bool(slots.query.any())
+
+
 def _pairs_of(slots: Slots, q_len: int, kv_len: int) -> Tensor:
     """Return which keys each query sees, bool `[B, 1, Q, KV]`, for attention to all of them."""
     assert slots.query is not None  # of a mask, which names it
@@ -438,11 +458,20 @@ def _check_dropout(dropout: float) -> None:
         )
 
 
-def gate_of(config: MoBAConfig, layer_idx: int | None, q: Tensor) -> dict[str, Any]:
+def gate_of(
+    config: MoBAConfig, layer_idx: int | None, q: Tensor, *, cached: bool = False
+) -> dict[str, Any]:
     """Return the arguments of `route` for the queries of a layer.
 
+    Args:
+        config: The options of the model.
+        layer_idx: The layer's number.
+        q: Its queries, `[B, Hq, Q, D]`.
+        cached: Whether the call has cached keys.
+
     Raises:
-        ValueError: The options have a `head_top_k`, but the layer has no `layer_idx`.
+        ValueError: The options have a `head_top_k` or a `layer_top_k`, but the layer has no
+            `layer_idx`.
 
     Example:
         >>> q = torch.randn(1, 2, 8, 4)
@@ -456,11 +485,18 @@ def gate_of(config: MoBAConfig, layer_idx: int | None, q: Tensor) -> dict[str, A
         "sink_blocks": config.sink_blocks,
         "local_blocks": config.local_blocks,
     }
-    if config.head_top_k is not None:
-        if layer_idx is None:
+    for name in ("head_top_k", "layer_top_k"):
+        if getattr(config, name) is not None and layer_idx is None:
             raise ValueError(
-                "head_top_k must be None for layers without layer_idx, got a table: use top_k"
+                f"{name} must be None for layers without layer_idx, got a table: use top_k"
             )
+    if cached and config.decode_top_k is not None:
+        gate["top_k"] = config.decode_top_k
+    elif config.layer_top_k is not None:
+        assert layer_idx is not None
+        gate["top_k"] = config.layer_top_k[layer_idx]
+    elif config.head_top_k is not None:
+        assert layer_idx is not None
         row = config.head_top_k[layer_idx]
         gate["top_k"] = max(row)
         if min(row) < max(row):
