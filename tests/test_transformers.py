@@ -1,6 +1,8 @@
 """Tests of `moba_flex.integrations.transformers` on tiny random models."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from moba_flex import moba_attention_reference
+from moba_flex.cli.pretrained import load_model
 from moba_flex.config import MoBAConfig
 from moba_flex.integrations import transformers as integration
 from moba_flex.integrations.transformers import apply, observe, register
@@ -154,7 +157,7 @@ def test_a_decoder_may_be_run_bidirectionally() -> None:
     torch.testing.assert_close(apply(model, ALL)(tokens(), is_causal=False).logits, dense)
 
 
-def test_a_multimodal_model_switches_its_text_part() -> None:
+def test_a_multimodal_model_switches_its_text_part(tmp_path: Path) -> None:
     text, vision = (
         transformers.LlamaConfig(**SIZES),
         transformers.CLIPVisionConfig(
@@ -171,10 +174,12 @@ def test_a_multimodal_model_switches_its_text_part() -> None:
     model.eval()
     x = tokens() % 59 + 1
     dense = model(input_ids=x).logits
-    apply(model, ALL)
-    assert model.config.text_config._attn_implementation == "moba_flex"
-    assert model.config.vision_config._attn_implementation != "moba_flex"
-    torch.testing.assert_close(model(input_ids=x).logits, dense)
+    apply(model, ALL).save_pretrained(tmp_path)
+    again: Any = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    for one in (model, again):
+        assert one.config.text_config._attn_implementation == "moba_flex"
+        assert one.config.vision_config._attn_implementation != "moba_flex"
+        torch.testing.assert_close(one(input_ids=x).logits, dense)
 
 
 def test_a_text_part_may_lie_deep_in_a_model() -> None:
@@ -226,14 +231,48 @@ def test_a_saved_model_keeps_its_options(tmp_path: Path) -> None:
     model = apply(build("Llama"), config)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["moba_flex"] == config.to_dict()
-    again: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="moba_flex"
-    )
-    torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits)
-    dense: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(apply(dense)(tokens()).logits, model(tokens()).logits)
+    load: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
+    again, want = load(tmp_path), model(tokens()).logits
+    for reloaded in (again, load(tmp_path, attn_implementation="moba_flex"), apply(again)):
+        torch.testing.assert_close(reloaded(tokens()).logits, want)
+    dense = load(tmp_path, attn_implementation="sdpa")
+    torch.testing.assert_close(dense(tokens()).logits, build("Llama")(tokens()).logits)
+    torch.testing.assert_close(apply(dense)(tokens()).logits, want)
+    # The command's models have no gate before it sets one.
+    assert load_model(str(tmp_path)).config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="LlamaConfig must carry MoBA options, got none"):
         apply(build("Llama"))
+
+
+def test_a_saved_model_is_no_dense_one_where_nobody_knows_its_attention(tmp_path: Path) -> None:
+    apply(build("Llama"), SMALL).save_pretrained(tmp_path)
+    code = (
+        "import sys, transformers as t\n"
+        "for name in ({'attn_implementation': 'sdpa'}, {}):\n"
+        "    t.AutoModelForCausalLM.from_pretrained(sys.argv[1], **name)\n"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert 'ValueError: Specified `attn_implementation="moba_flex"` is not support' in done.stderr
+    assert "line 3" in done.stderr
+
+
+def test_a_model_without_hooks_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = apply(build("Qwen3"), SMALL)
+    model.save_pretrained(tmp_path)
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    integration._warn_once.cache_clear()
+    model(tokens())
+    assert not caplog.messages
+    for _ in range(2):
+        again(tokens())
+    (message,) = caplog.messages
+    assert message.startswith("a model of Qwen3Config runs moba_flex as it was loaded, without")
+    assert message.endswith("call moba_flex.integrations.transformers.apply(model)")
+    apply(again).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["attn_implementation"] == "moba_flex"
 
 
 def test_a_default_serves_models_without_options(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def load_model(name: str | None = None, **options: Any) -> Any:
     # transformers fills missing weights at random. The error below names missing and misshapen
     # ones.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if name is not None and hasattr(load_config(name).get_text_config(), "moba_flex"):
+        options["attn_implementation"] = "sdpa"  # saved by `apply`; a command sets its own gate
     model, found = _load(AutoModelForCausalLM, name, **options)
     wrong = sorted(str(weight) for weight in found["missing_keys"])
     wrong += sorted(

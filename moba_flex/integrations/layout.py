@@ -258,6 +258,16 @@ def layout_of(
     return ({"key_mask": mask} if mask is not None and not layout else layout), None
 
 
+def has_hooks(mask: Tensor | None) -> bool:
+    """Whether the model of a layer listens.
+
+    Args:
+        mask: The layer's mask. Activation checkpointing runs layers outside of their model, and
+            then the mask alone tells.
+    """
+    return _running.signals is not None or (mask is not None and mask.dim() != 2)
+
+
 def slots_of(mask: Tensor | None) -> Slots | None:
     """Return where a cached call's keys and queries lie, if its mask comes from `mask`."""
     if mask is None or mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[0] != 3:

@@ -16,7 +16,9 @@ its own attention. Calls that cannot be computed exactly, such as with dropout o
 own mask, raise a ValueError with a remedy; nothing falls back silently.
 """
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,6 +39,7 @@ from moba_flex.config import MoBAConfig
 from moba_flex.integrations.cache import adopt, block_keys_of
 from moba_flex.integrations.layout import (
     Layout,
+    has_hooks,
     layout_of,
     listen,
     mask,
@@ -52,8 +55,13 @@ from moba_flex.masks.request import cached_request
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+_logger = logging.getLogger(__name__)
+
 NAME = "moba_flex"
-"""The `attn_implementation`, and the attribute of a model's config that holds the options."""
+"""The `attn_implementation`, and the attribute of a model's config that holds the options.
+
+To import this module makes the name known to transformers.
+"""
 
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, float | None, MoBAConfig, Layout], None]
 """Called with `layer_idx`, q `[B, Hq, Q, D]`, k and v `[B, Hkv, Q, D]`, scale, config and layout.
@@ -95,10 +103,10 @@ _OWN_SPARSE = ("indexer", "compressor", "prepare_dynamic_mask")
 
 
 def register(default: MoBAConfig | None = None) -> None:
-    """Make `attn_implementation="moba_flex"` known to transformers.
+    """Let models whose config carries no options have `attn_implementation="moba_flex"`.
 
     Args:
-        default: Options for models whose config carries none.
+        default: Options for such models; None for an error.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,19 +120,25 @@ def register(default: MoBAConfig | None = None) -> None:
     """
     global _default
     _default = default
-    _register()
 
 
 def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     """Switch a model to Mixture of Block Attention, in place.
 
-    The options go into `model.config.moba_flex`, so that `save_pretrained` keeps them. A saved
-    model loads with dense attention: `apply(from_pretrained(...))` switches it again. In a
-    multimodal model only the text part is switched.
+    In a multimodal model only the text part is switched.
 
-    Hooks on the model record arguments that mark packed documents. `from_pretrained(...,
-    attn_implementation="moba_flex")` after `register()` sets no hooks: then layers see only the
-    arguments that the model passes on to them, and raise an error if it passes on none.
+    The options go into `model.config.moba_flex`, and the attention's name into
+    `model.config.attn_implementation`, so that `save_pretrained` keeps both and `from_pretrained`
+    reads them. A saved model never loads as a dense one by accident:
+
+    - Where this module was not imported, `from_pretrained` raises the ValueError of transformers
+      that `attn_implementation="moba_flex"` is not supported.
+    - Where it was imported, the model loads with this attention, but without the hooks of `apply`.
+      Then a cache keeps no block keys, and layers see packed documents only if the model passes on
+      the arguments that mark them; if it passes on none, they raise. The first call warns of this
+      in the log, and `apply(model)` sets the hooks.
+    - `from_pretrained(..., attn_implementation="sdpa")` loads it as a dense model. To save it as
+      one, delete both attributes of the config.
 
     Args:
         model: A decoder that uses the attention interface of transformers.
@@ -167,7 +181,6 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
     _check_decoder(model.config)
-    _register()
     config.check_model(text.num_hidden_layers, text.num_attention_heads)
     _check_layers(model, text, config)
     # Without this flag, a model may accept the name but keep its own attention.
@@ -184,6 +197,7 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
             "call moba_attention in its attention layer instead"
         )
     setattr(text, NAME, config.to_dict())
+    model.config.attn_implementation = _name_for(text, model.config)
     for decoder in _decoders(model, text):
         listen(decoder, _prepare_cache)
     return model
@@ -223,11 +237,6 @@ def _prepare_cache(decoder: Any, cache: Any) -> None:
     adopt(cache, _options(text), text.num_hidden_layers)
 
 
-def _register() -> None:
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, mask)
-
-
 def _options(model_config: PreTrainedConfig) -> MoBAConfig:
     options = getattr(model_config, NAME, None)
     if options is not None:
@@ -238,6 +247,11 @@ def _options(model_config: PreTrainedConfig) -> MoBAConfig:
             "call moba_flex.integrations.transformers.apply(model, MoBAConfig(...))"
         )
     return _default
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def _name_for(text: PreTrainedConfig, whole: PreTrainedConfig) -> Any:
@@ -332,6 +346,12 @@ def _attention(
             f"{config.dense_layers}: leave it out"
         )
     q_len, kv_len = query.shape[2], key.shape[2]
+    if getattr(model_config, NAME, None) and not (is_traced() or has_hooks(attention_mask)):
+        _warn_once(
+            f"a model of {type(model_config).__name__} runs moba_flex as it was loaded, without "
+            "hooks: caches keep no block keys, and save_pretrained would not keep the attention: "
+            "call moba_flex.integrations.transformers.apply(model)"
+        )
     dense = layer_idx is not None and config.is_dense(layer_idx, model_config.num_hidden_layers)
     slots = slots_of(attention_mask)
     cached = _has_cached_keys(config, slots, q_len, kv_len)
@@ -545,3 +565,7 @@ def _attend_to_pairs(
     else:
         weight = scores.softmax(-1)
     return weight.to(v.dtype) @ v
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, mask)
