@@ -281,15 +281,20 @@ def given_request(
     v: Tensor,
     routing: Routing,
     *,
+    slots: Slots | None = None,
     return_aux: AuxRequest | None = None,
     **scores: Unpack[ScoreOptions],
 ) -> Request:
-    """Return the checked request of a call that says itself which blocks are chosen."""
+    """Return the checked request of a call that says itself which blocks are chosen.
+
+    With `slots`, keys and values lie in a cache, and the routing is over their layout.
+    """
     scale, mods = _check_scores(q, k, v, **scores)
     lse = check_aux(return_aux)
     check_routing(routing, q, k)
     routing = routing.as_set(q.shape[1])
-    return Request(q, k, v, scale, routing=routing, layout=routing.layout, mods=mods, lse=lse)
+    given = None, routing, None, routing.layout, slots
+    return Request(q, k, v, scale, *given, mods=mods, lse=lse)
 
 
 def _check_scores(

@@ -650,6 +650,19 @@ def compiled_packed() -> Any:
     return model(torch.ones_like(positions), position_ids=positions, use_cache=False)
 
 
+def minimax(mask: Any = None, **options: Any) -> Any:
+    """Apply options to a model that chooses its blocks itself, of 8 keys, and call it."""
+    pytest.importorskip("transformers")
+    from tests.test_transformers import minimax
+
+    own = {name: options.pop(name) for name in list(options) if name.startswith("index_")}
+    model = minimax(MoBAConfig(**{"block_size": 8, "top_k": 2, **options}), **own)
+    positions = torch.arange(20)[None] % 10 if mask == "packed" else None
+    mask = mask if isinstance(mask, Tensor) else None
+    ids = torch.arange(1, 21)[None]
+    return model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+
+
 def nobody_knows_which_layer(**options: Any) -> Any:
     pytest.importorskip("transformers")
     from moba_flex.integrations.transformers import gate_of
@@ -879,6 +892,42 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: layer_of_its_own("CrossAttention"),
         ValueError,
         "attention must be self-attention, got CrossAttention: use attn_implementation='sdpa'",
+    ),
+    (
+        lambda: minimax(block_size=4),
+        ValueError,
+        "block_size must be that by which MiniMaxM3VLAttention chooses blocks, 8, got 4: "
+        "set it to 8",
+    ),
+    (
+        lambda: minimax(dense_layers=(-1,)),
+        ValueError,
+        "dense_layers must name no layer whose model chooses its blocks, got 2 for "
+        "MiniMaxM3VLAttention: leave it out",
+    ),
+    (
+        lambda: minimax(cached="dense"),
+        ValueError,
+        "cached must be 'route' for a model that chooses blocks itself, got 'dense' for "
+        "MiniMaxM3VLAttention: leave it out",
+    ),
+    (
+        lambda: minimax(mask="packed"),
+        ValueError,
+        "attention_mask must be None or [B, KV], of one document a row, beside block_indices, got "
+        "another: use attn_implementation='eager'",
+    ),
+    (
+        lambda: minimax(mask=(torch.arange(20) > 3)[None].long()),
+        ValueError,
+        "attention_mask must start with a token in each row beside block_indices, got padding: "
+        "pad on the right",
+    ),
+    (
+        lambda: minimax(index_local_blocks=0, index_topk_blocks=1),
+        ValueError,
+        "block_indices must hold the own block of each query, got some without: "
+        "use attn_implementation='eager'",
     ),
     (
         lambda: nobody_knows_which_layer(head_top_k=((2, 2),)),
@@ -1368,7 +1417,7 @@ def messages_in_code() -> Iterator[tuple[str, str]]:
                 if called.endswith("Error"):
                     if isinstance(node.args[0], ast.Constant | ast.JoinedStr):  # others below
                         yield where, pattern_of(node.args[0])
-                elif called == "_require" or (
+                elif called == "require" or (
                     called == "torch._assert_async" and not isinstance(node.args[1], ast.Name)
                 ):
                     yield where, pattern_of(node.args[1])

@@ -513,3 +513,83 @@ def test_refuses_wrong_options() -> None:
         apply(build("Llama"), {"block_size": 8})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dense_layers must lie in -3\.\.2, got 3"):
         apply(build("Llama"), MoBAConfig(8, 2, dense_layers=(3,)))
+
+
+# Models that choose blocks themselves.
+
+FIRST = ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]
+M3: dict[str, Any] = {
+    **SIZES,
+    "dense_intermediate_size": 48,
+    "shared_intermediate_size": 48,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "rotary_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_block_size": 8,
+    "index_topk_blocks": 3,
+    "layer_types": FIRST,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+
+
+def minimax(config: MoBAConfig | None = None, **options: Any) -> Any:
+    """Return a MiniMax-M3, the same one every time, with its own eager attention or with ours."""
+    from transformers.models.minimax_m3_vl import MiniMaxM3VLTextConfig
+    from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLForCausalLM
+
+    torch.manual_seed(0)
+    own = {"attn_implementation": "eager"}
+    model: Any = MiniMaxM3VLForCausalLM(MiniMaxM3VLTextConfig(**{**M3, **own, **options}))
+    model.eval()
+    return model if config is None else apply(model, config)
+
+
+OWN_CHOICE = MoBAConfig(8, 2, dense_layers=(0,))
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.mark.parametrize("static", [None, False, True])
+def test_blocks_that_a_model_chooses_are_those_of_its_eager_attention(static: bool | None) -> None:
+    """Also where the last block is short, and in chunks of any length behind cached keys."""
+    models, x = (minimax(), minimax(OWN_CHOICE)), tokens()
+    assert (minimax(layer_types=FULL)(x).logits - models[0](x).logits).abs().max() > 0.1
+    caches: list[Any] = [
+        StaticCache(config=m.config, max_cache_len=50) if static else DynamicCache(config=m.config)
+        for m in models
+    ]
+    if static is None:
+        torch.testing.assert_close(models[1](x).logits, models[0](x).logits, **CLOSE)
+        return
+    with torch.no_grad():
+        for part in x.split((30, 1, 1, 9, 4), dim=1):
+            want, got = (
+                m(part, past_key_values=c).logits for m, c in zip(models, caches, strict=True)
+            )
+            torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_model_that_chooses_blocks_trains_and_takes_padding_on_the_right() -> None:
+    models, x, mask = (minimax(), minimax(OWN_CHOICE)), tokens(), torch.ones_like(tokens())
+    mask[1, 30:] = 0
+    logits = [m(x, attention_mask=mask).logits[mask == 1] for m in models]
+    torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+    for m in models:
+        m(x, labels=x, use_cache=False).loss.backward()
+    for want, got in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str
+)
+def test_a_model_that_chooses_blocks_generates(options: dict[str, Any]) -> None:
+    x = tokens()
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    want, got = (
+        m.generate(x, attention_mask=torch.ones_like(x), **options)
+        for m in (minimax(), minimax(OWN_CHOICE))
+    )
+    assert torch.equal(got, want)

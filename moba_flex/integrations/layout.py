@@ -142,7 +142,7 @@ def mask(
         }
         if "attention_mask" in signals:
             numbers = signals.pop("attention_mask")
-            _require(
+            require(
                 (numbers == 0) | (numbers == 1),
                 "attention_mask must hold zeros and ones, got other numbers: number documents by "
                 "seq_idx, or pass position_ids that restart",
@@ -185,7 +185,7 @@ def mask(
     if real is not None and is_readable(real) and bool(real.all()):
         real = None
     if real is not None:
-        _require(
+        require(
             (real.int().diff(dim=1) == 1).sum(1) + real[:, 0] <= 1,
             "attention_mask must hold one run of ones a row, got several: pad on the left, on the "
             "right or on both sides",
@@ -290,7 +290,7 @@ def _mask_of_slots(
     if attention_mask is not None:
         slot = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         outside = (slot < start[:, None]) | (slot >= stop[:, None])
-        _require(
+        require(
             outside | (attention_mask != 0),
             "attention_mask must hold ones from the first token on in a call with cached keys, "
             "got zeros between: pad on the left",
@@ -332,7 +332,7 @@ def _fits(signals: Signals, length: int) -> bool:
     return all(x.shape[-1] == length for x in told if isinstance(x, Tensor))
 
 
-def _require(condition: Tensor, message: str, *, wait: bool = True) -> None:
+def require(condition: Tensor, message: str, *, wait: bool = True) -> None:
     """Raise unless all of `condition` holds.
 
     If it cannot be read, or the host shall not wait for a GPU, the device asserts it.
@@ -378,7 +378,7 @@ def _starts(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Te
         return starts
     if is_readable(starts):
         return starts if bool(starts.any()) else None
-    _require(
+    require(
         ~starts,
         "position_ids must hold one document a row in a compiled model, got packed documents: "
         "pass cu_seq_lens_q and cu_seq_lens_k too",
@@ -398,7 +398,7 @@ def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Ten
     if "cu_seq_lens_q" in signals or "cu_seq_lens_k" in signals:
         marks, within = _marks_of_cu_seq_lens(signals, sizes)
         if real is not None:
-            _require(
+            require(
                 real | ~within,
                 "attention_mask must be None or all ones beside cu_seq_lens_q, got padding: "
                 "leave it out of packed documents",
@@ -414,7 +414,7 @@ def _marks(signals: Signals, real: Tensor | None, sizes: tuple[int, int]) -> Ten
             continue
         agree = (found == (marks if within is None else marks & within)).all()
         # Positions without a restart mark nothing: models fill them in if the caller gives none.
-        _require(
+        require(
             agree | ~found.any() if name == "position_ids" else agree,
             f"{name} must start documents where cu_seq_lens_q or seq_idx does, got other places: "
             "pass one of them",
@@ -474,7 +474,7 @@ def _refuse_documents_beside_cache(
                 f"{kv_len} keys of a cache: pass use_cache=False"
             )
     if sizes[1] > 1 and (marks := _marks(signals, real, sizes)) is not None:
-        _require(
+        require(
             ~marks,
             "position_ids must go on in a call with cached keys, got packed documents: "
             "pass use_cache=False",
@@ -485,7 +485,7 @@ def _refuse_other_keys(signals: Signals) -> None:
     """Raise if queries and keys of documents differ, which the mask of a window cannot express."""
     queries: Tensor | None = signals.get("cu_seq_lens_q")
     if queries is not None:
-        _require(
+        require(
             queries.eq(signals["cu_seq_lens_k"]),
             "cu_seq_lens_q must equal cu_seq_lens_k in a layer with a window, got other places",
         )

@@ -9,7 +9,9 @@ Prefill and training are then Mixture of Block Attention. Supported are
 - packed documents, where blocks start at the first token of a document: `position_ids` that
   restart, or `cu_seq_lens_q` and `cu_seq_lens_k`, as from `DataCollatorWithFlattening`, which a
   compiled model needs;
-- soft caps (Gemma 2) and learned sinks (GPT-OSS).
+- soft caps (Gemma 2) and learned sinks (GPT-OSS);
+- models that choose blocks themselves and hand the attention their `block_indices` (MiniMax-M3):
+  such layers attend to these blocks, and the gate serves the model's other layers.
 
 A layer with a sliding window has few keys to choose from: name it in `dense_layers`, and it keeps
 its own attention. Calls that cannot be computed exactly, such as with dropout or with the caller's
@@ -44,14 +46,17 @@ from moba_flex.integrations.layout import (
     listen,
     mask,
     one_row,
+    require,
     running_cache,
     slots_of,
 )
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast, numbers_beside
 from moba_flex.masks.checks import is_readable
-from moba_flex.masks.layout import Slots, ceil_div
-from moba_flex.masks.request import cached_request
+from moba_flex.masks.layout import Layout as BlockLayout
+from moba_flex.masks.layout import Slots, ceil_div, locate, locate_slots
+from moba_flex.masks.request import Request, cached_request, given_request
+from moba_flex.masks.routing import Routing
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -78,7 +83,6 @@ _UNSUPPORTED = {
     "position_bias": "no position bias on the scores",
     "head_mask": "no head mask",
     "indices": "no other sparse attention",
-    "block_indices": "no other sparse attention",
     "cache": "no paged cache",
     "block_table": "no paged cache",
     "output_attentions": "output_attentions=False, for attention weights are never formed",
@@ -151,7 +155,8 @@ def apply(model: Model, config: MoBAConfig | None = None) -> Model:
         TypeError: `model` is no model of transformers, or `config` no MoBAConfig.
         ValueError: The model has cross-attention or a sparse attention of its own, does not use
             the attention interface, or lacks layers or heads that the options name, or the
-            `layer_idx` by which to find its layers.
+            `layer_idx` by which to find its layers; or it chooses blocks itself, and the options
+            say otherwise.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -275,6 +280,10 @@ def _check_layers(model: nn.Module, text: PreTrainedConfig, config: MoBAConfig) 
     """Raise unless `config` can be applied to the attention layers of a model."""
     layers = [x for x in model.modules() if getattr(x, "config", None) is text and _attends(x)]
     for layer in layers:
+        hands_on = "block_indices" in inspect.unwrap(type(layer).forward).__code__.co_varnames
+        if hands_on and getattr(layer, "indexer", None) is not None:
+            _check_choice(layer, config, text.num_hidden_layers)
+            continue
         for part in _OWN_SPARSE:
             if getattr(layer, part, None) is not None:
                 raise ValueError(
@@ -321,11 +330,13 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend with q `[B, Hq, Q, D]`, k and v `[B, Hkv, KV, D]`; return `[B, Q, Hq, D]`.
 
     `attention_mask` is the result of `mask`, or the caller's own mask `[B, 1, Q, KV]`.
+    `block_indices` are the blocks that a model chose itself, int `[B, Hkv, Q, K]`.
     """
     model_config: Any = module.config
     config = _options(model_config)
@@ -382,6 +393,29 @@ def _attention(
         )
     if not (dense and plain):
         _check_dropout(dropout)
+    if block_indices is not None:
+        _check_choice(module, config, model_config.num_hidden_layers)
+        _check_dropout(dropout)
+        rows: Layout = {}
+        if slots is None:
+            rows, own_mask = layout_of(query, key, attention_mask, kwargs)
+        if slots is None and (own_mask is not None or "cu_seqlens" in rows):
+            raise ValueError(
+                "attention_mask must be None or [B, KV], of one document a row, beside "
+                "block_indices, got another: use attn_implementation='eager'"
+            )
+        query, key, value = cast_by_autocast(query, key, value)
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        blocks = BlockLayout(q_len, kv_len, config.block_size, causal)
+        chosen = given_request(
+            *(query, key, value),
+            _routing_of(block_indices, blocks, slots, rows.get("key_mask")),
+            slots=slots,
+            scale=scaling,
+            softcap=softcap,
+            return_aux=AuxRequest(lse=s_aux is not None),
+        )
+        return _attend(chosen, s_aux), None
     if slots is not None:
         _check_dropout(dropout)
         kept = running_cache(), layer_idx, key, config.block_size, slots.start
@@ -397,12 +431,7 @@ def _attention(
             softcap=softcap,
             return_aux=AuxRequest(lse=s_aux is not None),
         )
-        out, aux = attend(request, "auto", AuxRequest(lse=s_aux is not None))
-        if s_aux is not None:
-            assert isinstance(aux, AuxOutput)
-            assert aux.lse is not None
-            out = _with_sinks(out, aux.lse, s_aux)
-        return out.transpose(1, 2).contiguous(), None
+        return _attend(request, s_aux), None
     layout, pairs = layout_of(query, key, attention_mask, kwargs, sliding_window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dense and plain and not layout:
@@ -441,6 +470,56 @@ def _attention(
         out = _with_sinks(out, aux.lse, s_aux)
     out = out.transpose(1, 2).reshape(shape[0], shape[2], shape[1], -1)
     return out.contiguous(), None
+
+
+def _check_choice(layer: nn.Module, config: MoBAConfig, num_layers: int) -> None:
+    """Raise unless a layer whose model chooses its blocks can attend as `config` says."""
+    layer_idx, where = getattr(layer, "layer_idx", None), type(layer).__name__
+    size = getattr(getattr(layer, "indexer", None), "block_size", config.block_size)
+    if size != config.block_size:
+        raise ValueError(
+            f"block_size must be that by which {where} chooses blocks, {size}, got "
+            f"{config.block_size}: set it to {size}"
+        )
+    if layer_idx is not None and config.is_dense(layer_idx, num_layers):
+        raise ValueError(
+            f"dense_layers must name no layer whose model chooses its blocks, got {layer_idx} for "
+            f"{where}: leave it out"
+        )
+    if config.cached != "route":
+        raise ValueError(
+            f"cached must be 'route' for a model that chooses blocks itself, got "
+            f"{config.cached!r} for {where}: leave it out"
+        )
+
+
+def _routing_of(
+    blocks: Tensor, plain: BlockLayout, slots: Slots | None, key_mask: Tensor | None
+) -> Routing:
+    """Return blocks `[B, Hkv, Q, K]` that are counted from slot 0 as a routing.
+
+    A routing holds the own block of each query, so `blocks` must.
+    """
+    first = None if key_mask is None else key_mask[:, 0]
+    layout = locate(plain, {"key_mask": key_mask})
+    if slots is not None:
+        layout, first = locate_slots(plain, slots), slots.start == 0
+    if first is not None:
+        require(
+            first,
+            "attention_mask must start with a token in each row beside block_indices, got "
+            "padding: pad on the right",
+            wait=False,
+        )
+    at = layout.coordinates(blocks.device)
+    own, padding = at.own[:, None, :, None], at.position[:, None] < 0
+    require(
+        (blocks == own).any(3) | padding,
+        "block_indices must hold the own block of each query, got some without: "
+        "use attn_implementation='eager'",
+        wait=False,
+    )
+    return Routing.over(layout, blocks)
 
 
 def _has_cached_keys(config: MoBAConfig, slots: Slots | None, q_len: int, kv_len: int) -> bool:
@@ -522,6 +601,16 @@ def gate_of(
         if min(row) < max(row):
             gate["head_top_k"] = numbers_beside(q, row)
     return gate
+
+
+def _attend(request: Request, s_aux: Tensor | None) -> Tensor:
+    """Return the output of a request, `[B, Q, Hq, D]`."""
+    out, aux = attend(request, "auto", AuxRequest(lse=s_aux is not None))
+    if s_aux is not None:
+        assert isinstance(aux, AuxOutput)
+        assert aux.lse is not None
+        out = _with_sinks(out, aux.lse, s_aux)
+    return out.transpose(1, 2).contiguous()
 
 
 def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
