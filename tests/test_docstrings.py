@@ -18,6 +18,7 @@ from moba_flex import compile as compile_package
 
 MODULES = (
     "moba_flex.diagnostics",
+    "moba_flex.integrations.batching",
     "moba_flex.integrations.transformers",
     "moba_flex.masks.patterns",
 )

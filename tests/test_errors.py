@@ -663,6 +663,33 @@ def minimax(mask: Any = None, **options: Any) -> Any:
     return model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
 
+def batch(switch: str | None = None, **options: Any) -> Any:
+    model = llama(**options)
+    from moba_flex.integrations.batching import continuous_batching
+
+    if switch is not None:
+        model.set_attn_implementation(switch)
+    with continuous_batching(model):
+        pass
+
+
+def batch_by_layer(**options: Any) -> Any:
+    """Call an attention layer within `continuous_batching`."""
+    model = llama()
+    from moba_flex.integrations.batching import _attention, continuous_batching
+
+    module, k = model.model.layers[0].self_attn, x(1, 2, 8, 8)
+    with continuous_batching(model):
+        return _attention(module, x(1, 4, 8, 8), k, k, None, 1.0, **options)
+
+
+def batch_by_flash_attention() -> Any:
+    """Call a model as transformers does that has switched it to flash attention."""
+    model = llama()
+    model.config._attn_implementation = "flash_attention_2"
+    return model(torch.ones(1, 8, dtype=torch.int64), cache=object())
+
+
 def nobody_knows_which_layer(**options: Any) -> Any:
     pytest.importorskip("transformers")
     from moba_flex.integrations.transformers import gate_of
@@ -928,6 +955,37 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "block_indices must hold the own block of each query, got some without: "
         "use attn_implementation='eager'",
+    ),
+    (
+        lambda: batch("sdpa"),
+        ValueError,
+        "model must be a text model that uses 'moba_flex', got LlamaForCausalLM with 'sdpa': "
+        "call apply(model) before",
+    ),
+    (
+        lambda: batch(decode_top_k=3),
+        ValueError,
+        "cached must be 'route', and decode_top_k None, in continuous batching, got 'route' and "
+        "3: a step mixes prompts and new tokens",
+    ),
+    (
+        batch_by_layer,
+        ValueError,
+        "cache must be a paged cache within continuous_batching, got None: "
+        "call the model outside of it",
+    ),
+    (
+        lambda: batch_by_layer(cache=object(), block_indices=x()),
+        ValueError,
+        "attention must have no arguments that it does not know, got block_indices: "
+        "use attn_implementation='eager'",
+    ),
+    (
+        batch_by_flash_attention,
+        ValueError,
+        "attention must not be switched for continuous batching, got 'flash_attention_2': call "
+        "generate_batch within moba_flex.integrations.batching.continuous_batching(model), or "
+        "delete config.moba_flex for dense attention",
     ),
     (
         lambda: nobody_knows_which_layer(head_top_k=((2, 2),)),

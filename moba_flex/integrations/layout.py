@@ -56,11 +56,11 @@ class _Enter:
 
     Attributes:
         parameters: Names of the forward's arguments.
-        prepare: Called with the decoder and its cache.
+        prepare: Called with the decoder, its cache and its paged cache, if it has one of them.
     """
 
     parameters: tuple[str, ...]
-    prepare: Callable[[nn.Module, Any], None]
+    prepare: Callable[[nn.Module, Any, Any], None]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -68,10 +68,11 @@ class _Enter:
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             _running.signals["attention_mask"] = mask
-        _running.cache = given.get("past_key_values")
+        _running.cache, paged = given.get("past_key_values"), given.get("cache")
         if _running.cache is not None:
             _running.first = _first_slots(mask)
-            self.prepare(module, _running.cache)
+        if _running.cache is not None or paged is not None:
+            self.prepare(module, _running.cache, paged)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -89,8 +90,8 @@ def first_slots() -> Tensor | None:
     return _running.first
 
 
-def listen(decoder: nn.Module, prepare: Callable[[nn.Module, Any], None]) -> None:
-    """Record the signals that a decoder is called with, and let `prepare` see its cache."""
+def listen(decoder: nn.Module, prepare: Callable[[nn.Module, Any, Any], None]) -> None:
+    """Record the signals that a decoder is called with, and let `prepare` see its caches."""
     # A constant key: `register_forward_pre_hook` makes a new one for each model, for which
     # torch.compile would compile anew.
     key: Any = "moba_flex"

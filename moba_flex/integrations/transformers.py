@@ -21,7 +21,7 @@ own mask, raise a ValueError with a remedy; nothing falls back silently.
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,8 +83,7 @@ _UNSUPPORTED = {
     "position_bias": "no position bias on the scores",
     "head_mask": "no head mask",
     "indices": "no other sparse attention",
-    "cache": "no paged cache",
-    "block_table": "no paged cache",
+    "cache": "no paged cache outside of moba_flex.integrations.batching.continuous_batching",
     "output_attentions": "output_attentions=False, for attention weights are never formed",
 }
 
@@ -234,15 +233,22 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def _prepare_cache(decoder: Any, cache: Any) -> None:
+def _prepare_cache(decoder: Any, cache: Any, paged: Any) -> None:
     """Let the cache of a forward keep block keys."""
     text = decoder.config.get_text_config()
+    if paged is not None and "flash" in text._attn_implementation and hasattr(text, NAME):
+        raise ValueError(
+            f"attention must not be switched for continuous batching, got "
+            f"{text._attn_implementation!r}: call generate_batch within moba_flex.integrations."
+            "batching.continuous_batching(model), or delete config.moba_flex for dense attention"
+        )
     if text._attn_implementation != NAME:  # switched to another one since
         return
     adopt(cache, _options(text), text.num_hidden_layers)
 
 
 def _options(model_config: PreTrainedConfig) -> MoBAConfig:
+    """Return the options that a model's config carries, or those of `register`."""
     options = getattr(model_config, NAME, None)
     if options is not None:
         return MoBAConfig.from_dict(options)
@@ -341,15 +347,7 @@ def _attention(
     model_config: Any = module.config
     config = _options(model_config)
     _check_decoder(model_config)
-    for name, given in kwargs.items():
-        if given is None or given is False or name in _IGNORED:
-            continue
-        if not name.startswith(_IGNORED_OF_MEDIA):
-            need = _UNSUPPORTED.get(name, "no arguments that it does not know")
-            raise ValueError(
-                f"attention must have {need}, got {name}: use attn_implementation='eager'"
-            )
-
+    _check_arguments(kwargs)
     layer_idx: int | None = getattr(module, "layer_idx", None)
     if layer_idx is None and config.dense_layers:
         raise ValueError(
@@ -386,11 +384,8 @@ def _attention(
             "use attn_implementation='sdpa'"
         )
     plain = softcap is None and s_aux is None
-    if sliding_window is not None and not dense:
-        raise ValueError(
-            f"layer {layer_idx} must have full attention, got sliding_window={sliding_window}: "
-            "name it in dense_layers to leave it as it is"
-        )
+    if not dense:
+        _check_full(layer_idx, sliding_window)
     if not (dense and plain):
         _check_dropout(dropout)
     if block_indices is not None:
@@ -472,6 +467,18 @@ def _attention(
     return out.contiguous(), None
 
 
+def _check_arguments(given: dict[str, Any], known: Collection[str] = ()) -> None:
+    """Raise if an attention function is given arguments that it neither knows nor may ignore."""
+    for name, value in given.items():
+        if value is None or value is False or name in _IGNORED or name in known:
+            continue
+        if not name.startswith(_IGNORED_OF_MEDIA):
+            need = _UNSUPPORTED.get(name, "no arguments that it does not know")
+            raise ValueError(
+                f"attention must have {need}, got {name}: use attn_implementation='eager'"
+            )
+
+
 def _check_choice(layer: nn.Module, config: MoBAConfig, num_layers: int) -> None:
     """Raise unless a layer whose model chooses its blocks can attend as `config` says."""
     layer_idx, where = getattr(layer, "layer_idx", None), type(layer).__name__
@@ -520,6 +527,15 @@ def _routing_of(
         wait=False,
     )
     return Routing.over(layout, blocks)
+
+
+def _check_full(layer_idx: int | None, sliding_window: int | None) -> None:
+    """Raise if a layer that routes has a window."""
+    if sliding_window is not None:
+        raise ValueError(
+            f"layer {layer_idx} must have full attention, got sliding_window={sliding_window}: "
+            "name it in dense_layers to leave it as it is"
+        )
 
 
 def _has_cached_keys(config: MoBAConfig, slots: Slots | None, q_len: int, kv_len: int) -> bool:
