@@ -54,8 +54,8 @@ def build(name: str, **options: Any) -> Any:
     return apply(model, MoBAConfig(8, 3, **{"dense_layers": windows, **options}))
 
 
-def prompt(rows: int = 2) -> Tensor:
-    return torch.randint(1, 64, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+def prompt(rows: int = 2, length: int = LENGTH) -> Tensor:
+    return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def generate(model: Any, x: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
@@ -92,6 +92,16 @@ def test_tokens_are_those_of_full_forwards(
     assert torch.equal(generate(model, prompt(), **options), want)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prompt_of_several_long_chunks(case: tuple[Any, Tensor], static: bool) -> None:
+    """The last chunk is short, and no chunk ends where a block does."""
+    model, x = case[0], prompt(rows=1, length=141)
+    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    want = generate(model, x, use_cache=False)
+    assert torch.equal(generate(model, x, prefill_chunk_size=61, **options), want)
+    assert torch.equal(generate(model, x, prefill_chunk_size=64, **options), want)
+
+
 def test_guesses_that_are_rejected_leave_no_trace(case: tuple[Any, Tensor]) -> None:
     model, want = case
     got = generate(model, prompt()[:1], prompt_lookup_num_tokens=4)
@@ -104,7 +114,8 @@ def test_guesses_that_are_rejected_leave_no_trace(case: tuple[Any, Tensor]) -> N
 def test_beams(case: tuple[Any, Tensor]) -> None:
     model, _ = case
     want = generate(model, prompt(), num_beams=3, use_cache=False)
-    assert torch.equal(generate(model, prompt(), num_beams=3), want)
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7}):
+        assert torch.equal(generate(model, prompt(), num_beams=3, **options), want)
 
 
 def test_sampling(case: tuple[Any, Tensor]) -> None:
