@@ -46,7 +46,8 @@ NO_KEYS = tl.constexpr(-3.4028234663852886e38)
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
     "num_heads", "group", "q_len", "kv_len", "num_blocks", "block_size", "picks", "parts", "tiles",
-    "table_rows", "rows", "row_tiles", "steps", "sink_blocks", "local_blocks", "width", "numbers",
+    "table_rows", "rows", "sink_blocks", "local_blocks", "numbers", "blocks_per_page",
+    "page_size", "table_width",
 ]  # fmt: skip
 
 
@@ -72,10 +73,12 @@ def _places(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def score_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, block_keys_ptr, affinity_ptr, arrived_ptr, query_ptr, start_ptr, stop_ptr,
+    q_ptr, block_keys_ptr, affinity_ptr, arrived_ptr, query_ptr, start_ptr, stop_ptr, table_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     num_heads, group, q_len, kv_len, num_blocks, block_size, rows, sink_blocks, local_blocks,
-    CACHED: tl.constexpr, QUERY: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr,
+    blocks_per_page, table_width,
+    CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, CAUSAL: tl.constexpr,
+    FORCED: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the affinities of the rows of a list with a tile of blocks, as integers that sort so.
@@ -107,8 +110,13 @@ def score_kernel(  # type: ignore[no-untyped-def]
         q_ptrs = q_ptr + head[:, None] * stride_qh + (row % q_len)[:, None] * stride_qm
         exists = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
         q = tl.load(q_ptrs + dim[None, :], mask=exists, other=0.0)
-        block_keys_ptr += batch * stride_kb + kv_head * stride_kh
-        key_ptrs = block_keys_ptr + block.to(tl.int64)[None, :] * stride_kn + dim[:, None]
+        if PAGED:
+            table_ptrs = table_ptr + batch * table_width + block // blocks_per_page
+            page = tl.load(table_ptrs, mask=block <= last, other=0).to(tl.int64)
+            offset = page * stride_kb + (block % blocks_per_page) * stride_kn
+        else:
+            offset = batch * stride_kb + block.to(tl.int64) * stride_kn
+        key_ptrs = block_keys_ptr + kv_head * stride_kh + offset[None, :] + dim[:, None]
         exists = (block <= last)[None, :] & (dim < HEAD_DIM)[:, None]
         affinity = tl.dot(q, tl.load(key_ptrs, mask=exists, other=0.0), input_precision="ieee")
         largest = 3.4028234663852886e38
@@ -205,10 +213,10 @@ def _merge(  # type: ignore[no-untyped-def]
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         weight = tl.exp2(lse - shift)
         decay = tl.exp2(top - shift)
-        # A part without keys may not be written.
-        some = exists[:, None] & (value_dim < VALUE_DIM)[None, :]
+        some = (part < parts)[:, None] & (value_dim < VALUE_DIM)[None, :]
         places = part[:, None] * VALUE_DIM + value_dim[None, :]
         value = tl.load(part_ptr + places, mask=some, other=0.0, cache_modifier=".cg")
+        value = tl.where(exists[:, None], value, 0.0)  # what has no keys was not written
         out = out * decay + tl.sum(weight[:, None] * value, 0)
         total = total * decay + tl.sum(weight, 0)
         top = higher
@@ -224,14 +232,14 @@ def _merge(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_SIZES)
 def attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, blocks_ptr, affinity_ptr, head_top_k_ptr, query_ptr, start_ptr, stop_ptr,
-    queries_ptr, extents_ptr, part_ptr, part_lse_ptr, arrived_ptr, out_ptr, lse_ptr,
+    table_ptr, queries_ptr, extents_ptr, part_ptr, part_lse_ptr, arrived_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     num_heads, group, q_len, kv_len, num_blocks, block_size, picks, tiles, table_rows, rows,
-    numbers, scale, cap,
+    numbers, page_size, table_width, scale, cap,
     CHOOSE: tl.constexpr, BY_HEAD: tl.constexpr, WIDTH: tl.constexpr,
-    CACHED: tl.constexpr, QUERY: tl.constexpr, TABLES: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, TABLES: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -253,15 +261,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     head = kv_head * group + row // q_len
     q_ptr += batch * stride_qb + head * stride_qh + row % q_len * stride_qm
     q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
-    if TABLES:
-        queries_ptr += batch % table_rows * q_len + row % q_len
-        position, block = tl.load(queries_ptr), tl.load(queries_ptr + table_rows * q_len)
-        first, stop = kv_len * 0, kv_len
-    else:
-        first, stop, position, block = _places(
-            row, rows, batch, query_ptr, start_ptr, stop_ptr, q_len, kv_len, block_size, CACHED,
-            QUERY,
-        )  # fmt: skip
+    chosen = picks * 0 - 1
     if choice < picks:
         if CHOOSE:
             at = tl.arange(0, WIDTH)
@@ -271,9 +271,19 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             for _ in range(choice + 1):
                 best = _next_best(affinity, affinity_ptr, num_blocks, best, True, WIDTH)
             room = _room(head_top_k_ptr, place, q_len, picks, numbers, BY_HEAD)
-            block = tl.where(choice < room, _block_of(best), -1)
+            chosen = tl.where(choice < room, _block_of(best), -1)
         else:
-            block = tl.load(blocks_ptr + place * picks + choice)
+            chosen = tl.load(blocks_ptr + place * picks + choice)
+    if TABLES:
+        queries_ptr += batch % table_rows * q_len + row % q_len
+        position, own = tl.load(queries_ptr), tl.load(queries_ptr + table_rows * q_len)
+        first, stop = kv_len * 0, kv_len
+    else:
+        first, stop, position, own = _places(
+            row, rows, batch, query_ptr, start_ptr, stop_ptr, q_len, kv_len, block_size, CACHED,
+            QUERY,
+        )  # fmt: skip
+    block = tl.where(choice < picks, chosen, own)
     begin, end = kv_len * 0, kv_len * 0
     if (block >= 0) & (block < num_blocks):
         if TABLES:
@@ -287,8 +297,12 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     begin += sub * TILE
     if begin < end:
         seen = key < end - begin
-        k_ptr += batch * stride_kb + kv_head * stride_kh + begin.to(tl.int64) * stride_kn
-        v_ptr += batch * stride_vb + kv_head * stride_vh + begin.to(tl.int64) * stride_vn
+        where, slot = batch, begin.to(tl.int64)
+        if PAGED:  # a page holds whole blocks
+            where = tl.load(table_ptr + batch * table_width + begin // page_size).to(tl.int64)
+            slot = slot % page_size
+        k_ptr += where * stride_kb + kv_head * stride_kh + slot * stride_kn
+        v_ptr += where * stride_vb + kv_head * stride_vh + slot * stride_vn
         k_ptrs = k_ptr + key[:, None] * stride_kn + dim[None, :]
         v_ptrs = v_ptr + key[:, None] * stride_vn + value_dim[None, :]
         k = tl.load(k_ptrs, mask=seen[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
@@ -332,7 +346,7 @@ def decode_triton(
     """Do what `decode_cpu` does."""
     layout = Layout(q.shape[2], k.shape[2], block_size, causal, queries, extents)
     choice = _Choice(blocks.contiguous(), blocks.shape[3])
-    return _attend(q, k, v, choice, (None, None, None), layout, scale, softcap)
+    return _attend(q, k, v, choice, (None, None, None, None), layout, scale, softcap)
 
 
 @kernel_op("moba_flex::decode_few_triton")
@@ -344,6 +358,7 @@ def decode_few_triton(
     query: Tensor | None,
     start: Tensor | None,
     stop: Tensor | None,
+    table: Tensor | None,
     numbers: Sequence[int],
     causal: bool,
     head_top_k: Tensor | None,
@@ -362,6 +377,9 @@ def decode_few_triton(
         query: Slot of the first query, int32 `[B]`; None if queries are the last of the keys.
         start: Slot of the first key, int32 `[B]`; None if `k` and `v` are no cache.
         stop: The slot after the last key, int32 `[B]`; None likewise.
+        table: Page of each `page_size` slots of a row, int32 `[B, W]`. Then `k` and `v` are pages,
+            `[P, Hkv, page_size, D]`, and `block_keys` are those of pages. None for rows in one
+            piece.
         numbers: As of `choose_cpu`.
         causal: Whether a query sees only keys at its position and before.
         head_top_k: As of `choose_cpu`.
@@ -373,11 +391,14 @@ def decode_few_triton(
     """
     picks, block_size, sink_blocks, local_blocks = numbers
     batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, num_blocks = block_keys.shape[1:3]
+    num_kv_heads, kv_len = k.shape[1:3]
+    if table is not None:
+        kv_len *= table.shape[1]
     if head_top_k is not None:
         head_top_k = head_top_k.contiguous()
-    places = tuple(x if x is None else x.contiguous() for x in (query, start, stop))
-    layout = Layout(q_len, k.shape[2], block_size, causal)
+    places = tuple(x if x is None else x.contiguous() for x in (query, start, stop, table))
+    layout = Layout(q_len, kv_len, block_size, causal)
+    num_blocks = layout.num_blocks
     choice = _Choice(None, picks)
     if picks and q.numel():
         q, block_keys = dense_vectors(q, block_keys)
@@ -393,14 +414,17 @@ def decode_few_triton(
             num_heads,
             num_heads // num_kv_heads,
             q_len,
-            k.shape[2],
+            kv_len,
             num_blocks,
             block_size,
             rows,
             sink_blocks,
             local_blocks,
+            block_keys.shape[2],
+            1 if table is None else table.shape[1],
             CACHED=start is not None,
             QUERY=query is not None,
+            PAGED=table is not None,
             CAUSAL=causal,
             FORCED=sink_blocks + local_blocks > 0,
             HEAD_DIM=head_dim,
@@ -473,7 +497,7 @@ def _attend(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to own and chosen blocks, and merge; `places` are query, start and stop."""
+    """Attend to own and chosen blocks, and merge; `places` are query, start, stop and table."""
     q, k, v = dense_vectors(q, k, v)
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, value_dim = k.shape[1], v.shape[3]
@@ -503,7 +527,7 @@ def _attend(
         num_heads,
         num_heads // num_kv_heads,
         q_len,
-        k.shape[2],
+        layout.kv_len,
         layout.num_blocks,
         layout.block_size,
         choice.picks,
@@ -511,6 +535,8 @@ def _attend(
         1 if layout.extents is None else layout.extents.shape[1],
         num_heads // num_kv_heads * q_len,
         numbers,
+        k.shape[2],
+        1 if places[3] is None else places[3].shape[1],
         scale / math.log(2),
         softcap / math.log(2),
         CHOOSE=affinity is not None,
@@ -518,6 +544,7 @@ def _attend(
         WIDTH=1 if affinity is None else power_of_2(affinity.shape[1]),
         CACHED=places[1] is not None,
         QUERY=places[0] is not None,
+        PAGED=places[3] is not None,
         TABLES=layout.extents is not None,
         CAUSAL=layout.causal,
         SOFTCAP=softcap > 0,

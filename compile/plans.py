@@ -61,6 +61,8 @@ class Plan:
     """One way to compute attention."""
 
     name: PlanName
+    reads_pages = False
+    """Whether it serves a request whose keys lie in pages."""
 
     def refuses(self, request: Request) -> Exception | None:
         """Return why the plan cannot serve a request; None if it can."""
@@ -125,6 +127,7 @@ class Decode(Plan):
     """Few queries, each with its own choice among many keys, without gradients."""
 
     name = "decode"
+    reads_pages = True
 
     @override
     def refuses(self, request: Request) -> Exception | None:
@@ -160,6 +163,7 @@ class Decode(Plan):
         softcap = float(request.mods.softcap or 0.0)
         if request.q.is_cuda and (result := _decode_few(request, softcap)):
             return result
+        request = request.joined()
         routing, (q, scale) = route_request(request), _scaled_up(request)
         attend = decode_triton if q.is_cuda else decode_cpu
         return attend(q, request.k, request.v, *routing.parts, scale, softcap)
@@ -295,12 +299,14 @@ def _decode_few(request: Request, softcap: float) -> Result | None:
         return None
     layout = Layout(request.q.shape[2], k.shape[2], gate.block_size, gate.causal)
     numbers = numbers_of(gate, layout)
-    block_keys = request.block_keys
-    if block_keys is None:
+    v, block_keys, table = request.v, request.block_keys, None
+    if request.pages is not None:
+        k, v, block_keys, table = request.pages
+    elif block_keys is None:
         block_keys = pool(k, request.located().layout or layout)
     query, start, stop = (None, None, None) if slots is None else slots
     return decode_few_triton(
-        *(request.q, k, request.v, block_keys, query, start, stop),
+        *(request.q, k, v, block_keys, query, start, stop, table),
         numbers,
         gate.causal,
         gate.head_top_k,

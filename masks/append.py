@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from moba_flex.masks.layout import ceil_div
+from moba_flex.masks.layout import ceil_div, join_pages
 from moba_flex.masks.pool import sum_blocks
 
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
@@ -23,6 +23,7 @@ def append(
     stop: Tensor,
     arrived: Tensor,
     counts: Tensor | None,
+    table: Tensor | None,
     block_size: int,
 ) -> None:
     """Write keys and values into a cache, and add the keys to the sums of their blocks.
@@ -41,11 +42,13 @@ def append(
         stop: Slot of each row that the first new key goes to, int32 `[B]`; moved behind the last.
         arrived: Zeros, int32 `[B]`, in which programs of the kernel count themselves.
         counts: How many of the new keys each row takes, int32 `[B]`; None for all.
+        table: Page of each `page_size` slots of a row, int32 `[B, W]`. The first four tensors then
+            hold pages, `[P, Hkv, page_size, D]` and the like. None for rows in one piece.
         block_size: Keys per block.
     """
     here = append_triton if k.is_cuda else append_cpu
     with torch.no_grad():
-        here(keys, values, sums, block_keys, k, v, start, stop, arrived, counts, block_size)
+        here(keys, values, sums, block_keys, k, v, start, stop, arrived, counts, table, block_size)
 
 
 @torch.library.custom_op(
@@ -64,22 +67,39 @@ def append_cpu(
     stop: Tensor,
     arrived: Tensor,
     counts: Tensor | None,
+    table: Tensor | None,
     block_size: int,
 ) -> None:
     """Do what `append` says, row by row."""
-    num_new = k.shape[2]
+    num_new, memory = k.shape[2], (keys, values, sums, block_keys)
     taken = [num_new] * k.shape[0] if counts is None else counts.tolist()
     for b, (first, low, count) in enumerate(
         zip(start.tolist(), stop.tolist(), taken, strict=True)
     ):
         if count == 0:
             continue
-        keys[b, :, low : low + count] = k[b, :, :count]
-        values[b, :, low : low + count] = v[b, :, :count]
+        if table is None:
+            rows = tuple(x[b] for x in memory)
+        else:  # the pages that are written to
+            page_size = keys.shape[2]
+            skipped = low // page_size
+            pages = table[b, skipped : ceil_div(low + count, page_size)].long()
+            if not bool(((pages >= 0) & (pages < keys.shape[0])).all()):
+                raise ValueError(
+                    f"block_table must name pages from 0 to {keys.shape[0] - 1}, got "
+                    f"{pages.tolist()}"
+                )
+            low -= skipped * page_size
+            rows = tuple(join_pages(x, pages) for x in memory)
+        rows[0][:, low : low + count] = k[b, :, :count]
+        rows[1][:, low : low + count] = v[b, :, :count]
         skip = max(first - low, 0)  # padding before the first key
         if skip < count:
             new = k[b, :, skip:count].float()
-            _add(sums[b], block_keys[b], new, low + skip - first, block_size)
+            _add(rows[2], rows[3], new, low + skip - first, block_size)
+        if table is not None:
+            for x, row in zip(memory, rows, strict=True):
+                x[pages] = row.unflatten(1, (pages.shape[0], -1)).transpose(0, 1)
     stop += num_new if counts is None else counts
 
 

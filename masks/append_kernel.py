@@ -8,19 +8,29 @@ from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.kernel_op import kernel_op, launch, wrap_triton
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
-_SIZES = ["num_heads", "num_new", "num_blocks", "block_size", "num_slots"]
+_SIZES = [
+    "num_heads",
+    "num_new",
+    "num_blocks",
+    "block_size",
+    "num_slots",
+    "page_size",
+    "num_pages",
+]
+_SIZES += ["table_width"]
 
 
 @triton.jit(do_not_specialize=_SIZES, debug=True)  # for its assertion
 def append_kernel(  # type: ignore[no-untyped-def]
     keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, counts_ptr,
-    arrived_ptr,
+    arrived_ptr, table_ptr,
     stride_keys_b, stride_keys_h, stride_keys_n, stride_keys_d,
     stride_values_b, stride_values_h, stride_values_n, stride_values_d,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    num_heads, num_new, num_blocks, block_size, num_slots,
-    COUNTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
+    num_heads, num_new, num_blocks, block_size, num_slots, page_size, num_pages, table_width,
+    COUNTS: tl.constexpr, PAGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Write the new keys and values of one block, and add the keys up in their order.
@@ -41,12 +51,19 @@ def append_kernel(  # type: ignore[no-untyped-def]
     block = shifted // block_size - (shifted % block_size < 0).to(tl.int32) + tl.program_id(0)
     begin = first + block * block_size
     dim, value_dim = tl.arange(0, HEAD_DIM_PADDED), tl.arange(0, VALUE_DIM_PADDED)
-    keys_ptr += batch * stride_keys_b + head * stride_keys_h + dim * stride_keys_d
-    values_ptr += batch * stride_values_b + head * stride_values_h + value_dim * stride_values_d
+    where, number_of_block, moved = batch, block, tl.zeros_like(batch)
+    if PAGED:  # a page holds whole blocks
+        page = begin // page_size
+        table_ptr += batch * table_width + page
+        where = tl.load(table_ptr, mask=begin < high, other=0).to(tl.int64)
+        tl.device_assert((where >= 0) & (where < num_pages), "block_table must name pages")
+        number_of_block, moved = block % num_blocks, page.to(tl.int64) * page_size
+    keys_ptr += where * stride_keys_b + head * stride_keys_h + dim * stride_keys_d
+    values_ptr += where * stride_values_b + head * stride_values_h + value_dim * stride_values_d
     k_ptr += batch * stride_kb + head * stride_kh + dim * stride_kd
     v_ptr += batch * stride_vb + head * stride_vh + value_dim * stride_vd
 
-    out = (tl.program_id(1).to(tl.int64) * num_blocks + block) * HEAD_DIM + dim
+    out = ((where * num_heads + head) * num_blocks + number_of_block) * HEAD_DIM + dim
     from_slot, to_slot = tl.maximum(begin, low), tl.minimum(begin + block_size, high)
     going_on = (block >= 0) & (from_slot > begin) & (dim < HEAD_DIM)
     total = tl.load(sums_ptr + out, mask=going_on, other=0.0)
@@ -54,7 +71,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
         new = (slot - low).to(tl.int64)
         key = tl.load(k_ptr + new * stride_kn, mask=dim < HEAD_DIM, other=0.0)
         value = tl.load(v_ptr + new * stride_vn, mask=value_dim < VALUE_DIM, other=0.0)
-        at = low + new
+        at = low + new - moved
         tl.store(keys_ptr + at * stride_keys_n, key, mask=dim < HEAD_DIM)
         tl.store(values_ptr + at * stride_values_n, value, mask=value_dim < VALUE_DIM)
         total += key.to(tl.float32)
@@ -85,11 +102,12 @@ def append_triton(
     stop: Tensor,
     arrived: Tensor,
     counts: Tensor | None,
+    table: Tensor | None,
     block_size: int,
 ) -> None:
     """Do what `moba_flex.masks.append.append` says."""
     batch, num_heads, num_new, head_dim = k.shape
-    value_dim = v.shape[3]
+    value_dim, width = v.shape[3], 1 if table is None else table.shape[1]
     if batch * num_heads * num_new == 0:
         return
     launch(
@@ -99,13 +117,18 @@ def append_triton(
         *(keys, values, sums, block_keys, k, v, start, stop),
         start if counts is None else counts,  # a placeholder, which the kernel does not read
         arrived,
+        start if table is None else table,
         *(stride for x in (keys, values, k, v) for stride in x.stride()),
         num_heads,
         num_new,
         sums.shape[2],
         block_size,
+        keys.shape[2] * width,
         keys.shape[2],
+        keys.shape[0],
+        width,
         COUNTS=counts is not None,
+        PAGED=table is not None,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
         VALUE_DIM=value_dim,

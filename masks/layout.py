@@ -143,6 +143,37 @@ class Slots(NamedTuple):
     stop: Tensor
 
 
+class Pages(NamedTuple):
+    """A cache whose slots lie in pages, each of whole blocks.
+
+    Attributes:
+        keys: Keys of all pages, `[P, Hkv, page_size, D]`.
+        values: Values of all pages, `[P, Hkv, page_size, Dv]`.
+        block_keys: Mean keys of the blocks of all pages, `[P, Hkv, page_size / block_size, D]`.
+        table: Page of each `page_size` slots of a row, int32 `[B, W]`; where a row has no keys,
+            anything.
+    """
+
+    keys: Tensor
+    values: Tensor
+    block_keys: Tensor
+    table: Tensor
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values and block keys of the rows, each in one piece: a copy."""
+        table = self.table.long().clamp(0, self.keys.shape[0] - 1)
+        keys, values = join_pages(self.keys, table), join_pages(self.values, table)
+        return keys, values, join_pages(self.block_keys, table)
+
+
+def join_pages(x: Tensor, table: Tensor) -> Tensor:
+    """Return the pages of `x`, `[P, Hkv, n, D]`, that a table `[..., W]` names, in one piece.
+
+    Its shape is `[..., Hkv, W * n, D]`.
+    """
+    return x[table].transpose(-4, -3).flatten(-3, -2)
+
+
 def locate_slots(plain: Layout, slots: Slots) -> Layout:
     """Return the layout of the same sizes and options, for rows of a cache."""
     start, stop = slots.start.unsqueeze(1), slots.stop.unsqueeze(1)

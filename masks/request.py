@@ -25,6 +25,7 @@ from moba_flex.masks.checks import (
 from moba_flex.masks.layout import (
     LONGEST,
     Layout,
+    Pages,
     RowOptions,
     Slots,
     ceil_div,
@@ -143,6 +144,7 @@ class Request:
         block_keys: The block keys of the gate, `[B, Hkv, N, D]`, if a cache keeps them.
         mods: Changes to scores and masks.
         lse: Whether the log-sum-exp of the scores is asked for.
+        pages: The cache, if it lies in pages; `k` and `v` then only have the shapes of its rows.
     """
 
     q: Tensor
@@ -157,6 +159,7 @@ class Request:
     block_keys: Tensor | None = None
     mods: Mods = field(kw_only=True)  # as a default, PyTorch 2.11's Dynamo could not trace it
     lse: bool = field(default=False, kw_only=True)
+    pages: Pages | None = field(default=None, kw_only=True)
 
     @property
     def is_plain(self) -> bool:
@@ -210,12 +213,22 @@ class Request:
         given = self.q, k, v, self.scale, self.gate, self.routing, self.rows, self.layout
         return Request(*given, self.slots, self.block_keys, mods=self.mods, lse=self.lse)
 
+    def joined(self) -> "Request":
+        """Return the request with the pages of each row copied into one piece."""
+        if self.pages is None:
+            return self
+        k, v, block_keys = self.pages.joined()
+        rest = self.scale, self.gate, None, None, None, self.slots, block_keys
+        return Request(self.q, k, v, *rest, mods=self.mods, lse=self.lse)
+
     def _with(
         self, gate: Gate | None, layout: Layout | None, block_keys: Tensor | None
     ) -> "Request":
         # Not by `dataclasses.replace`, which torch.compile would have to trace.
         given = self.q, self.k, self.v, self.scale, gate, self.routing, self.rows, layout
-        return Request(*given, self.slots, block_keys, mods=self.mods, lse=self.lse)
+        return Request(
+            *given, self.slots, block_keys, mods=self.mods, lse=self.lse, pages=self.pages
+        )
 
 
 def gated_request(
@@ -257,6 +270,7 @@ def cached_request(
     block_keys: Tensor | None,
     slots: Slots,
     *,
+    pages: Pages | None = None,
     return_aux: AuxRequest | None = None,
     block_size: int,
     top_k: int,
@@ -272,7 +286,8 @@ def cached_request(
     gate = Gate(block_size, top_k, sink_blocks, local_blocks, causal, head_top_k)
     gate.check_heads(q)
     cache = slots, block_keys
-    return Request(q, k, v, scale, gate, None, None, None, *cache, mods=mods, lse=lse)
+    rest = gate, None, None, None, *cache
+    return Request(q, k, v, scale, *rest, mods=mods, lse=lse, pages=pages)
 
 
 def given_request(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moba_flex.attention import choose_plan, moba_attention, routed_attention
-    from moba_flex.cache import BlockCache, cached_attention
+    from moba_flex.cache import BlockCache, PagedCache, cached_attention
     from moba_flex.config import MoBAConfig
     from moba_flex.masks import patterns
     from moba_flex.masks.block_mask import create_moba_block_mask
@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "MoBAAttention",
     "MoBAConfig",
+    "PagedCache",
     "Routing",
     "Tables",
     "cached_attention",
@@ -44,6 +45,7 @@ _HOMES = {
     "Layout": "masks.layout",
     "MoBAAttention": "module",
     "MoBAConfig": "config",
+    "PagedCache": "cache",
     "Routing": "masks.routing",
     "cached_attention": "cache",
     "choose_plan": "attention",

@@ -253,6 +253,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend by the plan of a name, and return what is asked for."""
     plan = find_plan(name, request)
+    if not plan.reads_pages:
+        request = request.joined()
     gate, device = request.gate, request.q.device.type
     if gate is not None:
         record(

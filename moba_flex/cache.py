@@ -7,13 +7,14 @@ from typing import Any, Literal, Required, Self, Unpack, overload
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
+from typing_extensions import override  # of typing from Python 3.12 on
 
 from moba_flex.attention import Plan, attend
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
 from moba_flex.masks.append import append
 from moba_flex.masks.checks import check_int, is_seen
-from moba_flex.masks.layout import LONGEST, Slots, ceil_div
+from moba_flex.masks.layout import LONGEST, Pages, Slots, ceil_div
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import ScoreOptions, cached_request
 
@@ -52,6 +53,7 @@ class BlockCache:
 
     start: Tensor
     stop: Tensor
+    _table: Tensor | None = None
 
     def __init__(self, block_size: int, max_len: int | None = None) -> None:
         self.block_size = check_int("block_size", block_size, 1)
@@ -86,10 +88,10 @@ class BlockCache:
         self.allocate(k, v)
         memory, num_new = self._filled(), k.shape[2]
         if counts is not None:
-            counts = _row_numbers("counts", counts, k, num_new)
+            counts = _row_numbers("counts", counts, self.stop, num_new)
         taken = num_new if counts is None else counts
         if start is not None:
-            start = _row_numbers("start", start, k, LONGEST)
+            start = _row_numbers("start", start, self.stop, LONGEST)
             same = (start == self.start) | (self.stop <= self.start)
             if is_seen(same) and not bool(same.all()):
                 raise ValueError(
@@ -100,11 +102,11 @@ class BlockCache:
             memory = self._memory = memory.with_room(self._longest + num_new, self.block_size)
             self._longest += num_new
         elif is_traced() or not k.is_cuda:  # else the kernel requires it
-            _require_room(self.stop + taken, self.max_len)
+            self._require_room(self.stop + taken)
         if start is not None:
             self.start.copy_(start.where(self.stop <= self.start, self.start))
         rows = self.start, self.stop, self._arrived
-        append(*memory.tensors, k, v, *rows, counts, self.block_size)
+        append(*memory.tensors, k, v, *rows, counts, self._table, self.block_size)
         self._counts, self._num_new = counts, num_new
 
     def crop(self, tokens: int | Tensor) -> None:
@@ -120,7 +122,7 @@ class BlockCache:
         """
         memory, size = self._filled(), self.block_size
         if isinstance(tokens, Tensor):
-            tokens = _row_numbers("tokens", tokens, memory.keys, LONGEST)
+            tokens = _row_numbers("tokens", tokens, self.stop, LONGEST)
         else:
             tokens = check_int("tokens", tokens, 0)
         enough = self.stop >= tokens
@@ -132,12 +134,9 @@ class BlockCache:
         counts = kept.clamp(min=0) % size
         self.stop.sub_(tokens).sub_(counts)
         slots = self.stop.unsqueeze(1) + torch.arange(size, device=self.stop.device)
-        slots = slots.clamp(0, memory.keys.shape[2] - 1)[:, None, :, None].long()
-        k, v = (
-            x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3]))
-            for x in (memory.keys, memory.values)
-        )
-        append(*memory.tensors, k, v, self.start, self.stop, self._arrived, counts, size)
+        k, v = (self._at(slots, x) for x in (memory.keys, memory.values))
+        rows = self.start, self.stop, self._arrived
+        append(*memory.tensors, k, v, *rows, counts, self._table, size)
         if self.max_len is None and isinstance(tokens, int):
             self._longest -= tokens
 
@@ -194,10 +193,7 @@ class BlockCache:
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that are allocated, for "keys and values" and for "blocks"."""
-        if self._memory is None:
-            return {"keys and values": 0, "blocks": 0}
-        sizes = [x.numel() * x.element_size() for x in self._memory.tensors]
-        return {"keys and values": sum(sizes[:2]), "blocks": sum(sizes[2:])}
+        return _bytes_of(self._memory)
 
     def slots(self, q_len: int) -> Slots:
         """Return where the keys lie, and the last `q_len` of them, which are the queries'.
@@ -213,6 +209,38 @@ class BlockCache:
                 f"counts, got {q_len}"
             )
         return Slots(self.stop - self._counts, self.start, self.stop)
+
+    def pages(self) -> Pages | None:
+        """Return the pages that hold the slots; None for rows in one piece."""
+        return None
+
+    def _at(self, slots: Tensor, x: Tensor) -> Tensor:
+        """Return a copy of the keys or values in slots `[B, n]`, or of others where none are."""
+        slots = slots.clamp(0, x.shape[2] - 1)[:, None, :, None].long()
+        return x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def _require_room(self, stop: Tensor) -> None:
+        """Raise if a row would get more keys than there are slots; if unreadable, assert it."""
+        assert self.max_len is not None
+        if not is_seen(stop):
+            message = f"max_len must be at least the slots of each row, got {self.max_len}"
+            torch._assert_async((stop <= self.max_len).all(), message)
+        elif bool((stop > self.max_len).any()):
+            raise self._no_room(int(stop.max()))
+
+    def _no_room(self, stop: int) -> ValueError:
+        return ValueError(
+            f"max_len must be at least the slots of each row, got {self.max_len} for {stop} "
+            "slots: make a longer cache"
+        )
+
+    def _make(self, k: Tensor, v: Tensor) -> "_Memory":
+        """Allocate memory for tensors like `k` and `v`."""
+        with _normal():
+            self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
+            self.stop = torch.zeros_like(self.start)
+            self._arrived = torch.zeros_like(self.start)
+        return _Memory.of(k, v, self.max_len or k.shape[2] + _ROOM, self.block_size)
 
     def _filled(self) -> "_Memory":
         if self._memory is None:
@@ -243,21 +271,167 @@ class BlockCache:
                 f"{tuple(k.shape)}"
             )
         if self._memory is None:
-            with _normal():
-                self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
-                self.stop = torch.zeros_like(self.start)
-                self._arrived = torch.zeros_like(self.start)
-            slots = self.max_len or k.shape[2] + _ROOM
-            self._memory = _Memory.of(k, v, slots, self.block_size)
-        memory = self._memory
+            self._memory = self._make(k, v)
+        memory, batch = self._memory, self.start.shape[0]
         for name, x, kept in (("k", k, memory.keys), ("v", v, memory.values)):
             same = x.dtype == kept.dtype and x.device == kept.device
-            if not same or (*x.shape[:2], x.shape[3]) != (*kept.shape[:2], kept.shape[3]):
+            fitting = batch, kept.shape[1], kept.shape[3]
+            if not same or (*x.shape[:2], x.shape[3]) != fitting:
                 raise ValueError(
-                    f"{name} must have shape {(*kept.shape[:2], 'T', kept.shape[3])}, "
+                    f"{name} must have shape {(*fitting[:2], 'T', fitting[2])}, "
                     f"{kept.dtype} on {kept.device} like the cache, got {tuple(x.shape)}, "
                     f"{x.dtype} on {x.device}"
                 )
+
+
+class PagedCache:
+    """Memory for keys, values and block keys in pages, which rows take in any order.
+
+    A page holds `page_size` slots of all heads. Rows that start alike may share the pages that are
+    full.
+
+    Attributes:
+        num_pages: Number of pages.
+        page_size: Slots per page, a multiple of `block_size`.
+        block_size: Keys per block.
+
+    Raises:
+        TypeError: A number is no int.
+        ValueError: A number is less than 1, or `page_size` no multiple of `block_size`.
+
+    Example:
+        >>> cache = PagedCache(num_pages=8, page_size=32, block_size=16)
+        >>> block_table = torch.tensor([[5, 0, 3], [2, 7, 1]], dtype=torch.int32)
+        >>> rows = cache.rows(block_table, lengths=torch.zeros(2, dtype=torch.int32))
+        >>> rows.append(torch.randn(2, 2, 60, 32), torch.randn(2, 2, 60, 32))
+        >>> rows.append(torch.randn(2, 2, 1, 32), torch.randn(2, 2, 1, 32))
+        >>> cached_attention(torch.randn(2, 4, 1, 32), rows, top_k=3).shape, rows.stop.tolist()
+        (torch.Size([2, 4, 1, 32]), [61, 61])
+    """
+
+    def __init__(self, num_pages: int, page_size: int, block_size: int) -> None:
+        self.num_pages = check_int("num_pages", num_pages, 1)
+        self.page_size = check_int("page_size", page_size, 1)
+        self.block_size = check_int("block_size", block_size, 1)
+        if self.page_size % self.block_size:
+            raise ValueError(
+                f"page_size must be a multiple of block_size = {self.block_size}, got "
+                f"{self.page_size}"
+            )
+        self._memory: _Memory | None = None
+
+    def rows(self, block_table: Tensor, lengths: Tensor) -> "PagedRows":
+        """Return the rows of a batch, to append to and to attend to.
+
+        Both tensors may be changed in place between calls, as a CUDA graph needs it.
+
+        Args:
+            block_table: Page of each `page_size` slots of a row, int32 `[B, W]`; behind the pages
+                that a row needs it may hold anything.
+            lengths: Number of keys of each row, int32 `[B]`. `append` and `crop` change it.
+
+        Raises:
+            TypeError: A tensor has the wrong dtype.
+            ValueError: A tensor has the wrong shape or device.
+        """
+        return PagedRows(self, block_table, lengths)
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that are allocated, for "keys and values" and for "blocks"."""
+        return _bytes_of(self._memory)
+
+
+class PagedRows(BlockCache):
+    """The rows of a batch whose slots lie in pages of a `PagedCache`; made by its `rows`.
+
+    On CUDA, decode reads the pages where they lie. Other plans, and the CPU, copy each row into
+    one piece first.
+    """
+
+    def __init__(self, cache: PagedCache, block_table: Tensor, lengths: Tensor) -> None:
+        for name, x, dim in (("block_table", block_table, 2), ("lengths", lengths, 1)):
+            if not isinstance(x, Tensor) or x.dtype != torch.int32:
+                found = getattr(x, "dtype", type(x))
+                raise TypeError(f"{name} must be a Tensor of torch.int32, got {found}")
+            if x.dim() != dim:
+                shape = ("B", "W")[:dim]
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+        if block_table.shape[0] != lengths.shape[0] or block_table.device != lengths.device:
+            raise ValueError(
+                f"lengths must be one number for each row of block_table, on its device, got "
+                f"{tuple(lengths.shape)} on {lengths.device} beside {tuple(block_table.shape)} on "
+                f"{block_table.device}"
+            )
+        super().__init__(cache.block_size, max_len=block_table.shape[1] * cache.page_size)
+        self._cache, self._table, self._memory = cache, block_table, cache._memory
+        self.start, self.stop = torch.zeros_like(lengths), lengths
+        self._arrived = torch.zeros_like(lengths)
+
+    @override
+    def pages(self) -> Pages:
+        assert self._table is not None
+        memory = self._filled()
+        return Pages(memory.keys, memory.values, memory.block_keys, self._table)
+
+    @override
+    def append(
+        self, k: Tensor, v: Tensor, *, counts: Tensor | None = None, start: Tensor | None = None
+    ) -> None:
+        """Do what `BlockCache.append` does; `start` must be None, for rows start with a page."""
+        if start is not None:
+            raise ValueError(
+                "start must be None for rows of pages, got a Tensor: leave padding out by counts"
+            )
+        super().append(k, v, counts=counts)
+
+    @override
+    def select(self, rows: Tensor) -> None:
+        """Raise: pages are chosen by whoever keeps `block_table`."""
+        raise ValueError(
+            "rows must keep their pages, got a selection: change block_table and lengths"
+        )
+
+    @property
+    @override
+    def keys(self) -> Tensor:
+        """A copy of the keys in their slots, `[B, Hkv, S, D]`."""
+        return self.pages().joined()[0]
+
+    @property
+    @override
+    def values(self) -> Tensor:
+        """A copy of the values in their slots, `[B, Hkv, S, Dv]`."""
+        return self.pages().joined()[1]
+
+    @property
+    @override
+    def block_keys(self) -> Tensor:
+        """A copy of the mean keys of the blocks, `[B, Hkv, N, D]`."""
+        return self.pages().joined()[2]
+
+    @override
+    def _no_room(self, stop: int) -> ValueError:
+        assert self._table is not None
+        pages, size = self._table.shape[1], self._cache.page_size
+        return ValueError(
+            f"block_table must name pages for the slots of each row, got {pages} of {size} slots "
+            f"for {stop} keys"
+        )
+
+    @override
+    def _at(self, slots: Tensor, x: Tensor) -> Tensor:
+        assert self._table is not None
+        size = x.shape[2]
+        number = (slots // size).clamp(0, self._table.shape[1] - 1).long()
+        page = self._table.gather(1, number).long().clamp(0, x.shape[0] - 1)
+        return x[page, :, slots.long() % size].transpose(1, 2)
+
+    @override
+    def _make(self, k: Tensor, v: Tensor) -> "_Memory":
+        if self._cache._memory is None:
+            k, v = (x[:1].expand(self._cache.num_pages, -1, -1, -1) for x in (k, v))
+            self._cache._memory = _Memory.of(k, v, self._cache.page_size, self.block_size)
+        return self._cache._memory
 
 
 @dataclass
@@ -296,36 +470,29 @@ class _Memory:
         return larger
 
 
+def _bytes_of(memory: _Memory | None) -> dict[str, int]:
+    sizes = [0] if memory is None else [x.numel() * x.element_size() for x in memory.tensors]
+    return {"keys and values": sum(sizes[:2]), "blocks": sum(sizes[2:])}
+
+
 def _normal() -> AbstractContextManager[Any]:
     """Return a context whose tensors can be written to with and without inference mode."""
     return nullcontext() if is_traced() else torch.inference_mode(False)
 
 
-def _row_numbers(name: str, x: Tensor, k: Tensor, most: int) -> Tensor:
-    """Return a number for each row, from 0 to `most`, as int32."""
+def _row_numbers(name: str, x: Tensor, rows: Tensor, most: int) -> Tensor:
+    """Return a number for each of `rows`, from 0 to `most`, as int32."""
     if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype == torch.bool:
         raise TypeError(f"{name} must be a Tensor of integers, got {getattr(x, 'dtype', type(x))}")
-    if x.shape != k.shape[:1]:
-        raise ValueError(f"{name} must have shape [B] = ({k.shape[0]},), got {tuple(x.shape)}")
+    if x.shape != rows.shape:
+        raise ValueError(f"{name} must have shape [B] = ({rows.shape[0]},), got {tuple(x.shape)}")
     good = (x >= 0) & (x <= most)
     if not is_seen(good):
         message = f"{name} must be from 0 to {most}, got another number"
         torch._assert_async(good.all(), message)
     elif not bool(good.all()):
         raise ValueError(f"{name} must be from 0 to {most}, got {x.tolist()}")
-    return x.to(device=k.device, dtype=torch.int32)
-
-
-def _require_room(last: Tensor, max_len: int) -> None:
-    """Raise if a row would get more keys than there are slots; if unreadable, assert it."""
-    if not is_seen(last):
-        message = f"max_len must be at least the slots of each row, got {max_len} for more"
-        torch._assert_async((last <= max_len).all(), message)
-    elif bool((last > max_len).any()):
-        raise ValueError(
-            f"max_len must be at least the slots of each row, got {max_len} for "
-            f"{int(last.max())} slots: make a longer cache"
-        )
+    return x.to(device=rows.device, dtype=torch.int32)
 
 
 class _Options(ScoreOptions, total=False):
@@ -399,14 +566,23 @@ def cached_attention(
         >>> cached_attention(q, cache, top_k=7, head_top_k=dense_and_sparse).shape
         torch.Size([2, 4, 1, 32])
     """
-    slots = cache.slots(q.shape[2])
-    q, k, v, block_keys = cast_by_autocast(q, cache.keys, cache.values, cache.block_keys)
+    slots, pages, block_keys = cache.slots(q.shape[2]), cache.pages(), None
+    if pages is None:
+        q, k, v, block_keys = cast_by_autocast(q, cache.keys, cache.values, cache.block_keys)
+    else:
+        q, *cast = cast_by_autocast(q, *pages[:3])
+        pages = Pages(cast[0], cast[1], cast[2], pages.table)
+        # Nobody reads what stands in for the rows.
+        k, v = (
+            x[:1, :, :1].expand(slots.stop.shape[0], -1, cache.max_len or 0, -1) for x in pages[:2]
+        )
     request = cached_request(
         q,
         k,
         v,
         block_keys,
         slots,
+        pages=pages,
         block_size=cache.block_size,
         top_k=top_k,
         sink_blocks=sink_blocks,

@@ -16,7 +16,7 @@ from moba_flex.masks.layout import Layout
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
     *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
-    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "arrived"),
+    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "arrived", "table_ptr"),
 )
 FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -130,7 +130,12 @@ def decoding(dtype: torch.dtype, head_dim: int, everything: bool) -> list[dict[s
     constants |= {"HEAD_DIM_PADDED": padded, "VALUE_DIM_PADDED": padded, "DV": padded}
     constants |= {"CACHED": True, "TABLES": False, "CAUSAL": True, "WIDTH": 4096}
     constants |= {"ROWS": 64 if everything else 16, "SLOTS": 64 if everything else 8}
-    constants |= {"WHOLE": not everything, "PARTS": 8, "CHOOSE": not everything}
+    constants |= {
+        "WHOLE": not everything,
+        "PARTS": 8,
+        "CHOOSE": not everything,
+        "PAGED": everything,
+    }
     constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
     for name in ("QUERY", "FORCED", "BY_HEAD", "CLEAN", "SOFTCAP", "COUNTS"):
         constants[name] = everything

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moba_flex import make_tables, moba_attention, moba_attention_reference, route
-from moba_flex.cache import BlockCache, cached_attention
+from moba_flex.cache import BlockCache, PagedCache, cached_attention
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks.append import append
 from moba_flex.masks.layout import Layout, Slots, locate_slots
@@ -64,6 +64,9 @@ def run(
 
     cache = BlockCache(block_size, max_len)
     start = [rng.choice([0, 0, rng.randint(0, 7)]) for _ in range(rng.randint(1, 3))]
+    in_pages = rng.random() < 0.3
+    if in_pages:
+        cache, start = some_pages(rng, block_size, len(start), device), [0] * len(start)
     nothing = (
         [draw(kv_heads, 0, dim) for _ in start],
         [draw(kv_heads, 0, value_dim) for _ in start],
@@ -71,7 +74,8 @@ def run(
     truth = Truth(*nothing, start, [0] * len(start))
     for step in range(rng.randint(1, 8)):
         batch = len(truth.k)
-        change = rng.choice(["append"] * 5 + ["crop", "select", "repeat"]) if step else "append"
+        others = ["crop"] if in_pages else ["crop", "select", "repeat"]
+        change = rng.choice(["append"] * 5 + others) if step else "append"
         if change == "append":
             num_new = rng.choice([1, 1, 2, 5, rng.randint(1, 25)])
             if max(truth.stop) + num_new > MOST:
@@ -84,7 +88,7 @@ def run(
                 k,
                 v,
                 counts=torch.tensor(counts) if ragged else None,
-                start=None if step else torch.tensor(truth.start),
+                start=None if step or in_pages else torch.tensor(truth.start),
             )
             for b, count in enumerate(counts):
                 skip = min(max(truth.start[b] - truth.stop[b], 0), count)  # padding on the left
@@ -114,6 +118,17 @@ def run(
             cache.repeat(2)
             truth.select([b for b in range(batch) for _ in range(2)])
         check_contents(cache, truth)
+
+
+def some_pages(rng: Random, block_size: int, batch: int, device: str) -> BlockCache:
+    """Return rows without keys whose pages lie anywhere; a table names no page behind them."""
+    page_size = block_size * rng.randint(1, 4)
+    width = MOST // page_size + 1
+    pages = rng.sample(range(batch * width + 3), batch * width)
+    table = torch.tensor(pages, dtype=torch.int32, device=device).view(batch, width)
+    table = torch.cat((table, torch.full_like(table[:, :2], rng.choice([-1, 10**6]))), dim=1)
+    lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+    return PagedCache(batch * width + 3, page_size, block_size).rows(table, lengths)
 
 
 def check_contents(cache: BlockCache, truth: Truth) -> None:
@@ -257,6 +272,35 @@ def test_steps_are_one_graph() -> None:
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_does_not_matter_which_pages_rows_take(dtype: torch.dtype, device: str) -> None:
+    """Bit for bit; rows that start alike share full pages."""
+    k, v = torch.randn(2, 2, 2, 100, 32).to(device, dtype)
+    k[1, :, :64], v[1, :, :64] = k[0, :, :64], v[0, :, :64]
+    q = torch.randn(2, 4, 2, 32).to(device, dtype)
+    results = []
+    for first, second in (([0, 1, 2, 3], [4, 5, 6, 7]), ([9, 3, 5, 0], [9, 3, 8, 1])):
+        table = torch.tensor([first, second], device=device).int()
+        rows = PagedCache(10, 32, 16).rows(table, torch.zeros_like(table[:, 0]))
+        rows.append(k[:, :, :96], v[:, :, :96])
+        for at in range(96, 100):
+            rows.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
+        results.append(cached_attention(q, rows, top_k=3))
+    cache = BlockCache(16)
+    cache.append(k, v)
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], cached_attention(q, cache, top_k=3))
+
+
+def test_a_page_holds_few_bytes_of_block_keys() -> None:
+    rows = paged()
+    rows.append(*torch.randn(2, 2, 2, 5, 16))
+    sizes = rows._cache.memory()
+    assert sizes == {"keys and values": 2 * 4 * 2 * 16 * 16 * 4, "blocks": 2 * 4 * 2 * 2 * 16 * 4}
+
+
+@pytest.mark.usefixtures("poison")
 @settings(max_examples=settings().max_examples // 3 + 1)
 @given(
     # The interpreter multiplies bfloat16 as integers.
@@ -332,16 +376,51 @@ def test_kernels_choose_and_decode_as_cpu_does(
         if apart:  # a kernel of its own chooses, and holds so many affinities
             patch.setattr(kernels, "_MOST_CHOOSING", 0)
             patch.setattr(kernels, "_SELECTED", apart)
-        got = kernels.decode_few_triton(
-            *(q, k, v, block_keys, *(slots or (None, None, None))),
-            numbers_of(gate, layout),
-            gate.causal,
-            gate.head_top_k,
-            0.3,
-            2.0,
-        )
+        options = numbers_of(gate, layout), gate.causal, gate.head_top_k, 0.3, 2.0
+        rows = slots or (None, None, None)
+        got = kernels.decode_few_triton(q, k, v, block_keys, *rows, None, *options)
     bound = 1e-5 if case.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+
+
+@pytest.mark.usefixtures("poison")
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=settings().max_examples // 4 + 1)
+def test_kernels_read_and_write_pages(seed: int) -> None:
+    """In Triton's interpreter, as they read and write rows in one piece, bit by bit."""
+    needs_interpreter()
+    decode: Any = import_module("moba_flex.compile.decode_kernels").decode_few_triton
+    append_triton: Any = import_module("moba_flex.masks.append_kernel").append_triton
+    rng, generator = Random(seed), torch.Generator().manual_seed(seed)
+    batch, heads, block_size = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 6)
+    page_size, width, q_len = block_size * rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3)
+    slots, num_pages = page_size * width, batch * width + 2
+
+    def room(pages: int, length: int) -> list[Tensor]:
+        sizes = (length, 16), (length, 24), (length // block_size, 16), (length // block_size, 16)
+        return [torch.empty(pages, heads, n, dim) for n, dim in sizes]
+
+    pages = rng.sample(range(num_pages), batch * width)
+    table = torch.tensor(pages, dtype=torch.int32).view(batch, width)
+    ends = [torch.zeros(3, batch, dtype=torch.int32) for _ in range(2)]
+    memory = room(batch, slots), room(num_pages, page_size)
+    for _ in range(3):
+        num_new = rng.randint(0, slots - int(ends[0][1].max()))
+        counts = torch.tensor([rng.randint(0, num_new) for _ in range(batch)]).int()
+        new = [torch.randn(batch, heads, num_new, n, generator=generator) for n in (16, 24)]
+        for tensors, rows, where in zip(memory, ends, (None, table), strict=True):
+            append_triton(*tensors, *new, *rows, counts, where, block_size)
+    assert torch.equal(*ends)
+    q = torch.randn(batch, heads * 2, q_len, 16, generator=generator)
+    options = (rng.randint(0, 3), block_size, 0, 0), True, None, 0.3, 0.0
+    got = [
+        decode(q, keys, values, block_keys, None, *rows[:2], where, *options)
+        for (keys, values, _, block_keys), rows, where in zip(
+            memory, ends, (None, table), strict=True
+        )
+    ]
+    for x, y in zip(*got, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_kernel_appends_as_cpu_does() -> None:
@@ -363,7 +442,7 @@ def test_kernel_appends_as_cpu_does() -> None:
             start, stop = torch.tensor([[9, 0], [0, 0]], dtype=torch.int32)
             arrived = torch.zeros_like(start)
             for some_k, some_v in zip(k, v, strict=True):
-                here(*tensors, some_k, some_v, start, stop, arrived, counts, 4)
+                here(*tensors, some_k, some_v, start, stop, arrived, counts, None, 4)
             assert stop.tolist() == ([40, 40] if counts is None else [0, 22])
             assert arrived.tolist() == [0, 0]
             results.append(tensors)
@@ -383,7 +462,57 @@ def ragged() -> BlockCache:
     return cache
 
 
+def paged(**changes: Any) -> Any:
+    """Return rows of two pages each."""
+    table = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
+    given: dict[str, Any] = {"block_table": table, "lengths": torch.zeros(2, dtype=torch.int32)}
+    return PagedCache(4, 16, 8).rows(**{**given, **changes})
+
+
 CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: PagedCache(4, 20, 8),
+        ValueError,
+        "page_size must be a multiple of block_size = 8, got 20",
+    ),
+    (
+        lambda: paged(lengths=[0, 0]),
+        TypeError,
+        "lengths must be a Tensor of torch.int32, got <class 'list'>",
+    ),
+    (
+        lambda: paged(block_table=torch.tensor([1, 0]).int()),
+        ValueError,
+        "block_table must have shape ('B', 'W'), got (2,)",
+    ),
+    (
+        lambda: paged(lengths=torch.zeros(3, dtype=torch.int32)),
+        ValueError,
+        "lengths must be one number for each row of block_table, on its device, got (3,) on cpu "
+        "beside (2, 2) on cpu",
+    ),
+    (
+        lambda: paged().append(*torch.ones(2, 2, 2, 33, 16)),
+        ValueError,
+        "block_table must name pages for the slots of each row, got 2 of 16 slots for 33 keys",
+    ),
+    (
+        lambda: paged(block_table=torch.full((2, 2), -1).int()).append(
+            *torch.ones(2, 2, 2, 1, 16)
+        ),
+        ValueError,
+        "block_table must name pages from 0 to 3, got [-1]",
+    ),
+    (
+        lambda: paged().append(*torch.ones(2, 2, 2, 1, 16), start=torch.zeros(2).int()),
+        ValueError,
+        "start must be None for rows of pages, got a Tensor: leave padding out by counts",
+    ),
+    (
+        lambda: paged().select(torch.tensor([1, 0])),
+        ValueError,
+        "rows must keep their pages, got a selection: change block_table and lengths",
+    ),
     (
         lambda: BlockCache(8).keys,
         ValueError,

@@ -272,7 +272,7 @@ def appending(device: str) -> tuple[Any, ...]:
     new = (torch.randn(2, 3, 5, dim, device=device) for dim in (16, 24))
     start, stop, counts = torch.tensor([[2, 0], [0, 7], [5, 3]], device=device).int()
     arrived = torch.zeros_like(start)
-    return keys, values, sums, block_keys, *new, start, stop, arrived, counts, 8
+    return keys, values, sums, block_keys, *new, start, stop, arrived, counts, None, 8
 
 
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -292,7 +292,7 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     q, k, v = Case(2, 2, 2, 3, 90, device=device).inputs()
     ends = (torch.tensor(x, device=device).int() for x in ([80, 70], [0, 5], [83, 72]))
     block_keys = pool(k, Layout(3, 90, 16, causal=True))
-    yield decode_few.op, (q, k, v, block_keys, *ends, (3, 16, 1, 0), True, None, 0.3, 20.0)
+    yield decode_few.op, (q, k, v, block_keys, *ends, None, (3, 16, 1, 0), True, None, 0.3, 20.0)
     for layout in layouts(device):
         place = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(1, 2, 2, 50, 90, device=device).inputs())
