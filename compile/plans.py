@@ -104,7 +104,8 @@ class Dense(Plan):
 
     @override
     def suits(self, request: Request) -> bool:
-        if request.slots is not None and request.q.is_cuda:  # SDPA knows no slots
+        cached = request.slots is not None or request.block_keys is not None
+        if cached and request.q.is_cuda:  # SDPA knows no slots, and FlexAttention compiles anew
             return False
         return request.gate is not None and request.gate.covers(request.k.shape[2])
 

@@ -268,7 +268,7 @@ def cached_request(
     k: Tensor,
     v: Tensor,
     block_keys: Tensor | None,
-    slots: Slots,
+    slots: Slots | None,
     *,
     pages: Pages | None = None,
     return_aux: AuxRequest | None = None,

@@ -19,6 +19,7 @@ from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import ScoreOptions, cached_request
 
 _ROOM = 256  # free slots of a new cache that grows
+_FEW = 64  # queries
 
 
 class BlockCache:
@@ -60,6 +61,7 @@ class BlockCache:
         self.max_len = None if max_len is None else check_int("max_len", max_len, 1)
         self._memory: _Memory | None = None
         self._longest = 0  # of a cache that grows: no row has a key behind this slot
+        self._even = True  # all rows have as many keys, and none has padding
         self._counts: Tensor | None = None  # of the last append
         self._num_new = 0
 
@@ -87,6 +89,8 @@ class BlockCache:
             )
         self.allocate(k, v)
         memory, num_new = self._filled(), k.shape[2]
+        if counts is not None or start is not None:
+            self._even = False
         if counts is not None:
             counts = _row_numbers("counts", counts, self.stop, num_new)
         taken = num_new if counts is None else counts
@@ -122,6 +126,7 @@ class BlockCache:
         """
         memory, size = self._filled(), self.block_size
         if isinstance(tokens, Tensor):
+            self._even = False
             tokens = _row_numbers("tokens", tokens, self.stop, LONGEST)
         else:
             tokens = check_int("tokens", tokens, 0)
@@ -171,7 +176,7 @@ class BlockCache:
         if self._memory is not None:
             self.start.zero_()
             self.stop.zero_()
-        self._longest, self._counts = 0, None
+        self._longest, self._even, self._counts = 0, True, None
 
     @property
     def keys(self) -> Tensor:
@@ -209,6 +214,18 @@ class BlockCache:
                 f"counts, got {q_len}"
             )
         return Slots(self.stop - self._counts, self.start, self.stop)
+
+    def read(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Slots | None]:
+        """Return keys, values and block keys, and where those of each row lie.
+
+        Without slots, each row has all the keys, and the queries are those of the last ones.
+        """
+        slots, memory = self.slots(q.shape[2]), self._filled()
+        # Kernels of few queries find the keys themselves, and launch faster while shapes stay.
+        if self.max_len is not None or (q.is_cuda and q.shape[2] <= _FEW):
+            return memory.keys, memory.values, memory.block_keys, slots
+        plain = self._even and q.shape[2] <= self._longest
+        return self.keys, self.values, self.block_keys, None if plain else slots
 
     def pages(self) -> Pages | None:
         """Return the pages that hold the slots; None for rows in one piece."""
@@ -566,10 +583,13 @@ def cached_attention(
         >>> cached_attention(q, cache, top_k=7, head_top_k=dense_and_sparse).shape
         torch.Size([2, 4, 1, 32])
     """
-    slots, pages, block_keys = cache.slots(q.shape[2]), cache.pages(), None
+    pages, block_keys = cache.pages(), None
+    slots: Slots | None
     if pages is None:
-        q, k, v, block_keys = cast_by_autocast(q, cache.keys, cache.values, cache.block_keys)
+        *tensors, slots = cache.read(q)
+        q, k, v, block_keys = cast_by_autocast(q, *tensors)
     else:
+        slots = cache.slots(q.shape[2])
         q, *cast = cast_by_autocast(q, *pages[:3])
         pages = Pages(cast[0], cast[1], cast[2], pages.table)
         # Nobody reads what stands in for the rows.
