@@ -40,10 +40,17 @@ _WEIGHTS = {
         "fused": 0.01,
         "masked": 0.002,
     },
-    "cuda": {"fused": 1.0, "auto": 0.1, "dense": 0.05, "routed": 0.1, "masked": 0.05},
+    "cuda": {
+        "fused": 1.0,
+        "auto": 0.1,
+        "dense": 0.05,
+        "decode": 0.1,
+        "routed": 0.1,
+        "masked": 0.05,
+    },
 }
 # Kinds of requests, of a plan on a device: what a compiler makes something new for.
-_KINDS = {"cpu masked": 4, "cuda fused": 24, "cuda": 4}
+_KINDS = {"cpu masked": 4, "cuda fused": 24, "cuda decode": 24, "cuda": 4}
 _MAX_PAIRS = 300_000  # of queries and keys, over rows and heads
 _DTYPES = {
     "cpu": [torch.float32] * 4 + [torch.bfloat16] * 3 + [torch.float16] + [torch.float64] * 2,
