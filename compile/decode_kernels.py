@@ -85,7 +85,8 @@ def score_kernel(  # type: ignore[no-untyped-def]
 
     The least integer stands for a block that a row cannot choose.
     """
-    tile, index = tl.program_id(0), tl.program_id(1)
+    tiles = (num_blocks + TILE - 1) // TILE
+    tile, index = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     num_lists_of_batch = num_heads // group
     batch = (index // num_lists_of_batch).to(tl.int64)
     kv_head = (index % num_lists_of_batch).to(tl.int64)
@@ -408,7 +409,7 @@ def decode_few_triton(
         choice = _Choice(affinity, picks, head_top_k, arrived, chosen=False)
         launch(
             wrap_triton(score_kernel),
-            (ceil_div(num_blocks, _TILE_BLOCKS), batch * num_kv_heads),
+            (ceil_div(num_blocks, _TILE_BLOCKS) * batch * num_kv_heads,),
             *(q, block_keys, affinity, arrived, *(arrived if x is None else x for x in places)),
             *(stride for x in (q, block_keys) for stride in x.stride()[:3]),
             num_heads,

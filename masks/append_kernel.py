@@ -37,8 +37,11 @@ def append_kernel(  # type: ignore[no-untyped-def]
 
     The last program of a row of the batch moves its `stop`, which all others have read by then.
     """
-    batch = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    # As many blocks as `num_new` slots can touch, wherever they lie.
+    touched = (num_new + block_size - 2) // block_size + 1
+    index = tl.program_id(0) // touched
+    batch = (index // num_heads).to(tl.int64)
+    head = (index % num_heads).to(tl.int64)
     first, low = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
     high = low + num_new
     if COUNTS:
@@ -48,7 +51,8 @@ def append_kernel(  # type: ignore[no-untyped-def]
     high = tl.minimum(high, num_slots)
     # Blocks before `first` hold padding alone, and count down from -1.
     shifted = low - first
-    block = shifted // block_size - (shifted % block_size < 0).to(tl.int32) + tl.program_id(0)
+    block = shifted // block_size - (shifted % block_size < 0).to(tl.int32)
+    block += tl.program_id(0) % touched
     begin = first + block * block_size
     dim, value_dim = tl.arange(0, HEAD_DIM_PADDED), tl.arange(0, VALUE_DIM_PADDED)
     where, number_of_block, moved = batch, block, tl.zeros_like(batch)
@@ -82,7 +86,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
     mean = tl.div_rn(total, number).to(block_keys_ptr.dtype.element_ty)
     tl.store(block_keys_ptr + out, mean, mask=written)
     tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + batch, 1) == num_heads * tl.num_programs(0) - 1:
+    if tl.atomic_add(arrived_ptr + batch, 1) == num_heads * touched - 1:
         tl.store(stop_ptr + batch, end)
         tl.store(arrived_ptr + batch, 0)
 
@@ -112,8 +116,7 @@ def append_triton(
         return
     launch(
         wrap_triton(append_kernel),
-        # As many blocks as `num_new` slots can touch, wherever they lie.
-        ((num_new + block_size - 2) // block_size + 1, batch * num_heads),
+        (((num_new + block_size - 2) // block_size + 1) * batch * num_heads,),
         *(keys, values, sums, block_keys, k, v, start, stop),
         start if counts is None else counts,  # a placeholder, which the kernel does not read
         arrived,
