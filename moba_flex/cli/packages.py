@@ -17,7 +17,9 @@ the next token. Unless --no-check says otherwise, it is run beside the model aft
 lengths than that of the example."""
 
 _RUN = """\
-Continue a text with a package that `moba-flex export` made, token by token, each the likeliest."""
+Continue a text with a package that `moba-flex export` made, token by token, each the likeliest. A
+package holds no cache: each token takes a forward pass over all tokens before it. `moba-flex
+generate` keeps a cache."""
 
 
 def add_commands(commands: Any) -> None:
