@@ -71,25 +71,26 @@ def append_cpu(
     block_size: int,
 ) -> None:
     """Do what `append` says, row by row."""
-    num_new, memory = k.shape[2], (keys, values, sums, block_keys)
+    num_new, memory, page_size = k.shape[2], (keys, values, sums, block_keys), keys.shape[2]
     taken = [num_new] * k.shape[0] if counts is None else counts.tolist()
-    for b, (first, low, count) in enumerate(
-        zip(start.tolist(), stop.tolist(), taken, strict=True)
-    ):
-        if count == 0:
-            continue
-        if table is None:
-            rows = tuple(x[b] for x in memory)
-        else:  # the pages that are written to
-            page_size = keys.shape[2]
-            skipped = low // page_size
-            pages = table[b, skipped : ceil_div(low + count, page_size)].long()
+    places = list(zip(start.tolist(), stop.tolist(), taken, strict=True))
+    pages_of = []
+    if table is not None:  # the pages that are written to, checked before any is
+        for row, (_, low, count) in zip(table.long(), places, strict=True):
+            pages = row[low // page_size : ceil_div(low + count, page_size)] if count else row[:0]
             if not bool(((pages >= 0) & (pages < keys.shape[0])).all()):
                 raise ValueError(
                     f"block_table must name pages from 0 to {keys.shape[0] - 1}, got "
                     f"{pages.tolist()}"
                 )
-            low -= skipped * page_size
+            pages_of.append(pages)
+    for b, (first, low, count) in enumerate(places):
+        if count == 0:
+            continue
+        if table is None:
+            rows = tuple(x[b] for x in memory)
+        else:
+            pages, low = pages_of[b], low % page_size
             rows = tuple(join_pages(x, pages) for x in memory)
         rows[0][:, low : low + count] = k[b, :, :count]
         rows[1][:, low : low + count] = v[b, :, :count]

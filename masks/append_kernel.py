@@ -120,7 +120,7 @@ def append_triton(
         *(keys, values, sums, block_keys, k, v, start, stop),
         start if counts is None else counts,  # a placeholder, which the kernel does not read
         arrived,
-        start if table is None else table,
+        start if table is None else table.contiguous(),
         *(stride for x in (keys, values, k, v) for stride in x.stride()),
         num_heads,
         num_new,

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from typing_extensions import override  # of typing from Python 3.12 on
 
 from moba_flex.attention import Plan, attend
-from moba_flex.masks._torch.exporting import is_traced
+from moba_flex.masks._torch.exporting import is_exporting, is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
 from moba_flex.masks.append import append
 from moba_flex.masks.checks import check_int, is_seen
@@ -87,12 +87,18 @@ class BlockCache:
                 "k and v must need no gradients in a cache, got some that do: use "
                 "torch.no_grad(), or call moba_attention with all keys"
             )
+        if is_exporting():
+            raise ValueError(
+                "cache must be used in eager or compiled code, got torch.export: a package holds "
+                "no cache"
+            )
         self.allocate(k, v)
         memory, num_new = self._filled(), k.shape[2]
         if counts is not None or start is not None:
             self._even = False
         if counts is not None:
-            counts = _row_numbers("counts", counts, self.stop, num_new)
+            # A copy, since the caller may change it, and `append` changes `stop`.
+            counts = _row_numbers("counts", counts, self.stop, num_new).clone()
         taken = num_new if counts is None else counts
         if start is not None:
             start = _row_numbers("start", start, self.stop, LONGEST)
@@ -104,7 +110,6 @@ class BlockCache:
                 )
         if self.max_len is None:
             memory = self._memory = memory.with_room(self._longest + num_new, self.block_size)
-            self._longest += num_new
         elif is_traced() or not k.is_cuda:  # else the kernel requires it
             self._require_room(self.stop + taken)
         if start is not None:
@@ -112,6 +117,8 @@ class BlockCache:
         rows = self.start, self.stop, self._arrived
         append(*memory.tensors, k, v, *rows, counts, self._table, self.block_size)
         self._counts, self._num_new = counts, num_new
+        if self.max_len is None:
+            self._longest += num_new
 
     def crop(self, tokens: int | Tensor) -> None:
         """Take back the last keys of each row, as after rejected guesses.
@@ -149,9 +156,23 @@ class BlockCache:
         """Make row `i` a copy of row `rows[i]`, int `[B']`: for beams, or to drop finished rows.
 
         A cache with `max_len` keeps its memory if the number of rows stays the same.
+
+        Raises:
+            TypeError: `rows` is no tensor of integers.
+            ValueError: It has another shape, or names a row that there is not.
         """
         if self._memory is None:
             return
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                "rows must be a Tensor of torch.int32 or torch.int64, got "
+                f"{getattr(rows, 'dtype', type(rows))}"
+            )
+        if rows.dim() != 1:
+            raise ValueError(f"rows must have shape [B'], got {tuple(rows.shape)}")
+        batch = self.start.shape[0]
+        if is_seen(rows) and not bool(((rows >= 0) & (rows < batch)).all()):
+            raise ValueError(f"rows must be from 0 to {batch - 1}, got {rows.tolist()}")
         rows = rows.to(self.start.device)
         old = self.tensors
         with _normal():
@@ -166,7 +187,13 @@ class BlockCache:
             self._memory = _Memory(*tensors)
 
     def repeat(self, repeats: int) -> None:
-        """Repeat each row `repeats` times, one copy beside the other."""
+        """Repeat each row `repeats` times, one copy beside the other.
+
+        Raises:
+            TypeError: `repeats` is no int.
+            ValueError: It is less than 1.
+        """
+        repeats = check_int("repeats", repeats, 1)
         if self._memory is not None:
             rows = torch.arange(self.start.shape[0], device=self.start.device)
             self.select(rows.repeat_interleave(repeats))
@@ -287,6 +314,12 @@ class BlockCache:
                 f"v must have shape [B, Hkv, T, Dv] like k, got {tuple(v.shape)} beside "
                 f"{tuple(k.shape)}"
             )
+        # Under autocast they may differ in dtype.
+        if not (k.is_floating_point() and v.is_floating_point()) or v.device != k.device:
+            raise TypeError(
+                "k and v must hold floating-point numbers on one device, got "
+                f"{k.dtype} on {k.device} and {v.dtype} on {v.device}"
+            )
         if self._memory is None:
             self._memory = self._make(k, v)
         memory, batch = self._memory, self.start.shape[0]
@@ -340,16 +373,19 @@ class PagedCache:
     def rows(self, block_table: Tensor, lengths: Tensor) -> "PagedRows":
         """Return the rows of a batch, to append to and to attend to.
 
-        Both tensors may be changed in place between calls, as a CUDA graph needs it.
+        Both tensors may be changed in place between calls, as a CUDA graph needs it. Only `crop`
+        takes back a part of a block: set lengths to what was appended, or to the end of a block.
 
         Args:
             block_table: Page of each `page_size` slots of a row, int32 `[B, W]`; behind the pages
-                that a row needs it may hold anything.
-            lengths: Number of keys of each row, int32 `[B]`. `append` and `crop` change it.
+                that a row needs it may hold anything. A page may belong to several rows while it
+                is full in all of them.
+            lengths: Number of keys of each row, int32 `[B]`, contiguous. `append` and `crop`
+                change it.
 
         Raises:
             TypeError: A tensor has the wrong dtype.
-            ValueError: A tensor has the wrong shape or device.
+            ValueError: A tensor has the wrong shape, layout or device.
         """
         return PagedRows(self, block_table, lengths)
 
@@ -379,8 +415,14 @@ class PagedRows(BlockCache):
                 f"{tuple(lengths.shape)} on {lengths.device} beside {tuple(block_table.shape)} on "
                 f"{block_table.device}"
             )
+        if block_table.shape[1] == 0:
+            raise ValueError("block_table must name at least one page, got shape [B, 0]")
+        if not lengths.is_contiguous():
+            raise ValueError(
+                f"lengths must be contiguous, got strides {lengths.stride()}: use .contiguous()"
+            )
         super().__init__(cache.block_size, max_len=block_table.shape[1] * cache.page_size)
-        self._cache, self._table, self._memory = cache, block_table, cache._memory
+        self._cache, self._table = cache, block_table
         self.start, self.stop = torch.zeros_like(lengths), lengths
         self._arrived = torch.zeros_like(lengths)
 
@@ -446,9 +488,45 @@ class PagedRows(BlockCache):
     @override
     def _make(self, k: Tensor, v: Tensor) -> "_Memory":
         if self._cache._memory is None:
-            k, v = (x[:1].expand(self._cache.num_pages, -1, -1, -1) for x in (k, v))
+            number = self._cache.num_pages
+            k, v = (x.new_empty(number, x.shape[1], 0, x.shape[3]) for x in (k, v))
             self._cache._memory = _Memory.of(k, v, self._cache.page_size, self.block_size)
         return self._cache._memory
+
+    @override
+    def _filled(self) -> "_Memory":
+        self._memory = self._cache._memory  # which other rows may have allocated
+        return super()._filled()
+
+    def _check(self) -> None:
+        """Raise unless lengths and pages are in range, where their values can be seen."""
+        assert self._table is not None
+        assert self.max_len is not None
+        if not is_seen(self.stop):
+            return
+        if not bool(((self.stop >= 0) & (self.stop <= self.max_len)).all()):
+            raise ValueError(
+                f"lengths must be from 0 to the {self.max_len} slots of a row, got "
+                f"{self.stop.tolist()}"
+            )
+        number = torch.arange(self._table.shape[1], device=self.stop.device)
+        used = number < ceil_div(self.stop, self._cache.page_size).unsqueeze(1)
+        good = (self._table >= 0) & (self._table < self._cache.num_pages)
+        if not bool((good | ~used).all()):
+            raise ValueError(
+                f"block_table must name pages from 0 to {self._cache.num_pages - 1}, got "
+                f"{self._table[used & ~good].tolist()}"
+            )
+
+    @override
+    def crop(self, tokens: int | Tensor) -> None:
+        self._check()
+        super().crop(tokens)
+
+    @override
+    def slots(self, q_len: int) -> Slots:
+        self._check()
+        return super().slots(q_len)
 
 
 @dataclass
@@ -503,6 +581,7 @@ def _row_numbers(name: str, x: Tensor, rows: Tensor, most: int) -> Tensor:
         raise TypeError(f"{name} must be a Tensor of integers, got {getattr(x, 'dtype', type(x))}")
     if x.shape != rows.shape:
         raise ValueError(f"{name} must have shape [B] = ({rows.shape[0]},), got {tuple(x.shape)}")
+    x = x.long()  # a comparison would turn `most` into a narrower type
     good = (x >= 0) & (x <= most)
     if not is_seen(good):
         message = f"{name} must be from 0 to {most}, got another number"
@@ -583,6 +662,10 @@ def cached_attention(
         >>> cached_attention(q, cache, top_k=7, head_top_k=dense_and_sparse).shape
         torch.Size([2, 4, 1, 32])
     """
+    if not isinstance(cache, BlockCache):
+        raise TypeError(
+            f"cache must be a BlockCache, or the rows of a PagedCache, got {type(cache).__name__}"
+        )
     pages, block_keys = cache.pages(), None
     slots: Slots | None
     if pages is None:

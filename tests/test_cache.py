@@ -293,6 +293,50 @@ def test_it_does_not_matter_which_pages_rows_take(dtype: torch.dtype, device: st
     torch.testing.assert_close(results[0], cached_attention(q, cache, top_k=3))
 
 
+def test_what_is_refused_changes_nothing() -> None:
+    """An append that names a page that there is not; the rows of before go on."""
+    k, v = torch.randn(2, 2, 2, 40, 16)
+    q = torch.randn(2, 2, 1, 16)
+    table = torch.arange(6).int().view(2, 3)
+    rows = PagedCache(6, 16, 8).rows(table, torch.zeros(2, dtype=torch.int32))
+    rows.append(k[:, :, :6], v[:, :, :6])
+    table[1, 0] = 9
+    with pytest.raises(ValueError, match="must name pages"):
+        rows.append(k[:, :, 6:], v[:, :, 6:])
+    table[1, 0] = 3
+    rows.append(k[:, :, 6:], v[:, :, 6:])
+    want = moba_attention(q, k, v, block_size=8, top_k=2)
+    torch.testing.assert_close(cached_attention(q, rows, top_k=2), want)
+
+
+def test_rows_of_pages_may_be_made_at_any_time() -> None:
+    """Before others allocate the memory, and for an empty batch."""
+    cache = PagedCache(4, 16, 8)
+    table, lengths = torch.arange(2).int().view(1, 2), torch.zeros(1, dtype=torch.int32)
+    first, second = cache.rows(table, lengths), cache.rows(table, lengths)
+    first.append(*torch.randn(2, 1, 2, 5, 16))
+    q = torch.randn(1, 2, 1, 16)
+    assert torch.equal(*(cached_attention(q, rows, top_k=2) for rows in (first, second)))
+    nobody = PagedCache(4, 16, 8).rows(table[:0], lengths[:0])
+    nobody.append(*torch.randn(2, 0, 2, 5, 16))
+    assert cached_attention(q[:0], nobody, top_k=2).shape == (0, 2, 1, 16)
+
+
+def test_counts_are_the_callers() -> None:
+    """They may be changed afterwards, and may be the cache's own lengths."""
+    k, v = torch.randn(2, 1, 2, 8, 16)
+    q = torch.randn(1, 2, 4, 16)
+    want = moba_attention(q, k, v, block_size=2, top_k=2)
+    for own in (False, True):
+        cache = BlockCache(2)
+        cache.append(k[:, :, :4], v[:, :, :4])
+        counts = cache.stop if own else torch.tensor([4], dtype=torch.int32)
+        cache.append(k[:, :, 4:], v[:, :, 4:], counts=counts)
+        if not own:
+            counts.zero_()
+        torch.testing.assert_close(cached_attention(q, cache, top_k=2), want)
+
+
 def test_a_page_holds_few_bytes_of_block_keys() -> None:
     rows = paged()
     rows.append(*torch.randn(2, 2, 2, 5, 16))
@@ -469,6 +513,15 @@ def paged(**changes: Any) -> Any:
     return PagedCache(4, 16, 8).rows(**{**given, **changes})
 
 
+def beyond(lengths: Tensor, page: int = 0) -> Any:
+    """Return rows of pages whose lengths were changed."""
+    table = torch.tensor([[1, page], [2, 3]], dtype=torch.int32)
+    rows = PagedCache(4, 16, 8).rows(table, torch.zeros(2, dtype=torch.int32))
+    rows.append(*torch.ones(2, 2, 2, 1, 16))
+    rows.stop.copy_(lengths)
+    return rows
+
+
 CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: PagedCache(4, 20, 8),
@@ -503,6 +556,55 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "block_table must name pages from 0 to 3, got [-1]",
     ),
+    (
+        lambda: paged(block_table=torch.zeros(2, 0).int()),
+        ValueError,
+        "block_table must name at least one page, got shape [B, 0]",
+    ),
+    (
+        lambda: paged(lengths=torch.zeros(4).int()[::2]),
+        ValueError,
+        "lengths must be contiguous, got strides (2,): use .contiguous()",
+    ),
+    (
+        lambda: cached_attention(
+            torch.ones(2, 2, 1, 16), beyond(torch.tensor([33, 0]).int()), top_k=2
+        ),
+        ValueError,
+        "lengths must be from 0 to the 32 slots of a row, got [33, 0]",
+    ),
+    (
+        lambda: beyond(torch.tensor([17, 0]).int(), page=9).crop(1),
+        ValueError,
+        "block_table must name pages from 0 to 3, got [9]",
+    ),
+    (
+        lambda: cached_attention(torch.ones(2, 2, 1, 16), PagedCache(4, 16, 8), top_k=2),  # type: ignore[call-overload]
+        TypeError,
+        "cache must be a BlockCache, or the rows of a PagedCache, got PagedCache",
+    ),
+    (
+        lambda: BlockCache(8).append(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16).int()),
+        TypeError,
+        "k and v must hold floating-point numbers on one device, got torch.float32 on cpu and "
+        "torch.int32 on cpu",
+    ),
+    (
+        lambda: small().select(torch.ones(2)),
+        TypeError,
+        "rows must be a Tensor of torch.int32 or torch.int64, got torch.float32",
+    ),
+    (
+        lambda: small().select(torch.ones(1, 1).int()),
+        ValueError,
+        "rows must have shape [B'], got (1, 1)",
+    ),
+    (
+        lambda: small().select(torch.tensor([0, -1])),
+        ValueError,
+        "rows must be from 0 to 1, got [0, -1]",
+    ),
+    (lambda: small().repeat(0), ValueError, "repeats must be at least 1, got 0"),
     (
         lambda: paged().append(*torch.ones(2, 2, 2, 1, 16), start=torch.zeros(2).int()),
         ValueError,
