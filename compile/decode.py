@@ -1,12 +1,15 @@
 """The decode plan on CPU: few queries attend to many keys, without gradients.
 
-Pairs of a query and a block that it chose are sorted by block and cut into tiles, each of a few
-queries and the keys of one block. All tiles of all heads are one batched matrix product.
+Work is cut into tiles of queries and the keys that they attend to: one query and all its blocks,
+or, where many queries share blocks, a few queries and one block. Keys of many tiles are gathered
+at a time, and flash attention takes tiles for rows of a batch. What belongs to one query is merged
+by log-sum-exp.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -20,8 +23,12 @@ from moba_flex.masks.layout import Layout, ceil_div
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 _TILE = 16  # queries of a tile, at most
-_AT_ONCE = 1 << 19  # numbers gathered at a time: keys stay in the processor's cache
+_ALONE = 4  # of up to so many queries, each has a tile of its own
+_AT_ONCE = 1 << 20  # numbers gathered at a time: keys stay in the processor's cache
+_LEAST_KEYS = 16  # flash attention hides NaN among fewer keys (pytorch/pytorch#141128)
 
 
 @torch.library.custom_op("moba_flex::decode_cpu", mutates_args=(), device_types="cpu")
@@ -60,36 +67,28 @@ def decode_cpu(
     )
     exact = torch.promote_types(q.dtype, torch.float32)
     # A row behind the last stands in where a tile has no query.
-    rows = F.pad(q.flatten(0, 2).to(exact), (0, 0, 0, 1))
-    most = torch.full((rows.shape[0],), -math.inf, dtype=exact)
-    sees = torch.zeros(rows.shape[0], dtype=torch.bool)
-    tiles, attended = _Tiles.of(routing, v.shape[1]), []
-    keys, values = _Vectors.of(k), _Vectors.of(v)
-    for tile in tiles.split(max(1, _AT_ONCE // (block_size * max(q.shape[3], v.shape[3])))):
-        some_k, some_v = (x.take(tile).to(exact) for x in (keys, values))
-        # `[T, block_size, M]`: products with tall first factors are up to ten times as fast.
-        scores = (some_k @ rows[tile.row].mT).mul_(scale)
-        if softcap:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        scores.masked_fill_(tile.slot.unsqueeze(2) > tile.last.unsqueeze(1), -math.inf)
-        top = scores.amax(dim=1).clamp_(min=torch.finfo(exact).min)
-        weight = scores.sub_(top.unsqueeze(1)).exp_()
-        value = weight.mT @ some_v
-        if not all_finite(value):  # perhaps of a key that the query does not see
-            return forward(q, k, v, routing, Mods(softcap=softcap or None), scale)
-        attended.append((tile.row.flatten(), top.flatten(), weight.sum(1).flatten(), value))
-        sees[tile.row[tile.slot[:, :1] <= tile.last]] = True
-    for row, top, _, _ in attended:
-        most.scatter_reduce_(0, row, top, "amax")
-    total = torch.zeros_like(most)
-    out = rows.new_zeros(rows.shape[0], v.shape[3])
-    for row, top, weight, value in attended:
-        share = (top - most[row]).exp_()
-        total.index_add_(0, row, share * weight)
-        out.index_add_(0, row, value.flatten(0, 1).mul_(share.unsqueeze(1)))
-    # A query whose scores are all -inf has a total of zero: its output is NaN.
-    out = out / total.where(sees, 1.0).unsqueeze(1)
-    lse = (most + total.log()).where(sees, -math.inf)
+    rows = F.pad(q.flatten(0, 2), (0, 0, 0, 1))
+    flash = not softcap and block_size >= _LEAST_KEYS and all_finite(q)
+    attend = _attend if flash else partial(_multiply, softcap=softcap)
+    keys, values, attended = _Vectors.of(k), _Vectors.of(v), []
+    for tiles in _cut(routing, v.shape[1]):
+        for tile in tiles.split(
+            max(1, _AT_ONCE // (tiles.slot.shape[1] * max(k.shape[3], v.shape[3])))
+        ):
+            inputs = rows[tile.row], keys.take(tile), values.take(tile)
+            part, lse = attend(*inputs, tile.hidden, scale)
+            # Flash attention returns 0 where all scores are -inf. The key that made something
+            # infinite or NaN may be one that the query does not see.
+            if not (all_finite(part, lse) and (not flash or bool(lse.all()))):
+                return forward(q, k, v, routing, Mods(softcap=softcap or None), scale)
+            attended.append((tile.row.flatten(), lse.flatten(), part.flatten(0, 1)))
+    out = torch.zeros(rows.shape[0], v.shape[3], dtype=exact)
+    lse = torch.full((rows.shape[0],), -math.inf, dtype=exact)
+    if routing.q_len <= _ALONE:
+        for row, part_lse, part in attended:
+            out[row], lse[row] = part.to(exact), part_lse
+    else:
+        _merge(out, lse, attended)
     shape = q.shape[:3]
     return out[:-1].view(*shape, -1).to(q.dtype), lse[:-1].view(shape)
 
@@ -97,61 +96,149 @@ def decode_cpu(
 decode_cpu.register_fake(shapes_of_attention)
 
 
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend within tiles, by flash attention.
+
+    Args:
+        q: Queries, `[T, M, D]`.
+        k: Keys, `[T, S, D]`.
+        v: Values, `[T, S, Dv]`.
+        hidden: Those of `_Tiles`.
+        scale: Factor on the scores.
+
+    Returns:
+        Output `[T, M, Dv]` and log-sum-exp `[T, M]`.
+    """
+    width, mask = max(q.shape[2], v.shape[2]), None
+    inputs = (x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2])) for x in (q, k, v))
+    if hidden is not None:
+        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).unsqueeze(1)
+    out, lse = _flash(*(x.unsqueeze(1) for x in inputs), attn_mask=mask, scale=scale)
+    return out[:, 0, :, : v.shape[2]], lse[:, 0]
+
+
+def _multiply(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Do what `_attend` does, with a soft cap, by matrix products."""
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    # Products with tall first factors are up to ten times as fast.
+    scores = (k @ q.mT).mul_(scale).mT
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if hidden is not None:
+        scores.masked_fill_(hidden, -math.inf)
+    return scores.softmax(dim=2) @ v, scores.logsumexp(dim=2)
+
+
+def _merge(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Merge parts of rows, each of their numbers, log-sum-exps and outputs.
+
+    Args:
+        out: Zeros, `[R, Dv]`; written to.
+        lse: -inf, `[R]`; written to.
+        parts: The parts.
+    """
+    most, total = lse.clone(), torch.zeros_like(lse)
+    for row, part_lse, _ in parts:
+        most.scatter_reduce_(0, row, part_lse, "amax")
+    for row, part_lse, part in parts:
+        share = (part_lse - most[row]).exp_()
+        total.index_add_(0, row, share)
+        out.index_add_(0, row, share.unsqueeze(1) * part)
+    out /= total.where(total > 0, 1.0).unsqueeze(1)
+    torch.add(most, total.log(), out=lse)
+
+
+def _cut(routing: Routing, num_kv_heads: int) -> "Iterator[_Tiles]":
+    """Yield tiles with all pairs of a query and a block that it attends to."""
+    own = routing.layout.coordinates("cpu").own[:, None, :, None]
+    own = own.expand(*routing.blocks.shape[:3], 1)
+    if routing.q_len <= _ALONE:
+        yield _Tiles.of_queries(routing, torch.cat((routing.blocks, own), dim=3), num_kv_heads)
+        return
+    # Apart, since an own block has many queries, and hides keys from some.
+    for lists in (routing.blocks, own):
+        if bool((lists < routing.num_blocks).any()):
+            yield _Tiles.of_blocks(routing, lists, num_kv_heads)
+
+
 @dataclass
 class _Tiles:
-    """Tiles of up to `M` queries that share a key/value head, and the keys of one block.
+    """Tiles of `M` queries that share a key/value head, and of `S` keys.
 
     Attributes:
         list: Key/value head of each tile, counted through the batch, `[T]`.
         row: Queries, counted through batch and heads, `[T, M]`; the number of all for none.
-        slot: Keys, `[T, block_size]`; behind the end of a block come those of the next.
-        end: The last key of each block, `[T]`.
-        last: The last key that each query sees, `[T, M]`; -1 for none.
+        slot: Keys, `[T, S]`; behind the end of a block its last key is repeated.
+        hidden: Which keys a query does not see, `[T, M or 1, S]`; None if none is hidden.
     """
 
     list: Tensor
     row: Tensor
     slot: Tensor
-    end: Tensor
-    last: Tensor
+    hidden: Tensor | None
 
     @classmethod
-    def of(cls, routing: Routing, num_kv_heads: int) -> Self:
-        """Sort the pairs of a routing by block, and cut them."""
+    def of_queries(cls, routing: Routing, lists: Tensor, num_kv_heads: int) -> Self:
+        """Make a tile of each query and the blocks of its list, the last of which is its own."""
         at, none, size = routing.layout.coordinates("cpu"), routing.num_blocks, routing.block_size
-        batch, num_heads, q_len, _ = routing.blocks.shape
-        own = at.own[:, None, :, None].expand(batch, num_heads, -1, 1)
-        lists = torch.cat((routing.blocks, own), dim=3).long()
+        batch, num_heads, q_len, _ = lists.shape
+        row = (lists[..., -1].flatten() < none).nonzero()
+        block = lists.flatten(0, 2)[row.squeeze(1)].long()
+        real = block < none
+        block = block.where(real, block[:, -1:])
+        head = row // (q_len * (num_heads // num_kv_heads))
+        layout = head // num_kv_heads % at.start.shape[0]
+        slot = at.start[layout, block].long()[..., None] + torch.arange(size)
+        end = at.stop[layout, block].long() - 1
+        last = end.where(real, -1)
+        if routing.causal:
+            position = at.position[:, None].expand(batch, num_heads, -1).flatten()
+            last = last.minimum(position[row])
+        hidden = (slot > last[..., None]).flatten(1).unsqueeze(1)
+        return cls(head.squeeze(1), row, slot.minimum(end[..., None]).flatten(1), hidden)
+
+    @classmethod
+    def of_blocks(cls, routing: Routing, lists: Tensor, num_kv_heads: int) -> Self:
+        """Make tiles of each block and up to `_TILE` of the queries that list it."""
+        at, none, size = routing.layout.coordinates("cpu"), routing.num_blocks, routing.block_size
+        batch, num_heads, q_len, _ = lists.shape
         row, column = (lists.flatten(0, 2) < none).nonzero(as_tuple=True)
         block = lists.flatten(0, 2)[row, column]
         head = row // (q_len * (num_heads // num_kv_heads))
         key, order = (head * none + block).sort(stable=True)
         row = row[order]
         found, which, count = key.unique_consecutive(return_inverse=True, return_counts=True)
-        width = min(_TILE, int(count.max()) if count.numel() else 1)
+        # Fuller tiles read fewer keys, emptier ones have fewer queries to pad.
+        width = min(_TILE, int(count.max()), ceil_div(3 * key.shape[0], 2 * found.shape[0]))
         per_block = ceil_div(count, width)
         first_pair, first_tile = count.cumsum(0) - count, per_block.cumsum(0) - per_block
         within = torch.arange(key.shape[0]) - first_pair[which]
-        num_tiles = int(per_block.sum())
-        rows = torch.full((num_tiles, width), batch * num_heads * q_len)
+        rows = torch.full((int(per_block.sum()), width), batch * num_heads * q_len)
         rows[first_tile[which] + within // width, within % width] = row
 
         found = found.repeat_interleave(per_block)
         head, block = found // none, found % none
         layout = head // num_kv_heads % at.start.shape[0]
         slot = at.start[layout, block].long()[:, None] + torch.arange(size)
-        end = at.stop[layout, block].long() - 1
-        last = end[:, None].expand(-1, width)
+        last = end = at.stop[layout, block].long()[:, None] - 1
         if routing.causal:
             position = at.position[:, None].expand(batch, num_heads, -1).flatten()
-            last = last.minimum(F.pad(position, (0, 1), value=-1)[rows])
-        return cls(head, rows, slot, end, last)
+            last = last.minimum(F.pad(position, (0, 1), value=none * size)[rows])
+        hidden = (
+            slot.unsqueeze(1) > last.unsqueeze(2) if bool((slot[:, -1:] > last).any()) else None
+        )
+        return cls(head, rows, slot.minimum(end), hidden)
 
     def split(self, size: int) -> "Iterator[_Tiles]":
         """Cut into parts of `size` tiles."""
-        fields = self.list, self.row, self.slot, self.end, self.last
-        for part in zip(*(x.split(size) for x in fields), strict=True):
-            yield _Tiles(*part)
+        for low in range(0, self.list.shape[0], size):
+            part = slice(low, low + size)
+            hidden = None if self.hidden is None else self.hidden[part]
+            yield _Tiles(self.list[part], self.row[part], self.slot[part], hidden)
 
 
 @dataclass
@@ -161,10 +248,12 @@ class _Vectors:
     Attributes:
         matrix: The rows, `[R, D]`.
         first: The row of the first slot of each key/value head, `[B * Hkv]`.
+        room: Memory for copies. Fresh memory would cost more time than the copies.
     """
 
     matrix: Tensor
     first: Tensor
+    room: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
@@ -178,11 +267,13 @@ class _Vectors:
         of_row, of_head = of_row // step, of_head // step
         number = max(0, (batch - 1) * of_row + (num_heads - 1) * of_head + length)
         first = torch.arange(batch)[:, None] * of_row + torch.arange(num_heads) * of_head
-        return cls(x.as_strided((number, dim), (step, 1)), first.flatten())
+        return cls(x.as_strided((number, dim), (step, 1)), first.flatten(), x.new_empty(0))
 
     def take(self, tiles: _Tiles) -> Tensor:
-        """Copy the vectors of the keys of tiles, `[T, block_size, D]`."""
-        # Slots behind the end of a block may hold anything: its last key is read instead.
-        slot = tiles.slot.minimum(tiles.end[:, None])
-        rows = self.first[tiles.list][:, None] + slot
-        return self.matrix.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        """Copy the vectors of the keys of tiles, `[T, S, D]`, over those copied before."""
+        rows = self.first[tiles.list][:, None] + tiles.slot
+        if self.room.shape[0] < rows.numel():
+            self.room = self.matrix.new_empty(rows.numel(), self.matrix.shape[1])
+        room = self.room[: rows.numel()]
+        torch.index_select(self.matrix, 0, rows.flatten(), out=room)
+        return room.unflatten(0, rows.shape)

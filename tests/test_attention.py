@@ -280,8 +280,10 @@ def test_what_is_not_finite_shows_to_those_who_see_it(
         assert_matches_oracle("planted", case, attention(case, "routed"))
         if not case.score and not case.mask:
             inferred = replace(case, grads="")
-            with torch.no_grad():
-                assert_matches_oracle("planted, decode", inferred, attention(inferred, "decode"))
+            # Tiles of few queries each, and tiles of one query.
+            for few in (inferred, replace(inferred, q_len=3, docs=None)):
+                with torch.no_grad():
+                    assert_matches_oracle("planted, decode", few, attention(few, "decode"))
         dense = replace(case, top_k=40, lse=False)
         assert_matches_oracle("planted, dense", dense, attention(dense, "dense", lse=False))
 
