@@ -513,6 +513,18 @@ def paged(**changes: Any) -> Any:
     return PagedCache(4, 16, 8).rows(**{**given, **changes})
 
 
+class Step(torch.nn.Module):
+    """A step over a cache."""
+
+    def __init__(self, cache: BlockCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def forward(self, q: Tensor, k: Tensor) -> Any:
+        self.cache.append(k, k)
+        return cached_attention(q, self.cache, top_k=2)
+
+
 def beyond(lengths: Tensor, page: int = 0) -> Any:
     """Return rows of pages whose lengths were changed."""
     table = torch.tensor([[1, page], [2, 3]], dtype=torch.int32)
@@ -603,6 +615,13 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: small().select(torch.tensor([0, -1])),
         ValueError,
         "rows must be from 0 to 1, got [0, -1]",
+    ),
+    (
+        lambda: torch.export.export(
+            Step(small()), (torch.ones(2, 4, 1, 16), torch.ones(2, 2, 1, 16)), strict=False
+        ),
+        ValueError,
+        "cache must be used in eager or compiled code, got torch.export: a package holds no cache",
     ),
     (lambda: small().repeat(0), ValueError, "repeats must be at least 1, got 0"),
     (
