@@ -30,7 +30,7 @@ from moba_flex.masks.mods import Mods
 from moba_flex.masks.regroup import sort_pairs
 from moba_flex.masks.routing import Routing
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Columns for the gradient of lse: one is needed, and as many keep vectors aligned, which matrix
@@ -143,11 +143,11 @@ def flash(
 ) -> Callable[[Part], tuple[Tensor, Tensor]]:
     """Return a function that attends within a part, by flash attention."""
     v_dim, width = v.shape[3], max(q.shape[3], v.shape[3])
-    q, k, v = (_widen(x, width) for x in (q, k, v))
+    q, k, v = (widen(x, width) for x in (q, k, v))
 
     def attend(part: Part) -> tuple[Tensor, Tensor]:
         keys = part.keys.take(k), part.keys.take(v)
-        out, lse = _flash(part.queries.take(q), *keys, 0.0, part.causal, scale=scale)
+        out, lse = flash_op(part.queries.take(q), *keys, 0.0, part.causal, scale=scale)
         return out[..., :v_dim], lse
 
     return attend
@@ -161,7 +161,7 @@ def flash_gradients(
     dims = q.shape[3], k.shape[3], v.shape[3]
     width = max(dims)
     extra = 0 if grad_lse is None else _EXTRA
-    grad, q, k, v, out = (_widen(x, width + extra) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (widen(x, width + extra) for x in (grad, q, k, v, out))
     if grad_lse is not None:
         # A part's share of the score gradient is p * (grad @ v - grad @ out). A column of ones in
         # v, of zeros in out and of grad_lse in grad adds grad_lse to it: the derivative of lse.
@@ -185,7 +185,7 @@ def flash_gradients(
     return differentiate
 
 
-def _widen(x: Tensor, width: int) -> Tensor:
+def widen(x: Tensor, width: int) -> Tensor:
     """Append zeros to vectors: flash attention takes queries, keys and values of one head_dim."""
     return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
 
@@ -391,9 +391,11 @@ def _own_blocks(
     bias = None
     if not routing.causal:  # else no query sees what lies behind the last key
         block = torch.arange(blocks, device=q.device)[:, None] * size + start
-        bias = _bias(block + torch.arange(size, device=q.device) < kv_len, q.dtype)
+        bias = bias_of(block + torch.arange(size, device=q.device) < kv_len, q.dtype)
         bias = bias.repeat(batch, 1)[:, None, None]
-    out, lse = _flash(by_block(q, front), *keys, 0.0, routing.causal, attn_mask=bias, scale=scale)
+    out, lse = flash_op(
+        by_block(q, front), *keys, 0.0, routing.causal, attn_mask=bias, scale=scale
+    )
     return by_head(out), by_head(lse)
 
 
@@ -410,7 +412,7 @@ def _own_few(
     if routing.causal:
         seen = seen & (key <= position)
     keys = (x[:, :, start:] for x in (k, v))
-    out, lse = _flash(q, *keys, 0.0, False, attn_mask=_bias(seen, q.dtype), scale=scale)
+    out, lse = flash_op(q, *keys, 0.0, False, attn_mask=bias_of(seen, q.dtype), scale=scale)
     return out, lse
 
 
@@ -454,8 +456,8 @@ def _chosen_tiles(
     bias = None
     if not routing.causal:  # else a block that is chosen is whole
         key = (place % num_blocks * size).unsqueeze(1) + torch.arange(size, device=k.device)
-        bias = _bias(key < kv_len, k.dtype)[:, None, None]
-    out, lse = _flash(slots, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
+        bias = bias_of(key < kv_len, k.dtype)[:, None, None]
+    out, lse = flash_op(slots, beside(k), beside(v), 0.0, False, attn_mask=bias, scale=scale)
 
     chosen = routing.blocks.reshape(lists, -1).clamp(max=num_blocks - 1).long()
     chosen = (chosen + number_of_list * num_blocks).flatten()
@@ -469,7 +471,7 @@ def _chosen_tiles(
     return pair_out.view(*shape, head_dim), pair_lse.view(shape)
 
 
-def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what flash attention adds to the scores of keys that are seen, and of others."""
     zero = torch.zeros((), dtype=dtype, device=seen.device)
     return torch.where(seen, zero, -torch.inf)

@@ -2,8 +2,9 @@
 
 Work is cut into tiles of queries and the keys that they attend to: one query and all its blocks,
 or, where many queries share blocks, a few queries and one block. Keys of many tiles are gathered
-at a time, and flash attention takes tiles for rows of a batch. What belongs to one query is merged
-by log-sum-exp.
+at a time, and flash attention takes tiles for rows of a batch. Matrix products stand in for it
+with a soft cap, with 16-bit inputs, and where it would hide NaN. What belongs to one query is
+merged by log-sum-exp.
 """
 
 import math
@@ -16,14 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_flex.compile.cpu import forward
+from moba_flex.compile.cpu import bias_of, flash_op, forward, widen
 from moba_flex.compile.engine import shapes_of_attention
 from moba_flex.masks._torch.inputs import all_finite
-from moba_flex.masks.layout import Layout, ceil_div
+from moba_flex.masks.layout import Coordinates, Layout, ceil_div
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 _TILE = 16  # queries of a tile, at most
 _ALONE = 4  # of up to so many queries, each has a tile of its own
@@ -113,11 +112,10 @@ def _attend(
     Returns:
         Output `[T, M, Dv]` and log-sum-exp `[T, M]`.
     """
-    width, mask = max(q.shape[2], v.shape[2]), None
-    inputs = (x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2])) for x in (q, k, v))
-    if hidden is not None:
-        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).unsqueeze(1)
-    out, lse = _flash(*(x.unsqueeze(1) for x in inputs), attn_mask=mask, scale=scale)
+    width = max(q.shape[2], v.shape[2])
+    bias = None if hidden is None else bias_of(~hidden, q.dtype).unsqueeze(1)
+    inputs = (widen(x.unsqueeze(1), width) for x in (q, k, v))
+    out, lse = flash_op(*inputs, attn_mask=bias, scale=scale)
     return out[:, 0, :, : v.shape[2]], lse[:, 0]
 
 
@@ -156,15 +154,16 @@ def _merge(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]])
 
 def _cut(routing: Routing, num_kv_heads: int) -> "Iterator[_Tiles]":
     """Yield tiles with all pairs of a query and a block that it attends to."""
-    own = routing.layout.coordinates("cpu").own[:, None, :, None]
-    own = own.expand(*routing.blocks.shape[:3], 1)
+    at = routing.layout.coordinates("cpu")
+    own = at.own[:, None, :, None].expand(*routing.blocks.shape[:3], 1)
     if routing.q_len <= _ALONE:
-        yield _Tiles.of_queries(routing, torch.cat((routing.blocks, own), dim=3), num_kv_heads)
+        lists = torch.cat((routing.blocks, own), dim=3)
+        yield _Tiles.of_queries(routing, at, lists, num_kv_heads)
         return
     # Apart, since an own block has many queries, and hides keys from some.
     for lists in (routing.blocks, own):
         if bool((lists < routing.num_blocks).any()):
-            yield _Tiles.of_blocks(routing, lists, num_kv_heads)
+            yield _Tiles.of_blocks(routing, at, lists, num_kv_heads)
 
 
 @dataclass
@@ -184,9 +183,11 @@ class _Tiles:
     hidden: Tensor | None
 
     @classmethod
-    def of_queries(cls, routing: Routing, lists: Tensor, num_kv_heads: int) -> Self:
+    def of_queries(
+        cls, routing: Routing, at: Coordinates, lists: Tensor, num_kv_heads: int
+    ) -> Self:
         """Make a tile of each query and the blocks of its list, the last of which is its own."""
-        at, none, size = routing.layout.coordinates("cpu"), routing.num_blocks, routing.block_size
+        none, size = routing.num_blocks, routing.block_size
         batch, num_heads, q_len, _ = lists.shape
         row = (lists[..., -1].flatten() < none).nonzero()
         block = lists.flatten(0, 2)[row.squeeze(1)].long()
@@ -204,9 +205,11 @@ class _Tiles:
         return cls(head.squeeze(1), row, slot.minimum(end[..., None]).flatten(1), hidden)
 
     @classmethod
-    def of_blocks(cls, routing: Routing, lists: Tensor, num_kv_heads: int) -> Self:
+    def of_blocks(
+        cls, routing: Routing, at: Coordinates, lists: Tensor, num_kv_heads: int
+    ) -> Self:
         """Make tiles of each block and up to `_TILE` of the queries that list it."""
-        at, none, size = routing.layout.coordinates("cpu"), routing.num_blocks, routing.block_size
+        none, size = routing.num_blocks, routing.block_size
         batch, num_heads, q_len, _ = lists.shape
         row, column = (lists.flatten(0, 2) < none).nonzero(as_tuple=True)
         block = lists.flatten(0, 2)[row, column]
