@@ -20,12 +20,7 @@ from torch import Tensor
 
 from moba_flex.compile.fused_kernels import _cap
 from moba_flex.masks._torch.inputs import dense_vectors
-from moba_flex.masks._torch.kernel_op import (
-    kernel_op,
-    launch,
-    power_of_2,
-    wrap_triton,
-)
+from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
 from moba_flex.masks.layout import Layout, ceil_div
 
 MOST_ROWS = 64
@@ -45,7 +40,7 @@ NO_KEYS = tl.constexpr(-3.4028234663852886e38)
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
-    "num_heads", "group", "q_len", "kv_len", "num_blocks", "block_size", "picks", "parts", "tiles",
+    "num_heads", "group", "q_len", "kv_len", "num_blocks", "block_size", "picks", "tiles",
     "table_rows", "rows", "sink_blocks", "local_blocks", "numbers", "blocks_per_page",
     "page_size", "table_width",
 ]  # fmt: skip
@@ -85,7 +80,7 @@ def score_kernel(  # type: ignore[no-untyped-def]
 
     The least integer stands for a block that a row cannot choose.
     """
-    tiles = (num_blocks + TILE - 1) // TILE
+    tiles = tl.cdiv(num_blocks, TILE)
     tile, index = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     num_lists_of_batch = num_heads // group
     batch = (index // num_lists_of_batch).to(tl.int64)

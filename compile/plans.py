@@ -38,11 +38,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with Py
 if _HAS_TRITON:
     import triton
 
-    from moba_flex.compile.decode_kernels import (
-        MOST_ROWS,
-        decode_few_triton,
-        decode_triton,
-    )
+    from moba_flex.compile.decode_kernels import MOST_ROWS, decode_few_triton, decode_triton
     from moba_flex.compile.fused import attend_fused
 
 Result = tuple[Tensor, Tensor | None]
@@ -304,7 +300,7 @@ def _decode_few(request: Request, softcap: float) -> Result | None:
     if request.pages is not None:
         k, v, block_keys, table = request.pages
     elif block_keys is None:
-        block_keys = pool(k, request.located().layout or layout)
+        block_keys = pool(k, request.find_layout())
     query, start, stop = (None, None, None) if slots is None else slots
     return decode_few_triton(
         *(request.q, k, v, block_keys, query, start, stop, table),

@@ -5,19 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_flex.masks._torch.exporting import is_traced
-from moba_flex.masks._torch.kernel_op import kernel_op, launch, wrap_triton
+from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
-    "num_heads",
-    "num_new",
-    "num_blocks",
-    "block_size",
-    "num_slots",
-    "page_size",
-    "num_pages",
-]
-_SIZES += ["table_width"]
+    "num_heads", "num_new", "touched", "num_blocks", "block_size", "num_slots", "page_size",
+    "num_pages", "table_width",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES, debug=True)  # for its assertion
@@ -28,7 +22,8 @@ def append_kernel(  # type: ignore[no-untyped-def]
     stride_values_b, stride_values_h, stride_values_n, stride_values_d,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    num_heads, num_new, num_blocks, block_size, num_slots, page_size, num_pages, table_width,
+    num_heads, num_new, touched, num_blocks, block_size, num_slots, page_size, num_pages,
+    table_width,
     COUNTS: tl.constexpr, PAGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
@@ -37,8 +32,6 @@ def append_kernel(  # type: ignore[no-untyped-def]
 
     The last program of a row of the batch moves its `stop`, which all others have read by then.
     """
-    # As many blocks as `num_new` slots can touch, wherever they lie.
-    touched = (num_new + block_size - 2) // block_size + 1
     index = tl.program_id(0) // touched
     batch = (index // num_heads).to(tl.int64)
     head = (index % num_heads).to(tl.int64)
@@ -114,9 +107,11 @@ def append_triton(
     value_dim, width = v.shape[3], 1 if table is None else table.shape[1]
     if batch * num_heads * num_new == 0:
         return
+    # As many blocks as `num_new` slots can touch, wherever they lie.
+    touched = (num_new + block_size - 2) // block_size + 1
     launch(
         wrap_triton(append_kernel),
-        (((num_new + block_size - 2) // block_size + 1) * batch * num_heads,),
+        (touched * batch * num_heads,),
         *(keys, values, sums, block_keys, k, v, start, stop),
         start if counts is None else counts,  # a placeholder, which the kernel does not read
         arrived,
@@ -124,6 +119,7 @@ def append_triton(
         *(stride for x in (keys, values, k, v) for stride in x.stride()),
         num_heads,
         num_new,
+        touched,
         sums.shape[2],
         block_size,
         keys.shape[2] * width,
@@ -133,9 +129,9 @@ def append_triton(
         COUNTS=counts is not None,
         PAGED=table is not None,
         HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_DIM_PADDED=power_of_2(head_dim),
         VALUE_DIM=value_dim,
-        VALUE_DIM_PADDED=triton.next_power_of_2(value_dim),
+        VALUE_DIM_PADDED=power_of_2(value_dim),
         num_warps=1,
         # Else `debug` checks each sum of integers too.
         **({} if is_traced() else {"sanitize_overflow": False}),
