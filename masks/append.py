@@ -78,11 +78,7 @@ def append_cpu(
     if table is not None:  # the pages that are written to, checked before any is
         for row, (_, low, count) in zip(table.long(), places, strict=True):
             pages = row[low // page_size : ceil_div(low + count, page_size)] if count else row[:0]
-            if not bool(((pages >= 0) & (pages < keys.shape[0])).all()):
-                raise ValueError(
-                    f"block_table must name pages from 0 to {keys.shape[0] - 1}, got "
-                    f"{pages.tolist()}"
-                )
+            require_pages(pages, keys.shape[0])
             pages_of.append(pages)
     for b, (first, low, count) in enumerate(places):
         if count == 0:
@@ -102,6 +98,19 @@ def append_cpu(
             for x, row in zip(memory, rows, strict=True):
                 x[pages] = row.unflatten(1, (pages.shape[0], -1)).transpose(0, 1)
     stop += num_new if counts is None else counts
+
+
+def require_pages(pages: Tensor, num_pages: int) -> None:
+    """Raise unless `pages` are numbers of pages.
+
+    Raises:
+        ValueError: There is no such page.
+    """
+    wrong = pages[(pages < 0) | (pages >= num_pages)]
+    if wrong.numel():
+        raise ValueError(
+            f"block_table must name pages from 0 to {num_pages - 1}, got {wrong.tolist()}"
+        )
 
 
 @append_cpu.register_fake

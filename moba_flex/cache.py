@@ -12,7 +12,7 @@ from typing_extensions import override  # of typing from Python 3.12 on
 from moba_flex.attention import Plan, attend
 from moba_flex.masks._torch.exporting import is_exporting, is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
-from moba_flex.masks.append import append
+from moba_flex.masks.append import append, require_pages
 from moba_flex.masks.checks import check_int, is_seen
 from moba_flex.masks.layout import LONGEST, Pages, Slots, ceil_div
 from moba_flex.masks.mods import MaskMod, ScoreMod
@@ -401,6 +401,9 @@ class PagedRows(BlockCache):
     one piece first.
     """
 
+    max_len: int
+    _table: Tensor
+
     def __init__(self, cache: PagedCache, block_table: Tensor, lengths: Tensor) -> None:
         for name, x, dim in (("block_table", block_table, 2), ("lengths", lengths, 1)):
             if not isinstance(x, Tensor) or x.dtype != torch.int32:
@@ -428,7 +431,6 @@ class PagedRows(BlockCache):
 
     @override
     def pages(self) -> Pages:
-        assert self._table is not None
         memory = self._filled()
         return Pages(memory.keys, memory.values, memory.block_keys, self._table)
 
@@ -470,7 +472,6 @@ class PagedRows(BlockCache):
 
     @override
     def _no_room(self, stop: int) -> ValueError:
-        assert self._table is not None
         pages, size = self._table.shape[1], self._cache.page_size
         return ValueError(
             f"block_table must name pages for the slots of each row, got {pages} of {size} slots "
@@ -479,7 +480,6 @@ class PagedRows(BlockCache):
 
     @override
     def _at(self, slots: Tensor, x: Tensor) -> Tensor:
-        assert self._table is not None
         size = x.shape[2]
         number = (slots // size).clamp(0, self._table.shape[1] - 1).long()
         page = self._table.gather(1, number).long().clamp(0, x.shape[0] - 1)
@@ -500,8 +500,6 @@ class PagedRows(BlockCache):
 
     def _check(self) -> None:
         """Raise unless lengths and pages are in range, where their values can be seen."""
-        assert self._table is not None
-        assert self.max_len is not None
         if not is_seen(self.stop):
             return
         if not bool(((self.stop >= 0) & (self.stop <= self.max_len)).all()):
@@ -511,12 +509,7 @@ class PagedRows(BlockCache):
             )
         number = torch.arange(self._table.shape[1], device=self.stop.device)
         used = number < ceil_div(self.stop, self._cache.page_size).unsqueeze(1)
-        good = (self._table >= 0) & (self._table < self._cache.num_pages)
-        if not bool((good | ~used).all()):
-            raise ValueError(
-                f"block_table must name pages from 0 to {self._cache.num_pages - 1}, got "
-                f"{self._table[used & ~good].tolist()}"
-            )
+        require_pages(self._table[used], self._cache.num_pages)
 
     @override
     def crop(self, tokens: int | Tensor) -> None:
