@@ -355,6 +355,7 @@ def _attention(
             f"{config.dense_layers}: leave it out"
         )
     q_len, kv_len = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if getattr(model_config, NAME, None) and not (is_traced() or has_hooks(attention_mask)):
         _warn_once(
             f"a model of {type(model_config).__name__} runs moba_flex as it was loaded, without "
@@ -400,7 +401,6 @@ def _attention(
                 "block_indices, got another: use attn_implementation='eager'"
             )
         query, key, value = cast_by_autocast(query, key, value)
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         blocks = BlockLayout(q_len, kv_len, config.block_size, causal)
         chosen = given_request(
             *(query, key, value),
@@ -421,14 +421,13 @@ def _attention(
         request = cached_request(
             *(query, key, value, block_keys, slots),
             **gate_of(config, layer_idx, query, cached=cached),
-            causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+            causal=causal,
             scale=scaling,
             softcap=softcap,
             return_aux=AuxRequest(lse=s_aux is not None),
         )
         return _attend(request, s_aux), None
     layout, pairs = layout_of(query, key, attention_mask, kwargs, sliding_window)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dense and plain and not layout:
         return sdpa_attention_forward(
             module, query, key, value, pairs, dropout, scaling, is_causal, **kwargs
