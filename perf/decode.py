@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba_flex import BlockCache, cached_attention, moba_attention, route
+from perf.timing import captured
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 STEPS = 20
@@ -31,16 +32,7 @@ DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTIO
 
 def microseconds(step: Callable[[], Any]) -> float:
     """Return the time of a step in a CUDA graph."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(STEPS):
-            step()
+    graph, _ = captured(step, STEPS)
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +23,21 @@ def synced_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def captured(call: Callable[[], T], times: int = 1) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Return a CUDA graph of `times` calls, and what the last of them returned."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            found = call()
+    return graph, found
 
 
 def l2_flusher(device: torch.device) -> Callable[[], None]:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from moba_flex import MoBAConfig, moba_attention
+from perf.timing import captured
 
 CONFIGS = {"dense": MoBAConfig(64, 9, cached="dense"), "sparse": MoBAConfig(64, 2)}
 # A plan that Inductor does not compile, and one that it does.
@@ -59,32 +60,18 @@ def run_cuda_graphs(device: str, plans: Sequence[str]) -> None:
     for plan in plans:
         inputs = draw(device)
         call = functools.partial(attend, inputs, plan)
-        replay = captured(call) if device == "cuda" else call
+        if device == "cuda":
+            graph, found = captured(call)
         for _ in range(2):
             with torch.no_grad():
                 for x in inputs:
                     x.normal_()
-            for x, y in zip(replay(), call(), strict=True):
+            if device == "cuda":
+                graph.replay()
+            else:
+                found = call()
+            for x, y in zip(found, call(), strict=True):
                 assert torch.equal(x, y)
-
-
-def captured(call: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    """Return what replays a CUDA graph of a call."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
-
-    def replay() -> list[Tensor]:
-        graph.replay()
-        return found
-
-    return replay
 
 
 def run_threads(device: str, plans: Sequence[str]) -> None:

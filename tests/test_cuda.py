@@ -23,6 +23,7 @@ from moba_flex import (
 )
 from moba_flex.masks.layout import Layout
 from moba_flex.masks.pool import pool
+from perf.timing import captured
 from tests import fuzz
 from tests.case import MEMORY, lay_out
 from tests.helpers import (
@@ -339,15 +340,7 @@ def step_of(plan: Any) -> tuple[tuple[Tensor, ...], Callable[[], list[Tensor]]]:
 @pytest.mark.parametrize("plan", ["routed", "fused"])
 def test_eager_calls_are_captured_in_a_cuda_graph(plan: Any) -> None:
     inputs, step = step_of(plan)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
+    graph, found = captured(step)
     for _ in range(2):
         with torch.no_grad():
             for x in inputs:
