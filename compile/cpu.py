@@ -220,15 +220,8 @@ def _show_nonfinite(
     out.masked_fill_(nan | (bad & (lse == -math.inf)).unsqueeze(3), math.nan)
     if mods.score_mod is None and mods.softcap is not None:
         return  # a soft cap leaves no score at -inf
-    change = mods.on_scores()
-
-    def minus_infinity_alone(score: Tensor, *place: Tensor) -> Tensor:
-        score = score if change is None else change(score, *place)
-        return torch.where(score == -math.inf, 0.0, -math.inf)
-
     if infinite.any():  # a weight of zero, of a score of -inf, times infinity is NaN
-        minus_infinity = Mods(minus_infinity_alone, mods.mask_mod)
-        attend = products(q, k, exact(infinite), minus_infinity, scale)
+        attend = products(q, k, exact(infinite), mods, scale, minus_infinity_alone=True)
         out.masked_fill_(_attend(attend, q, v, routing)[0] > 0, math.nan)
 
 

@@ -198,7 +198,12 @@ def _take(part: Part, by_query: list[Tensor], by_key: list[Tensor]) -> list[list
 
 
 def products(
-    q: Tensor, k: Tensor, v: Tensor, mods: Mods, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mods: Mods,
+    scale: float,
+    minus_infinity_alone: bool = False,
 ) -> Callable[[Part], tuple[Tensor, Tensor]]:
     """Return a function that attends within a part.
 
@@ -208,6 +213,8 @@ def products(
         v: Values, finite, `[B, Hkv, KV, Dv]`.
         mods: Changes to scores and masks.
         scale: Factor on the scores, before the changes.
+        minus_infinity_alone: Attend, with equal weights, to those keys alone that a query sees
+            with a score of -inf.
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     tiny = torch.finfo(exact).tiny
@@ -223,7 +230,10 @@ def products(
         for piece in _pieces(part_q, part_k, part.causal):
             numbers = [*map(piece.queries, in_part_q), *map(piece.keys, in_part_k)]
             capped = scores_of.cap(piece.queries(part_q).to(exact), piece.keys(part_k))
-            scores = scores_of.hide(scores_of.change(capped, numbers)[0], piece, numbers)
+            scores = scores_of.change(capped, numbers)[0]
+            if minus_infinity_alone:
+                scores = torch.where(scores == -math.inf, 0.0, scores.new_tensor(-math.inf))
+            scores = scores_of.hide(scores, piece, numbers)
             largest = None
             if not scores_of.exponential_fits:
                 largest = scores.amax(2, keepdim=True)

@@ -1,5 +1,6 @@
 """What PyTorch has beside calls and backward: `torch.func`, tangents, meta, default devices."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import AuxRequest
+from torch.utils.flop_counter import FlopCounterMode
 
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
 from moba_flex.compile.plans import PlanName
@@ -183,3 +185,30 @@ def test_a_mask_of_meta_tensors() -> None:
     mask = create_moba_block_mask(q, k, block_size=64, top_k=3)
     assert mask.shape == (1, 2, 300, 400)
     assert mask.kv_indices.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["plain", "dense", "softcap", "functions"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_under_a_dispatch_mode(name: str, value: float) -> None:
+    """Within an op that a mode dispatched, vmap raises.
+
+    PyTorch sets such a mode for the first call of a compiled function, too.
+    """
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 2, 100, 16))
+    with torch.no_grad():
+        v[0, 0, 40] = v[1, 1, 3] = value
+    options: dict[str, Any] = {"block_size": 16, "top_k": 3, **REQUESTS[name]}
+
+    def attend() -> tuple[Tensor, ...]:
+        out = moba_attention(q, k, v, **options)
+        return out, *torch.autograd.grad(out[:, :, :3].sum(), (q, k, v))
+
+    expected = attend()
+    assert not expected[0].isfinite().all()
+    with FlopCounterMode(display=False):
+        found = attend()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+    if name != "functions":  # as part of a graph those are compiled with it
+        compiled = torch.compile(lambda: moba_attention(q, k, v, **options), backend="aot_eager")
+        torch.testing.assert_close(compiled(), expected[0], equal_nan=True)
