@@ -1,9 +1,12 @@
 """The decode plan on CUDA: few queries, each with its own choice among many keys.
 
-One kernel scores block keys. In another, each program chooses a block by the scores and attends to
-a part of it, and the last program of a query merges the parts. The number of launches and of
-programs depends on shapes alone, and kernels read where the keys of a cache lie, so that a CUDA
-graph holds a step while lengths grow.
+All work is one launch. Some programs append new keys to a cache, some score block keys, some
+choose blocks, and some attend to a part of a block; the last program of a query merges the parts.
+A program waits, by counters in memory, for programs before it alone. A GPU starts programs in
+their order, so that those have started, and none of them waits for a later one.
+
+The number of programs depends on shapes alone, and kernels read where the keys of a cache lie, so
+that a CUDA graph holds a step while lengths grow.
 
 A *list* is one key/value head of one row of the batch; its *rows* are `(head in group) * Q +
 query`.
@@ -19,79 +22,67 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_flex.compile.fused_kernels import _cap
+from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import dense_vectors
 from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
+from moba_flex.masks.append_kernel import append_block, blocks_touched
 from moba_flex.masks.layout import Layout, ceil_div
 
-MOST_ROWS = 64
-"""Rows of a list that `decode_few_triton` takes."""
 _TILE_KEYS = 64
 _WARP_BYTES = 8192  # of a tile's keys
 _TILE_PARTS = 32
-_TILE_BLOCKS = 64
-# Beyond any of these, a kernel of its own chooses blocks, rather than each program that attends.
+_TILE_BLOCKS = 32
+# Beyond any of these, programs of their own choose blocks, rather than each that attends.
 _MOST_AFFINITIES = 1024
 _MOST_PICKS = 16
 _MOST_CHOOSING = 128  # rows
-_SELECTED = 4096  # affinities that a program of that kernel holds
+_SELECTED = 4096  # affinities that such a program holds
 
 # The log-sum-exp of a part in which a row sees no key; that of infinite scores is -inf.
 NO_KEYS = tl.constexpr(-3.4028234663852886e38)
+# What an append adds to the counter of a list; a tile of scores adds 1.
+_APPENDED = tl.constexpr(1 << 16)
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
     "num_heads", "group", "q_len", "kv_len", "num_blocks", "block_size", "picks", "tiles",
     "table_rows", "rows", "sink_blocks", "local_blocks", "numbers", "blocks_per_page",
-    "page_size", "table_width",
+    "page_size", "num_pages", "table_width", "lists", "touched", "score_tiles", "stride_counter",
 ]  # fmt: skip
 
 
 @triton.jit
-def _places(  # type: ignore[no-untyped-def]
-    row, rows, batch, query_ptr, start_ptr, stop_ptr, q_len, kv_len, block_size,
-    CACHED: tl.constexpr, QUERY: tl.constexpr,
-):  # fmt: skip
-    """Return the first key's slot, the one behind the last key, and each row's slot and own block.
+def _wait(counter_ptr, number):  # type: ignore[no-untyped-def]
+    """Wait until other programs have raised a counter to a number."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < number:
+        pass
 
-    The own block of a row that does not exist, or is padding, is -1.
-    """
-    first, stop = kv_len * 0, kv_len
-    if CACHED:
-        first, stop = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
-    query = stop - q_len
-    if QUERY:
-        query = tl.load(query_ptr + batch)
+
+@triton.jit
+def _place(row, rows, query, first, stop, q_len, block_size):  # type: ignore[no-untyped-def]
+    """Return each row's slot and own block: -1 for a row that does not exist, or is padding."""
     position = query + row % q_len
     real = (row < rows) & (position >= first) & (position < stop)
-    return first, stop, position, tl.where(real, (position - first) // block_size, -1)
+    return position, tl.where(real, (position - first) // block_size, -1)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def score_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, block_keys_ptr, affinity_ptr, arrived_ptr, query_ptr, start_ptr, stop_ptr, table_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    num_heads, group, q_len, kv_len, num_blocks, block_size, rows, sink_blocks, local_blocks,
-    blocks_per_page, table_width,
-    CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, CAUSAL: tl.constexpr,
-    FORCED: tl.constexpr,
+@triton.jit
+def _score(  # type: ignore[no-untyped-def]
+    q_ptr, block_keys_ptr, affinity_ptr, table_ptr, ready_ptr,
+    stride_qb, stride_qh, stride_qm, stride_sb, stride_sh, stride_sn,
+    batch, kv_head, index, tile, first, stop, own, fresh,
+    group, q_len, num_blocks, block_size, rows, sink_blocks, local_blocks, blocks_per_page,
+    table_width, touched,
+    APPEND: tl.constexpr, PAGED: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the affinities of the rows of a list with a tile of blocks, as integers that sort so.
 
-    The least integer stands for a block that a row cannot choose.
+    The least integer stands for a block that a row cannot choose. Block keys change from block
+    `fresh` on.
     """
-    tiles = tl.cdiv(num_blocks, TILE)
-    tile, index = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    num_lists_of_batch = num_heads // group
-    batch = (index // num_lists_of_batch).to(tl.int64)
-    kv_head = (index % num_lists_of_batch).to(tl.int64)
     row, dim, block = tl.arange(0, ROWS), tl.arange(0, D), tile * TILE + tl.arange(0, TILE)
-    first, stop, _, own = _places(
-        row, rows, batch, query_ptr, start_ptr, stop_ptr, q_len, kv_len, block_size, CACHED, QUERY
-    )
     place = index.to(tl.int64) * rows + row
-    if tile == 0:
-        tl.store(arrived_ptr + place, tl.zeros([ROWS], tl.int32), mask=row < rows)
     if CAUSAL:
         newest = own - 1
     else:
@@ -109,10 +100,13 @@ def score_kernel(  # type: ignore[no-untyped-def]
         if PAGED:
             table_ptrs = table_ptr + batch * table_width + block // blocks_per_page
             page = tl.load(table_ptrs, mask=block <= last, other=0).to(tl.int64)
-            offset = page * stride_kb + (block % blocks_per_page) * stride_kn
+            offset = page * stride_sb + (block % blocks_per_page) * stride_sn
         else:
-            offset = batch * stride_kb + block.to(tl.int64) * stride_kn
-        key_ptrs = block_keys_ptr + kv_head * stride_kh + offset[None, :] + dim[:, None]
+            offset = batch * stride_sb + block.to(tl.int64) * stride_sn
+        if APPEND:  # noqa: SIM102 (Triton would compile both conditions)
+            if (fresh <= last) & (fresh < (tile + 1) * TILE):
+                _wait(ready_ptr, touched * _APPENDED)
+        key_ptrs = block_keys_ptr + kv_head * stride_sh + offset[None, :] + dim[:, None]
         exists = (block <= last)[None, :] & (dim < HEAD_DIM)[:, None]
         affinity = tl.dot(q, tl.load(key_ptrs, mask=exists, other=0.0), input_precision="ieee")
         largest = 3.4028234663852886e38
@@ -170,20 +164,20 @@ def _room(head_top_k_ptr, row, q_len, picks, numbers, BY_HEAD: tl.constexpr):  #
     return picks
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def select_kernel(  # type: ignore[no-untyped-def]
-    affinity_ptr, out_ptr, head_top_k_ptr, q_len, num_blocks, picks, numbers,
+@triton.jit
+def _select(  # type: ignore[no-untyped-def]
+    affinity_ptr, blocks_ptr, head_top_k_ptr, row, q_len, num_blocks, picks, numbers,
     BY_HEAD: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the best blocks of one row, best first; -1 for none."""
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    at = tl.arange(0, WIDTH)
     affinity_ptr += row * num_blocks
     room = _room(head_top_k_ptr, row, q_len, picks, numbers, BY_HEAD)
     affinity = tl.load(affinity_ptr + at, mask=at < num_blocks, other=-0x80000000)
     best = tl.max(tl.full([1], 0x7FFFFFFFFFFFFFFF, tl.int64), 0)
     for pick in range(picks):
         best = _next_best(affinity, affinity_ptr, num_blocks, best, WHOLE, WIDTH)
-        tl.store(out_ptr + row * picks + pick, tl.where(pick < room, _block_of(best), -1))
+        tl.store(blocks_ptr + row * picks + pick, tl.where(pick < room, _block_of(best), -1))
 
 
 @triton.jit
@@ -225,72 +219,17 @@ def _merge(  # type: ignore[no-untyped-def]
     tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def attend_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, blocks_ptr, affinity_ptr, head_top_k_ptr, query_ptr, start_ptr, stop_ptr,
-    table_ptr, queries_ptr, extents_ptr, part_ptr, part_lse_ptr, arrived_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    num_heads, group, q_len, kv_len, num_blocks, block_size, picks, tiles, table_rows, rows,
-    numbers, page_size, table_width, scale, cap,
-    CHOOSE: tl.constexpr, BY_HEAD: tl.constexpr, WIDTH: tl.constexpr,
-    CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, TABLES: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _attend_to_part(  # type: ignore[no-untyped-def]
+    q, k_ptr, v_ptr, table_ptr, part_ptr, part_lse_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    batch, kv_head, begin, end, page_size, table_width, scale, cap,
+    PAGED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one row to up to `TILE` keys of a block that it chose; the last is its own.
-
-    With `CHOOSE` it finds the block among the affinities of its row, else in a list of blocks.
-    Rows of a list that chose the same block are neighbours, and find its keys in the L2 cache. The
-    last program of a row merges what all wrote.
-    """
-    parts = (picks + 1) * tiles
-    row, rest = tl.program_id(0) % rows, tl.program_id(0) // rows
-    part, index = rest % parts, rest // parts
-    choice, sub = part // tiles, part % tiles
-    num_lists_of_batch = num_heads // group
-    batch = (index // num_lists_of_batch).to(tl.int64)
-    kv_head = (index % num_lists_of_batch).to(tl.int64)
-    place = index.to(tl.int64) * rows + row
+    """Attend from one row to the keys in slots from `begin` to `end`, at most `TILE` of them."""
     key, dim, value_dim = tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, DV)
-    head = kv_head * group + row // q_len
-    q_ptr += batch * stride_qb + head * stride_qh + row % q_len * stride_qm
-    q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
-    chosen = picks * 0 - 1
-    if choice < picks:
-        if CHOOSE:
-            at = tl.arange(0, WIDTH)
-            affinity_ptr += place * num_blocks
-            affinity = tl.load(affinity_ptr + at, mask=at < num_blocks, other=-0x80000000)
-            best = tl.max(tl.full([1], 0x7FFFFFFFFFFFFFFF, tl.int64), 0)
-            for _ in range(choice + 1):
-                best = _next_best(affinity, affinity_ptr, num_blocks, best, True, WIDTH)
-            room = _room(head_top_k_ptr, place, q_len, picks, numbers, BY_HEAD)
-            chosen = tl.where(choice < room, _block_of(best), -1)
-        else:
-            chosen = tl.load(blocks_ptr + place * picks + choice)
-    if TABLES:
-        queries_ptr += batch % table_rows * q_len + row % q_len
-        position, own = tl.load(queries_ptr), tl.load(queries_ptr + table_rows * q_len)
-        first, stop = kv_len * 0, kv_len
-    else:
-        first, stop, position, own = _places(
-            row, rows, batch, query_ptr, start_ptr, stop_ptr, q_len, kv_len, block_size, CACHED,
-            QUERY,
-        )  # fmt: skip
-    block = tl.where(choice < picks, chosen, own)
-    begin, end = kv_len * 0, kv_len * 0
-    if (block >= 0) & (block < num_blocks):
-        if TABLES:
-            extents_ptr += batch % table_rows * num_blocks + block
-            begin, end = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
-        else:
-            begin = first + block * block_size
-            end = tl.minimum(begin + block_size, stop)
-        if CAUSAL:
-            end = tl.minimum(end, position + 1)
-    begin += sub * TILE
     if begin < end:
         seen = key < end - begin
         where, slot = batch, begin.to(tl.int64)
@@ -316,14 +255,171 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         total = tl.where(nothing, 1.0, total)
         out = tl.sum(weight[:, None] * v.to(tl.float32), 0) / total
         lse = tl.where(nothing, -float("inf"), top + tl.log2(total))
-        into = part_ptr + (place * parts + part) * VALUE_DIM + value_dim
-        tl.store(into, out, mask=value_dim < VALUE_DIM)
-        tl.store(part_lse_ptr + place * parts + part, lse)
+        tl.store(part_ptr + value_dim, out, mask=value_dim < VALUE_DIM)
+        tl.store(part_lse_ptr, lse)
     else:
-        tl.store(part_lse_ptr + place * parts + part, NO_KEYS)
-    tl.debug_barrier()  # all threads have written before one of them says so
-    if tl.atomic_add(arrived_ptr + place, 1) == parts - 1:
-        _merge(place, part_ptr, part_lse_ptr, out_ptr, lse_ptr, parts, VALUE_DIM, DV, PARTS)
+        tl.store(part_lse_ptr, NO_KEYS)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def decode_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, block_keys_ptr, blocks_ptr, affinity_ptr, head_top_k_ptr, query_ptr,
+    start_ptr, stop_ptr, table_ptr, queries_ptr, extents_ptr, sums_ptr, new_k_ptr, new_v_ptr,
+    counts_ptr, part_ptr, part_lse_ptr, counter_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_sb, stride_sh, stride_sn,
+    stride_new_kb, stride_new_kh, stride_new_kn, stride_new_kd,
+    stride_new_vb, stride_new_vh, stride_new_vn, stride_new_vd,
+    num_heads, group, q_len, kv_len, num_blocks, block_size, picks, tiles, table_rows, rows,
+    numbers, sink_blocks, local_blocks, blocks_per_page, page_size, num_pages, table_width,
+    lists, touched, score_tiles, stride_counter, scale, cap,
+    APPEND: tl.constexpr, COUNTS: tl.constexpr, SCORE: tl.constexpr, SELECT: tl.constexpr,
+    FORCED: tl.constexpr, BY_HEAD: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr,
+    CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, TABLES: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, TILE_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Append, score, choose and attend, by the number of the program.
+
+    The first programs of a list append to one of `touched` blocks each, or score one of
+    `score_tiles` tiles of blocks. With `SELECT`, the next choose the blocks of one row each. The
+    others attend from one row to up to `TILE` keys of a block; the last block of a row is its own,
+    and without `SELECT` these programs choose the others themselves, or find them in a list. Rows
+    that chose the same block are neighbours, and find its keys in the L2 cache.
+
+    The counters of a row of the batch are the number of its queries that are merged, then for each
+    list what is appended and scored, then for each query the number of its programs that have
+    ended. Their last user sets them to zero.
+    """
+    program, prepare = tl.program_id(0), touched + score_tiles
+    num_lists_of_batch = num_heads // group
+    before, selecting = lists * prepare, lists * 0
+    if SELECT:
+        selecting = lists * rows
+    if program < before:
+        index, tile = program // prepare, program % prepare - touched
+    elif program < before + selecting:
+        index, tile = (program - before) // rows, program * 0
+    else:
+        index, tile = (program - before - selecting) // (rows * (picks + 1) * tiles), program * 0
+    batch = (index // num_lists_of_batch).to(tl.int64)
+    kv_head = (index % num_lists_of_batch).to(tl.int64)
+    counter_ptr += batch * stride_counter
+    ready_ptr, arrived_ptr = counter_ptr + 1 + kv_head, counter_ptr + 1 + num_lists_of_batch
+
+    first, stop = kv_len * 0, kv_len
+    if CACHED:
+        first, stop = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
+    low = stop  # the slot of the first new key
+    if COUNTS:
+        stop += tl.load(counts_ptr + batch)
+    elif APPEND:
+        stop += q_len
+    query = stop - q_len
+    if APPEND:  # the queries are those of the new keys
+        query = low
+    elif QUERY:
+        query = tl.load(query_ptr + batch)
+
+    if program < before:
+        if tile < 0:
+            if APPEND:
+                append_block(
+                    k_ptr, v_ptr, sums_ptr, block_keys_ptr, new_k_ptr, new_v_ptr, table_ptr,
+                    stride_kb, stride_kh, stride_kn, 1, stride_vb, stride_vh, stride_vn, 1,
+                    stride_new_kb, stride_new_kh, stride_new_kn, stride_new_kd,
+                    stride_new_vb, stride_new_vh, stride_new_vn, stride_new_vd,
+                    batch, kv_head, tile + touched, first, low, stop,
+                    num_lists_of_batch, blocks_per_page, block_size, kv_len, page_size, num_pages,
+                    table_width, PAGED, HEAD_DIM, D, VALUE_DIM, DV,
+                )  # fmt: skip
+        elif SCORE:
+            _, own = _place(tl.arange(0, ROWS), rows, query, first, stop, q_len, block_size)
+            _score(
+                q_ptr, block_keys_ptr, affinity_ptr, table_ptr, ready_ptr,
+                stride_qb, stride_qh, stride_qm, stride_sb, stride_sh, stride_sn,
+                batch, kv_head, index, tile, first, stop, own, (low - first) // block_size,
+                group, q_len, num_blocks, block_size, rows, sink_blocks, local_blocks,
+                blocks_per_page, table_width, touched,
+                APPEND, PAGED, CAUSAL, FORCED, HEAD_DIM, D, ROWS, TILE_BLOCKS,
+            )  # fmt: skip
+        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.atomic_add(ready_ptr, tl.where(tile < 0, _APPENDED, 1))
+    elif program < before + selecting:
+        if SELECT:
+            _wait(ready_ptr, touched * _APPENDED + score_tiles)
+            place = (program - before).to(tl.int64)
+            _select(
+                affinity_ptr, blocks_ptr, head_top_k_ptr, place, q_len, num_blocks, picks, numbers,
+                BY_HEAD, WHOLE, WIDTH,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.atomic_add(arrived_ptr + place - batch * (num_lists_of_batch * rows), 1)
+    else:
+        parts = (picks + 1) * tiles
+        row = (program - before - selecting) % rows
+        part = (program - before - selecting) // rows % parts
+        choice, place = part // tiles, index.to(tl.int64) * rows + row
+        arrived_ptr += kv_head * rows + row
+        dim = tl.arange(0, D)
+        head = kv_head * group + row // q_len
+        q_ptr += batch * stride_qb + head * stride_qh + row % q_len * stride_qm
+        q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+        if TABLES:
+            queries_ptr += batch % table_rows * q_len + row % q_len
+            position, own = tl.load(queries_ptr), tl.load(queries_ptr + table_rows * q_len)
+        else:
+            position, own = _place(row, rows, query, first, stop, q_len, block_size)
+        block = own
+        if choice < picks:
+            if SELECT:
+                _wait(arrived_ptr, 1)
+            elif SCORE:
+                _wait(ready_ptr, touched * _APPENDED + score_tiles)
+            if SCORE and not SELECT:
+                at = tl.arange(0, WIDTH)
+                affinity_ptr += place * num_blocks
+                affinity = tl.load(affinity_ptr + at, mask=at < num_blocks, other=-0x80000000)
+                best = tl.max(tl.full([1], 0x7FFFFFFFFFFFFFFF, tl.int64), 0)
+                for _ in range(choice + 1):
+                    best = _next_best(affinity, affinity_ptr, num_blocks, best, True, WIDTH)
+                room = _room(head_top_k_ptr, place, q_len, picks, numbers, BY_HEAD)
+                block = tl.where(choice < room, _block_of(best), -1)
+            else:
+                block = tl.load(blocks_ptr + place * picks + choice)
+        elif APPEND:
+            _wait(ready_ptr, touched * _APPENDED)
+        begin, end = kv_len * 0, kv_len * 0
+        if (block >= 0) & (block < num_blocks):
+            if TABLES:
+                extents_ptr += batch % table_rows * num_blocks + block
+                begin, end = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
+            else:
+                begin = first + block * block_size
+                end = tl.minimum(begin + block_size, stop)
+            if CAUSAL:
+                end = tl.minimum(end, position + 1)
+        _attend_to_part(
+            q, k_ptr, v_ptr, table_ptr,
+            part_ptr + (place * parts + part) * VALUE_DIM, part_lse_ptr + place * parts + part,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+            batch, kv_head, begin + part % tiles * TILE, end, page_size, table_width, scale, cap,
+            PAGED, SOFTCAP, PRECISION, HEAD_DIM, D, VALUE_DIM, DV, TILE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        last = parts - 1
+        if SELECT:
+            last += 1
+        if tl.atomic_add(arrived_ptr, 1) == last:
+            _merge(place, part_ptr, part_lse_ptr, out_ptr, lse_ptr, parts, VALUE_DIM, DV, PARTS)
+            tl.store(arrived_ptr, 0)
+            if tl.atomic_add(counter_ptr, 1) == num_lists_of_batch * rows - 1:
+                tl.store(counter_ptr, 0)
+                for at in range(1, num_lists_of_batch + 1):
+                    tl.store(counter_ptr + at, 0)
+                if APPEND:
+                    tl.store(stop_ptr + batch, stop)
 
 
 @kernel_op("moba_flex::decode_triton")
@@ -341,11 +437,11 @@ def decode_triton(
 ) -> tuple[Tensor, Tensor]:
     """Do what `decode_cpu` does."""
     layout = Layout(q.shape[2], k.shape[2], block_size, causal, queries, extents)
-    choice = _Choice(blocks.contiguous(), blocks.shape[3])
-    return _attend(q, k, v, choice, (None, None, None, None), layout, scale, softcap)
+    gate = _Gate(blocks.shape[3], chosen=blocks.contiguous())
+    return _decode(q, k, v, layout, gate, _Places(), None, None, scale, softcap)
 
 
-@kernel_op("moba_flex::decode_few_triton")
+@kernel_op("moba_flex::decode_few_triton", mutates=("counters",))
 def decode_few_triton(
     q: Tensor,
     k: Tensor,
@@ -355,6 +451,7 @@ def decode_few_triton(
     start: Tensor | None,
     stop: Tensor | None,
     table: Tensor | None,
+    counters: Tensor | None,
     numbers: Sequence[int],
     causal: bool,
     head_top_k: Tensor | None,
@@ -376,6 +473,8 @@ def decode_few_triton(
         table: Page of each `page_size` slots of a row, int32 `[B, W]`. Then `k` and `v` are pages,
             `[P, Hkv, page_size, D]`, and `block_keys` are those of pages. None for rows in one
             piece.
+        counters: Zeros in which programs count, int32 `[B, 1 + Hkv + Hq * Q]` or wider; zeros
+            again when the kernel ends. None to allocate some.
         numbers: As of `choose_cpu`.
         causal: Whether a query sees only keys at its position and before.
         head_top_k: As of `choose_cpu`.
@@ -385,172 +484,225 @@ def decode_few_triton(
     Returns:
         As `decode_cpu`.
     """
-    picks, block_size, sink_blocks, local_blocks = numbers
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1:3]
-    if table is not None:
-        kv_len *= table.shape[1]
-    if head_top_k is not None:
-        head_top_k = head_top_k.contiguous()
-    places = tuple(x if x is None else x.contiguous() for x in (query, start, stop, table))
-    layout = Layout(q_len, kv_len, block_size, causal)
-    num_blocks = layout.num_blocks
-    choice = _Choice(None, picks)
-    if picks and q.numel():
-        q, block_keys = dense_vectors(q, block_keys)
-        rows = num_heads // num_kv_heads * q_len
-        affinity = q.new_empty(batch * num_heads * q_len, num_blocks, dtype=torch.int32)
-        arrived = affinity.new_empty(batch * num_heads * q_len)
-        choice = _Choice(affinity, picks, head_top_k, arrived, chosen=False)
-        launch(
-            wrap_triton(score_kernel),
-            (ceil_div(num_blocks, _TILE_BLOCKS) * batch * num_kv_heads,),
-            *(q, block_keys, affinity, arrived, *(arrived if x is None else x for x in places)),
-            *(stride for x in (q, block_keys) for stride in x.stride()[:3]),
-            num_heads,
-            num_heads // num_kv_heads,
-            q_len,
-            kv_len,
-            num_blocks,
-            block_size,
-            rows,
-            sink_blocks,
-            local_blocks,
-            block_keys.shape[2],
-            1 if table is None else table.shape[1],
-            CACHED=start is not None,
-            QUERY=query is not None,
-            PAGED=table is not None,
-            CAUSAL=causal,
-            FORCED=sink_blocks + local_blocks > 0,
-            HEAD_DIM=head_dim,
-            D=max(16, power_of_2(head_dim)),
-            ROWS=max(16, power_of_2(rows)),
-            TILE=_TILE_BLOCKS,
-            num_warps=4,
-        )
-        cheap = num_blocks <= _MOST_AFFINITIES and picks <= _MOST_PICKS
-        if not cheap or affinity.shape[0] > _MOST_CHOOSING:
-            choice = _select(choice, q_len, num_blocks)
-    return _attend(q, k, v, choice, places, layout, scale, softcap)
+    places = _Places(*(x if x is None else x.contiguous() for x in (query, start, stop, table)))
+    rest = numbers, causal, head_top_k, scale, softcap
+    return _decode_few(q, k, v, block_keys, places, counters, None, *rest)
 
 
-@dataclass
-class _Choice:
-    """What blocks the rows attend to.
-
-    Attributes:
-        numbers: Blocks of each row, or affinities to all blocks; None for the own block alone.
-        picks: Blocks beside the own one.
-        head_top_k: As of `choose_cpu`, if blocks are still to be chosen.
-        arrived: Programs of each row that have attended, zeros at first.
-        chosen: Whether `numbers` are blocks.
-    """
-
-    numbers: Tensor | None
-    picks: int
-    head_top_k: Tensor | None = None
-    arrived: Tensor | None = None
-    chosen: bool = True
-
-    @property
-    def by_head(self) -> tuple[bool, Tensor | None, int]:
-        """Whether heads differ, their numbers, and how many there are."""
-        x = self.head_top_k
-        return x is not None, x, 1 if x is None else x.numel()
-
-
-def _select(choice: _Choice, q_len: int, num_blocks: int) -> _Choice:
-    """Choose blocks in a kernel of its own."""
-    affinity = choice.numbers
-    assert affinity is not None
-    blocks = affinity.new_empty(affinity.shape[0], choice.picks)
-    by_head, head_top_k, numbers = choice.by_head
-    width = min(_SELECTED, power_of_2(num_blocks))
-    launch(
-        wrap_triton(select_kernel),
-        (affinity.shape[0],),
-        *(affinity, blocks, blocks if head_top_k is None else head_top_k),
-        q_len,
-        num_blocks,
-        choice.picks,
-        numbers,
-        BY_HEAD=by_head,
-        WHOLE=width >= num_blocks,
-        WIDTH=width,
-        num_warps=4 if width > 512 else 1,
-    )
-    return _Choice(blocks, choice.picks, arrived=choice.arrived)
-
-
-def _attend(
+@kernel_op(
+    "moba_flex::decode_step_triton",
+    mutates=("keys", "values", "sums", "block_keys", "stop", "counters"),
+)
+def decode_step_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    choice: _Choice,
-    places: tuple[Tensor | None, ...],
-    layout: Layout,
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    block_keys: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    counters: Tensor,
+    counts: Tensor | None,
+    table: Tensor | None,
+    numbers: Sequence[int],
+    head_top_k: Tensor | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to own and chosen blocks, and merge; `places` are query, start, stop and table."""
+    """Append to a cache, then choose blocks and attend from the queries of the new keys.
+
+    Args:
+        q: Queries of the new keys, `[B, Hq, T, D]`.
+        k: As of `moba_flex.masks.append.append`, as all up to `table`, but `counters`.
+        v: Likewise.
+        keys: Likewise.
+        values: Likewise.
+        sums: Likewise.
+        block_keys: Likewise.
+        start: Likewise.
+        stop: Likewise.
+        counters: As of `decode_few_triton`, as what follows `table`.
+        counts: As of `append`.
+        table: Likewise.
+        numbers: As of `decode_few_triton`.
+        head_top_k: Likewise.
+        scale: Likewise.
+        softcap: Likewise.
+
+    Returns:
+        As `decode_few_triton`.
+    """
+    if table is not None:
+        table = table.contiguous()
+    places, new = _Places(None, start, stop, table), (k, v, sums, counts)
+    rest = numbers, True, head_top_k, scale, softcap
+    return _decode_few(q, keys, values, block_keys, places, counters, new, *rest)
+
+
+@dataclass
+class _Places:
+    """Where a cache lies, as of `decode_few_triton`."""
+
+    query: Tensor | None = None
+    start: Tensor | None = None
+    stop: Tensor | None = None
+    table: Tensor | None = None
+
+
+@dataclass
+class _Gate:
+    """How blocks are chosen.
+
+    Attributes:
+        picks: Blocks beside the own one.
+        sink_blocks: As of `Gate`.
+        local_blocks: As of `Gate`.
+        head_top_k: As of `choose_cpu`.
+        block_keys: Mean keys, which programs score; None if `chosen` says all.
+        chosen: Blocks that are chosen already.
+    """
+
+    picks: int
+    sink_blocks: int = 0
+    local_blocks: int = 0
+    head_top_k: Tensor | None = None
+    block_keys: Tensor | None = None
+    chosen: Tensor | None = None
+
+
+_New = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""New keys and values, the sums of the cache, and `counts`."""
+
+
+def _decode_few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_keys: Tensor,
+    places: _Places,
+    counters: Tensor | None,
+    new: _New | None,
+    numbers: Sequence[int],
+    causal: bool,
+    head_top_k: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Do what the ops say whose gate chooses."""
+    picks, block_size, sink_blocks, local_blocks = numbers
+    kv_len = k.shape[2] if places.table is None else k.shape[2] * places.table.shape[1]
+    layout = Layout(q.shape[2], kv_len, block_size, causal)
+    if head_top_k is not None:
+        head_top_k = head_top_k.contiguous()
+    (block_keys,) = dense_vectors(block_keys)
+    gate = _Gate(picks, sink_blocks, local_blocks, head_top_k, block_keys)
+    return _decode(q, k, v, layout, gate, places, counters, new, scale, softcap)
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    gate: _Gate,
+    places: _Places,
+    counters: Tensor | None,
+    new: _New | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel."""
     q, k, v = dense_vectors(q, k, v)
     batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, value_dim = k.shape[1], v.shape[3]
+    num_kv_heads, value_dim, num_blocks = k.shape[1], v.shape[3], layout.num_blocks
     out = q.new_empty(batch, num_heads, q_len, value_dim)
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
+    lists, rows, total = batch * num_kv_heads, num_heads // num_kv_heads * q_len, lse.numel()
     tile = min(_TILE_KEYS, power_of_2(layout.block_size))
     tile_bytes = tile * max(head_dim, value_dim) * k.element_size()
-    tiles = ceil_div(layout.block_size, tile)
-    parts = (choice.picks + 1) * tiles
-    part = q.new_empty(lse.numel(), parts, value_dim, dtype=torch.float32)
-    part_lse = q.new_empty(lse.numel(), parts, dtype=torch.float32)
-    arrived = choice.arrived
-    if arrived is None:
-        arrived = torch.zeros(lse.numel(), dtype=torch.int32, device=q.device)
-    by_head, head_top_k, numbers = choice.by_head
-    blocks, affinity = (choice.numbers, None) if choice.chosen else (None, choice.numbers)
-    # Placeholders stand for what the kernel does not read.
-    read = blocks, affinity, head_top_k, *places, layout.queries, layout.extents
+    tiles, picks = ceil_div(layout.block_size, tile), gate.picks
+    parts = (picks + 1) * tiles
+    part = q.new_empty(total, parts, value_dim, dtype=torch.float32)
+    part_lse = q.new_empty(total, parts, dtype=torch.float32)
+    if counters is None:
+        counters = lse.new_zeros(batch, 1 + num_kv_heads * (1 + rows), dtype=torch.int32)
+
+    scores, blocks, affinity = gate.chosen is None and picks > 0, gate.chosen, None
+    selects, touched = False, 0 if new is None else blocks_touched(q_len, layout.block_size)
+    if scores:
+        affinity = q.new_empty(total, num_blocks, dtype=torch.int32)
+        cheap = num_blocks <= _MOST_AFFINITIES and picks <= _MOST_PICKS
+        selects = not cheap or total > _MOST_CHOOSING
+        if selects:
+            blocks = affinity.new_empty(total, picks)
+    score_tiles = ceil_div(num_blocks, _TILE_BLOCKS) if scores else 0
+    width = min(_SELECTED, power_of_2(num_blocks)) if scores else 1
+    by_head, block_keys = gate.head_top_k, gate.block_keys
+    table, queries, extents = places.table, layout.queries, layout.extents
+    new_k, new_v, sums, counts = (None, None, None, None) if new is None else new
+    read = block_keys, blocks, affinity, by_head, places.query, places.start, places.stop, table
+    read_too = queries, extents, sums, new_k, new_v, counts
     launch(
-        wrap_triton(attend_kernel),
-        (lse.numel() * parts,),
-        *(q, k, v, *(arrived if x is None else x for x in read)),
-        *(part, part_lse, arrived, out, lse),
+        wrap_triton(decode_kernel),
+        (lists * (touched + score_tiles) + total * (parts + selects),),
+        # Placeholders stand for what the kernel does not read.
+        *(q, k, v, *(counters if x is None else x for x in (*read, *read_too))),
+        *(part, part_lse, counters, out, lse),
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
+        *((0, 0, 0) if block_keys is None else block_keys.stride()[:3]),
+        *(stride for x in (new_k, new_v) for stride in ((0,) * 4 if x is None else x.stride())),
         num_heads,
         num_heads // num_kv_heads,
         q_len,
         layout.kv_len,
-        layout.num_blocks,
+        num_blocks,
         layout.block_size,
-        choice.picks,
+        picks,
         tiles,
-        1 if layout.extents is None else layout.extents.shape[1],
-        num_heads // num_kv_heads * q_len,
-        numbers,
+        1 if extents is None else extents.shape[1],
+        rows,
+        1 if by_head is None else by_head.numel(),
+        gate.sink_blocks,
+        gate.local_blocks,
+        1 if block_keys is None else block_keys.shape[2],
         k.shape[2],
-        1 if places[3] is None else places[3].shape[1],
+        k.shape[0],
+        1 if table is None else table.shape[1],
+        lists,
+        touched,
+        score_tiles,
+        counters.stride(0),
         scale / math.log(2),
         softcap / math.log(2),
-        CHOOSE=affinity is not None,
-        BY_HEAD=by_head,
-        WIDTH=1 if affinity is None else power_of_2(affinity.shape[1]),
-        CACHED=places[1] is not None,
-        QUERY=places[0] is not None,
-        PAGED=places[3] is not None,
-        TABLES=layout.extents is not None,
+        APPEND=new is not None,
+        COUNTS=counts is not None,
+        SCORE=scores,
+        SELECT=selects,
+        FORCED=gate.sink_blocks + gate.local_blocks > 0,
+        BY_HEAD=by_head is not None,
+        WHOLE=width >= num_blocks,
+        WIDTH=width,
+        CACHED=places.start is not None,
+        QUERY=places.query is not None,
+        PAGED=table is not None,
+        TABLES=extents is not None,
         CAUSAL=layout.causal,
         SOFTCAP=softcap > 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         HEAD_DIM=head_dim,
-        D=power_of_2(head_dim),
+        D=max(16, power_of_2(head_dim)),
         VALUE_DIM=value_dim,
         DV=power_of_2(value_dim),
+        ROWS=max(16, power_of_2(rows)) if scores else 1,
         TILE=tile,
+        TILE_BLOCKS=_TILE_BLOCKS,
         PARTS=min(_TILE_PARTS, power_of_2(parts)),
         num_warps=min(8, power_of_2(max(1, tile_bytes // _WARP_BYTES))),
+        # For its assertions; else Triton would check each sum of integers too.
+        **({} if is_traced() or new is None else {"debug": True, "sanitize_overflow": False}),
     )
     return out, lse

@@ -16,9 +16,10 @@ from moba_flex.compile.cpu import attend_cpu, attend_portable, attend_with_funct
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.compile.flex import attend, in_one_graph
 from moba_flex.compile.merge import gather_rows, merge_parts
-from moba_flex.masks._torch.exporting import is_exporting
+from moba_flex.masks._torch.exporting import is_exporting, is_traced
 from moba_flex.masks._torch.gradients import is_transformed
 from moba_flex.masks._torch.inputs import finite
+from moba_flex.masks.append import MOST_ROWS
 from moba_flex.masks.block_mask import routing_to_block_mask
 from moba_flex.masks.checks import longest_sequence
 from moba_flex.masks.layout import LONGEST, Layout, ceil_div
@@ -38,7 +39,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with Py
 if _HAS_TRITON:
     import triton
 
-    from moba_flex.compile.decode_kernels import MOST_ROWS, decode_few_triton, decode_triton
+    from moba_flex.compile.decode_kernels import (
+        decode_few_triton,
+        decode_step_triton,
+        decode_triton,
+    )
     from moba_flex.compile.fused import attend_fused
 
 Result = tuple[Tensor, Tensor | None]
@@ -67,6 +72,10 @@ class Plan:
     def suits(self, request: Request) -> bool:
         """Return whether "auto" takes the plan, if it can serve the request."""
         return True
+
+    def appends(self, request: Request) -> bool:
+        """Return whether the plan appends the new keys of a request before it attends."""
+        return False
 
     def __call__(self, request: Request) -> Result:
         """Attend."""
@@ -156,10 +165,18 @@ class Decode(Plan):
         return 0 < request.q.shape[2] <= _FEW_QUERIES
 
     @override
+    def appends(self, request: Request) -> bool:
+        if request.new is None or request.q.shape[2] != request.new.keys.shape[2]:
+            return False
+        # In a graph the kernel does not assert that pages are in range.
+        good = request.pages is None or not is_traced()
+        return good and request.q.is_cuda and _chooses_in_kernel(request)
+
+    @override
     def __call__(self, request: Request) -> Result:
         softcap = float(request.mods.softcap or 0.0)
-        if request.q.is_cuda and (result := _decode_few(request, softcap)):
-            return result
+        if request.q.is_cuda and _chooses_in_kernel(request):
+            return _decode_few(request, softcap)
         request = request.joined()
         routing, (q, scale) = route_request(request), _scaled_up(request)
         attend = decode_triton if q.is_cuda else decode_cpu
@@ -286,30 +303,37 @@ def _rows(request: Request) -> int:
     return request.q.shape[1] // request.k.shape[1] * request.q.shape[2]
 
 
-def _decode_few(request: Request, softcap: float) -> Result | None:
-    """Choose and attend in one op, which reads on the device where keys lie; None if it cannot."""
-    gate, slots, k = request.gate, request.slots, request.k
-    if gate is None or (slots is None and not request.is_plain):
-        return None
+def _chooses_in_kernel(request: Request) -> bool:
+    """Whether one op can choose and attend, which reads on the device where keys lie."""
+    if request.gate is None or (request.slots is None and not request.is_plain):
+        return False
     # The gate must see queries as they are: see `_scaled_up`.
-    if request.scale <= 0 or _rows(request) > MOST_ROWS:
-        return None
-    layout = Layout(request.q.shape[2], k.shape[2], gate.block_size, gate.causal)
-    numbers = numbers_of(gate, layout)
-    v, block_keys, table = request.v, request.block_keys, None
+    return request.scale > 0 and _rows(request) <= MOST_ROWS
+
+
+def _decode_few(request: Request, softcap: float) -> Result:
+    """Append new keys if there are some, choose and attend, in one op."""
+    gate, slots, k, v = request.gate, request.slots, request.k, request.v
+    assert gate is not None
+    numbers = numbers_of(gate, Layout(request.q.shape[2], k.shape[2], gate.block_size, True))
+    block_keys, table, counters, new = request.block_keys, None, request.counters, request.new
     if request.pages is not None:
         k, v, block_keys, table = request.pages
     elif block_keys is None:
         block_keys = pool(k, request.find_layout())
     query, start, stop = (None, None, None) if slots is None else slots
-    return decode_few_triton(
-        *(request.q, k, v, block_keys, query, start, stop, table),
-        numbers,
-        gate.causal,
-        gate.head_top_k,
-        request.scale,
-        softcap,
-    )
+    scores = request.scale, softcap
+    if new is None:
+        places = query, start, stop, table, counters
+        gating = numbers, gate.causal, gate.head_top_k
+        return decode_few_triton(request.q, k, v, block_keys, *places, *gating, *scores)
+    assert start is not None
+    assert stop is not None
+    assert counters is not None
+    assert block_keys is not None
+    cache, rows = (k, v, new.sums, block_keys), (start, stop, counters)
+    given = new.keys, new.values, *cache, *rows, new.counts, table
+    return decode_step_triton(request.q, *given, numbers, gate.head_top_k, *scores)
 
 
 def interpreted() -> bool:

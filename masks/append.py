@@ -11,6 +11,14 @@ from moba_flex.masks.pool import sum_blocks
 if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
     from moba_flex.masks.append_kernel import append_triton
 
+MOST_ROWS = 64
+"""Queries that share a key/value head, up to which a step of decode is one launch."""
+
+
+def count_programs(rows: Tensor, num_kv_heads: int) -> Tensor:
+    """Return zeros in which the programs of kernels count, for the rows of a cache."""
+    return rows.new_zeros(rows.shape[0], 1 + num_kv_heads * (1 + MOST_ROWS), dtype=torch.int32)
+
 
 def append(
     keys: Tensor,
@@ -21,7 +29,7 @@ def append(
     v: Tensor,
     start: Tensor,
     stop: Tensor,
-    arrived: Tensor,
+    counters: Tensor,
     counts: Tensor | None,
     table: Tensor | None,
     block_size: int,
@@ -40,7 +48,7 @@ def append(
         v: New values, `[B, Hkv, T, Dv]`.
         start: Slot of each row's first key, int32 `[B]`. What lies before it is no key.
         stop: Slot of each row that the first new key goes to, int32 `[B]`; moved behind the last.
-        arrived: Zeros, int32 `[B]`, in which programs of the kernel count themselves.
+        counters: Zeros, int32 `[B, ...]`, in which programs of the kernel count themselves.
         counts: How many of the new keys each row takes, int32 `[B]`; None for all.
         table: Page of each `page_size` slots of a row, int32 `[B, W]`. The first four tensors then
             hold pages, `[P, Hkv, page_size, D]` and the like. None for rows in one piece.
@@ -48,12 +56,14 @@ def append(
     """
     here = append_triton if k.is_cuda else append_cpu
     with torch.no_grad():
-        here(keys, values, sums, block_keys, k, v, start, stop, arrived, counts, table, block_size)
+        here(
+            keys, values, sums, block_keys, k, v, start, stop, counters, counts, table, block_size
+        )
 
 
 @torch.library.custom_op(
     "moba_flex::append_cpu",
-    mutates_args=("keys", "values", "sums", "block_keys", "stop", "arrived"),
+    mutates_args=("keys", "values", "sums", "block_keys", "stop", "counters"),
     device_types="cpu",
 )
 def append_cpu(
@@ -65,7 +75,7 @@ def append_cpu(
     v: Tensor,
     start: Tensor,
     stop: Tensor,
-    arrived: Tensor,
+    counters: Tensor,
     counts: Tensor | None,
     table: Tensor | None,
     block_size: int,

@@ -10,42 +10,33 @@ from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
     "num_heads", "num_new", "touched", "num_blocks", "block_size", "num_slots", "page_size",
-    "num_pages", "table_width",
+    "num_pages", "table_width", "stride_counter",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_SIZES, debug=True)  # for its assertion
-def append_kernel(  # type: ignore[no-untyped-def]
-    keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, counts_ptr,
-    arrived_ptr, table_ptr,
+@triton.jit
+def append_block(  # type: ignore[no-untyped-def]
+    keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, table_ptr,
     stride_keys_b, stride_keys_h, stride_keys_n, stride_keys_d,
     stride_values_b, stride_values_h, stride_values_n, stride_values_d,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    num_heads, num_new, touched, num_blocks, block_size, num_slots, page_size, num_pages,
-    table_width,
-    COUNTS: tl.constexpr, PAGED: tl.constexpr,
+    batch, head, number, first, low, high,
+    num_heads, num_blocks, block_size, num_slots, page_size, num_pages, table_width,
+    PAGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Write the new keys and values of one block, and add the keys up in their order.
+    """Write those of the new keys and values that lie in one block, and add up its keys in order.
 
-    The last program of a row of the batch moves its `stop`, which all others have read by then.
+    The new keys go to the slots from `low` to `high` of a row, whose first key is in slot `first`.
+    The block is the `number`-th of those that they touch.
     """
-    index = tl.program_id(0) // touched
-    batch = (index // num_heads).to(tl.int64)
-    head = (index % num_heads).to(tl.int64)
-    first, low = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
-    high = low + num_new
-    if COUNTS:
-        high = low + tl.load(counts_ptr + batch)
     tl.device_assert(high <= num_slots, "max_len must be at least the slots of each row")
-    end = high
     high = tl.minimum(high, num_slots)
     # Blocks before `first` hold padding alone, and count down from -1.
     shifted = low - first
-    block = shifted // block_size - (shifted % block_size < 0).to(tl.int32)
-    block += tl.program_id(0) % touched
+    block = shifted // block_size - (shifted % block_size < 0).to(tl.int32) + number
     begin = first + block * block_size
     dim, value_dim = tl.arange(0, HEAD_DIM_PADDED), tl.arange(0, VALUE_DIM_PADDED)
     where, number_of_block, moved = batch, block, tl.zeros_like(batch)
@@ -72,21 +63,64 @@ def append_kernel(  # type: ignore[no-untyped-def]
         tl.store(keys_ptr + at * stride_keys_n, key, mask=dim < HEAD_DIM)
         tl.store(values_ptr + at * stride_values_n, value, mask=value_dim < VALUE_DIM)
         total += key.to(tl.float32)
-    number = tl.maximum(to_slot - begin, 1).to(tl.float32) + tl.zeros_like(total)
+    count = tl.maximum(to_slot - begin, 1).to(tl.float32) + tl.zeros_like(total)
     written = (block >= 0) & (from_slot < to_slot) & (dim < HEAD_DIM)
     tl.store(sums_ptr + out, total, mask=written)
     # Triton's own division of float32 is approximate.
-    mean = tl.div_rn(total, number).to(block_keys_ptr.dtype.element_ty)
+    mean = tl.div_rn(total, count).to(block_keys_ptr.dtype.element_ty)
     tl.store(block_keys_ptr + out, mean, mask=written)
+
+
+@triton.jit(do_not_specialize=_SIZES, debug=True)  # for its assertions
+def append_kernel(  # type: ignore[no-untyped-def]
+    keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, counts_ptr,
+    counter_ptr, table_ptr,
+    stride_keys_b, stride_keys_h, stride_keys_n, stride_keys_d,
+    stride_values_b, stride_values_h, stride_values_n, stride_values_d,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    num_heads, num_new, touched, num_blocks, block_size, num_slots, page_size, num_pages,
+    table_width, stride_counter,
+    COUNTS: tl.constexpr, PAGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Append to one block.
+
+    The last program of a row of the batch moves its `stop`, which all others have read by then.
+    """
+    index = tl.program_id(0) // touched
+    batch = (index // num_heads).to(tl.int64)
+    head = (index % num_heads).to(tl.int64)
+    first, low = tl.load(start_ptr + batch), tl.load(stop_ptr + batch)
+    high = low + num_new
+    if COUNTS:
+        high = low + tl.load(counts_ptr + batch)
+    append_block(
+        keys_ptr, values_ptr, sums_ptr, block_keys_ptr, k_ptr, v_ptr, table_ptr,
+        stride_keys_b, stride_keys_h, stride_keys_n, stride_keys_d,
+        stride_values_b, stride_values_h, stride_values_n, stride_values_d,
+        stride_kb, stride_kh, stride_kn, stride_kd,
+        stride_vb, stride_vh, stride_vn, stride_vd,
+        batch, head, tl.program_id(0) % touched, first, low, high,
+        num_heads, num_blocks, block_size, num_slots, page_size, num_pages, table_width,
+        PAGED, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+    )  # fmt: skip
+    counter_ptr += batch * stride_counter
     tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + batch, 1) == num_heads * touched - 1:
-        tl.store(stop_ptr + batch, end)
-        tl.store(arrived_ptr + batch, 0)
+    if tl.atomic_add(counter_ptr, 1) == num_heads * touched - 1:
+        tl.store(stop_ptr + batch, high)
+        tl.store(counter_ptr, 0)
+
+
+def blocks_touched(num_new: int, block_size: int) -> int:
+    """Return as many blocks as `num_new` slots can touch, wherever they lie."""
+    return (num_new + block_size - 2) // block_size + 1
 
 
 @kernel_op(
     "moba_flex::append_triton",
-    mutates=("keys", "values", "sums", "block_keys", "stop", "arrived"),
+    mutates=("keys", "values", "sums", "block_keys", "stop", "counters"),
 )
 def append_triton(
     keys: Tensor,
@@ -97,7 +131,7 @@ def append_triton(
     v: Tensor,
     start: Tensor,
     stop: Tensor,
-    arrived: Tensor,
+    counters: Tensor,
     counts: Tensor | None,
     table: Tensor | None,
     block_size: int,
@@ -107,14 +141,13 @@ def append_triton(
     value_dim, width = v.shape[3], 1 if table is None else table.shape[1]
     if batch * num_heads * num_new == 0:
         return
-    # As many blocks as `num_new` slots can touch, wherever they lie.
-    touched = (num_new + block_size - 2) // block_size + 1
+    touched = blocks_touched(num_new, block_size)
     launch(
         wrap_triton(append_kernel),
         (touched * batch * num_heads,),
         *(keys, values, sums, block_keys, k, v, start, stop),
         start if counts is None else counts,  # a placeholder, which the kernel does not read
-        arrived,
+        counters,
         start if table is None else table.contiguous(),
         *(stride for x in (keys, values, k, v) for stride in x.stride()),
         num_heads,
@@ -126,6 +159,7 @@ def append_triton(
         keys.shape[2],
         keys.shape[0],
         width,
+        counters.stride(0),
         COUNTS=counts is not None,
         PAGED=table is not None,
         HEAD_DIM=head_dim,

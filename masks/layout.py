@@ -143,6 +143,22 @@ class Slots(NamedTuple):
     stop: Tensor
 
 
+class NewKeys(NamedTuple):
+    """Keys and values that a plan is to append to a cache before it attends.
+
+    Attributes:
+        keys: Keys, `[B, Hkv, T, D]`.
+        values: Values, `[B, Hkv, T, Dv]`.
+        counts: How many of the `T` each row takes, int32 `[B]`; None for all.
+        sums: Sums of the cache's blocks, float32 `[B, Hkv, N, D]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor | None
+    sums: Tensor
+
+
 class Pages(NamedTuple):
     """A cache whose slots lie in pages, each of whole blocks.
 

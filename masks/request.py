@@ -25,6 +25,7 @@ from moba_flex.masks.checks import (
 from moba_flex.masks.layout import (
     LONGEST,
     Layout,
+    NewKeys,
     Pages,
     RowOptions,
     Slots,
@@ -145,6 +146,8 @@ class Request:
         mods: Changes to scores and masks.
         lse: Whether the log-sum-exp of the scores is asked for.
         pages: The cache, if it lies in pages; `k` and `v` then only have the shapes of its rows.
+        counters: Zeros of a cache, in which the programs of a kernel count.
+        new: Keys that are to be appended to the cache first, those of the queries.
     """
 
     q: Tensor
@@ -160,6 +163,8 @@ class Request:
     mods: Mods = field(kw_only=True)  # as a default, PyTorch 2.11's Dynamo could not trace it
     lse: bool = field(default=False, kw_only=True)
     pages: Pages | None = field(default=None, kw_only=True)
+    counters: Tensor | None = field(default=None, kw_only=True)
+    new: NewKeys | None = field(default=None, kw_only=True)
 
     @property
     def is_plain(self) -> bool:
@@ -271,6 +276,8 @@ def cached_request(
     slots: Slots | None,
     *,
     pages: Pages | None = None,
+    counters: Tensor | None = None,
+    new: NewKeys | None = None,
     return_aux: AuxRequest | None = None,
     block_size: int,
     top_k: int,
@@ -285,9 +292,10 @@ def cached_request(
     lse = check_aux(return_aux)
     gate = Gate(block_size, top_k, sink_blocks, local_blocks, causal, head_top_k)
     gate.check_heads(q)
-    cache = slots, block_keys
-    rest = gate, None, None, None, *cache
-    return Request(q, k, v, scale, *rest, mods=mods, lse=lse, pages=pages)
+    rest = gate, None, None, None, slots, block_keys
+    return Request(
+        q, k, v, scale, *rest, mods=mods, lse=lse, pages=pages, counters=counters, new=new
+    )
 
 
 def given_request(

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Required, Self, Unpack, overload
 
 import torch
@@ -10,13 +11,14 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from typing_extensions import override  # of typing from Python 3.12 on
 
 from moba_flex.attention import Plan, attend
+from moba_flex.compile.plans import find_plan
 from moba_flex.masks._torch.exporting import is_exporting, is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
-from moba_flex.masks.append import append, require_pages
+from moba_flex.masks.append import append, count_programs, require_pages
 from moba_flex.masks.checks import check_int, is_seen
-from moba_flex.masks.layout import LONGEST, Pages, Slots, ceil_div
+from moba_flex.masks.layout import LONGEST, NewKeys, Pages, Slots, ceil_div
 from moba_flex.masks.mods import MaskMod, ScoreMod
-from moba_flex.masks.request import ScoreOptions, cached_request
+from moba_flex.masks.request import Request, ScoreOptions, cached_request
 
 _ROOM = 256  # free slots of a new cache that grows
 _FEW = 64  # queries
@@ -55,6 +57,7 @@ class BlockCache:
     start: Tensor
     stop: Tensor
     _table: Tensor | None = None
+    _counters: Tensor | None = None
 
     def __init__(self, block_size: int, max_len: int | None = None) -> None:
         self.block_size = check_int("block_size", block_size, 1)
@@ -82,6 +85,12 @@ class BlockCache:
             ValueError: Shapes do not fit the cache, a number is out of range, a row would get more
                 than `max_len` keys, or a gradient is wanted, which a cache does not hand on.
         """
+        self._append(self._begin(k, v, counts=counts, start=start))
+
+    def _begin(
+        self, k: Tensor, v: Tensor, *, counts: Tensor | None = None, start: Tensor | None = None
+    ) -> NewKeys:
+        """Check what `append` takes and make room for it, but append nothing yet."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError(
                 "k and v must need no gradients in a cache, got some that do: use "
@@ -114,11 +123,20 @@ class BlockCache:
             self._require_room(self.stop + taken)
         if start is not None:
             self.start.copy_(start.where(self.stop <= self.start, self.start))
-        rows = self.start, self.stop, self._arrived
-        append(*memory.tensors, k, v, *rows, counts, self._table, self.block_size)
-        self._counts, self._num_new = counts, num_new
+        return NewKeys(k, v, counts, memory.sums)
+
+    def _append(self, new: NewKeys) -> None:
+        """Append what `_begin` returned."""
+        rows, given = (self.start, self.stop, self.counters), (new.keys, new.values)
+        memory = self._filled().tensors
+        append(*memory, *given, *rows, new.counts, self._table, self.block_size)
+        self._end(new)
+
+    def _end(self, new: NewKeys) -> None:
+        """Note that what `_begin` returned has been appended."""
+        self._counts, self._num_new = new.counts, new.keys.shape[2]
         if self.max_len is None:
-            self._longest += num_new
+            self._longest += self._num_new
 
     def crop(self, tokens: int | Tensor) -> None:
         """Take back the last keys of each row, as after rejected guesses.
@@ -147,7 +165,7 @@ class BlockCache:
         self.stop.sub_(tokens).sub_(counts)
         slots = self.stop.unsqueeze(1) + torch.arange(size, device=self.stop.device)
         k, v = (self._at(slots, x) for x in (memory.keys, memory.values))
-        rows = self.start, self.stop, self._arrived
+        rows = self.start, self.stop, self.counters
         append(*memory.tensors, k, v, *rows, counts, self._table, size)
         if self.max_len is None and isinstance(tokens, int):
             self._longest -= tokens
@@ -183,7 +201,7 @@ class BlockCache:
             for x, y in zip(old, new, strict=True):
                 x.copy_(y)
         else:
-            *tensors, self.start, self.stop, self._arrived = new
+            *tensors, self.start, self.stop, self._counters = new
             self._memory = _Memory(*tensors)
 
     def repeat(self, repeats: int) -> None:
@@ -227,13 +245,17 @@ class BlockCache:
         """Return the bytes that are allocated, for "keys and values" and for "blocks"."""
         return _bytes_of(self._memory)
 
-    def slots(self, q_len: int) -> Slots:
+    def slots(self, q_len: int, new: NewKeys | None = None) -> Slots:
         """Return where the keys lie, and the last `q_len` of them, which are the queries'.
+
+        Args:
+            q_len: Number of queries.
+            new: Keys that are still to be appended.
 
         Raises:
             ValueError: `counts` were given to the last append, of another number of keys.
         """
-        if self._counts is None:
+        if self._counts is None or new is not None:
             return Slots(None, self.start, self.stop)
         if q_len != self._num_new:
             raise ValueError(
@@ -242,14 +264,20 @@ class BlockCache:
             )
         return Slots(self.stop - self._counts, self.start, self.stop)
 
-    def read(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Slots | None]:
+    def read(
+        self, q: Tensor, new: NewKeys | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Slots | None]:
         """Return keys, values and block keys, and where those of each row lie.
 
         Without slots, each row has all the keys, and the queries are those of the last ones.
+
+        Args:
+            q: The queries.
+            new: Keys that are still to be appended.
         """
-        slots, memory = self.slots(q.shape[2]), self._filled()
+        slots, memory = self.slots(q.shape[2], new), self._filled()
         # Kernels of few queries find the keys themselves, and launch faster while shapes stay.
-        if self.max_len is not None or (q.is_cuda and q.shape[2] <= _FEW):
+        if new is not None or self.max_len is not None or (q.is_cuda and q.shape[2] <= _FEW):
             return memory.keys, memory.values, memory.block_keys, slots
         plain = self._even and q.shape[2] <= self._longest
         return self.keys, self.values, self.block_keys, None if plain else slots
@@ -283,7 +311,6 @@ class BlockCache:
         with _normal():
             self.start = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
             self.stop = torch.zeros_like(self.start)
-            self._arrived = torch.zeros_like(self.start)
         return _Memory.of(k, v, self.max_len or k.shape[2] + _ROOM, self.block_size)
 
     def _filled(self) -> "_Memory":
@@ -298,7 +325,15 @@ class BlockCache:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that the cache writes to."""
-        return *self._filled().tensors, self.start, self.stop, self._arrived
+        return *self._filled().tensors, self.start, self.stop, self.counters
+
+    @property
+    def counters(self) -> Tensor:
+        """Zeros in which programs of kernels count, int32."""
+        if self._counters is None:
+            with _normal():
+                self._counters = count_programs(self.stop, self._filled().keys.shape[1])
+        return self._counters
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate the memory for tensors like `k` and `v`; check them if there is some already.
@@ -427,7 +462,6 @@ class PagedRows(BlockCache):
         super().__init__(cache.block_size, max_len=block_table.shape[1] * cache.page_size)
         self._cache, self._table = cache, block_table
         self.start, self.stop = torch.zeros_like(lengths), lengths
-        self._arrived = torch.zeros_like(lengths)
 
     @override
     def pages(self) -> Pages:
@@ -517,9 +551,9 @@ class PagedRows(BlockCache):
         super().crop(tokens)
 
     @override
-    def slots(self, q_len: int) -> Slots:
+    def slots(self, q_len: int, new: NewKeys | None = None) -> Slots:
         self._check()
-        return super().slots(q_len)
+        return super().slots(q_len, new)
 
 
 @dataclass
@@ -584,29 +618,50 @@ def _row_numbers(name: str, x: Tensor, rows: Tensor, most: int) -> Tensor:
     return x.to(device=rows.device, dtype=torch.int32)
 
 
-class _Options(ScoreOptions, total=False):
-    """Options of `cached_attention`."""
+class _Gating(ScoreOptions, total=False):
+    """Options of `cached_attention` that say what is computed."""
 
     top_k: Required[int]
     sink_blocks: int
     local_blocks: int
     head_top_k: Tensor | None
+
+
+class _Options(_Gating, total=False):
+    """Options of `cached_attention`."""
+
+    counts: Tensor | None
     plan: Plan | Literal["auto"]
 
 
 @overload
 def cached_attention(
-    q: Tensor, cache: BlockCache, *, return_aux: None = None, **options: Unpack[_Options]
+    q: Tensor,
+    cache: BlockCache,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    return_aux: None = None,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def cached_attention(
-    q: Tensor, cache: BlockCache, *, return_aux: AuxRequest, **options: Unpack[_Options]
+    q: Tensor,
+    cache: BlockCache,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    return_aux: AuxRequest,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, AuxOutput]: ...
 def cached_attention(
     q: Tensor,
     cache: BlockCache,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     top_k: int,
+    counts: Tensor | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     head_top_k: Tensor | None = None,
@@ -619,14 +674,18 @@ def cached_attention(
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend from the last queries of each row to the keys of a cache, as `moba_attention` does.
 
-    The keys of the queries are in the cache already: call `cache.append` first. Keys that came in
-    any number of chunks give the result of one call of `moba_attention`.
+    The keys of the queries are given as `k` and `v`, and appended first; or they are in the cache
+    already, by `cache.append`. On CUDA, one kernel appends and attends if queries are few. Keys
+    that came in any number of chunks give the result of one call of `moba_attention`.
 
     Args:
-        q: Queries, `[B, Hq, Q, D]`: the last `Q` of each row; or, if `counts` were given to
-            `append`, those of the `T` new keys. Behind its count a row has padding, which gets
+        q: Queries, `[B, Hq, Q, D]`: the last `Q` of each row; or, if the last keys came with
+            `counts`, those of the `T` new keys. Behind its count a row has padding, which gets
             zeros.
         cache: The keys and values.
+        k: Keys to append, `[B, Hkv, T, D]`; None if there are none.
+        v: Values to append, `[B, Hkv, T, Dv]`.
+        counts: How many of the `T` each row takes, as of `cache.append`.
         top_k: Blocks a query attends to, its own included.
         sink_blocks: First blocks of a row that are always chosen; they count in `top_k`.
         local_blocks: Blocks right before the own one, always chosen; they count in `top_k`.
@@ -644,42 +703,28 @@ def cached_attention(
 
     Raises:
         ValueError: A shape, a device or an option is out of range, the cache is empty, or the plan
-            cannot serve the request.
+            cannot serve the request. Then nothing has been appended.
         TypeError: An argument has the wrong type.
 
     Example:
         >>> cache = BlockCache(block_size=16)
         >>> cache.append(torch.randn(2, 2, 100, 32), torch.randn(2, 2, 100, 32))
+        >>> q, k, v = (torch.randn(2, heads, 1, 32) for heads in (4, 2, 2))
         >>> dense_and_sparse = torch.tensor([[7] * 4, [3] * 4])  # 7 blocks are all
-        >>> q = torch.randn(2, 4, 1, 32)
-        >>> cached_attention(q, cache, top_k=7, head_top_k=dense_and_sparse).shape
+        >>> cached_attention(q, cache, k, v, top_k=7, head_top_k=dense_and_sparse).shape
         torch.Size([2, 4, 1, 32])
+        >>> cache.stop.tolist()
+        [101, 101]
     """
     if not isinstance(cache, BlockCache):
         raise TypeError(
             f"cache must be a BlockCache, or the rows of a PagedCache, got {type(cache).__name__}"
         )
-    pages, block_keys = cache.pages(), None
-    slots: Slots | None
-    if pages is None:
-        *tensors, slots = cache.read(q)
-        q, k, v, block_keys = cast_by_autocast(q, *tensors)
-    else:
-        slots = cache.slots(q.shape[2])
-        q, *cast = cast_by_autocast(q, *pages[:3])
-        pages = Pages(cast[0], cast[1], cast[2], pages.table)
-        # Nobody reads what stands in for the rows.
-        k, v = (
-            x[:1, :, :1].expand(slots.stop.shape[0], -1, cache.max_len or 0, -1) for x in pages[:2]
-        )
-    request = cached_request(
+    request = partial(
+        _request,
         q,
-        k,
-        v,
-        block_keys,
-        slots,
-        pages=pages,
-        block_size=cache.block_size,
+        cache,
+        return_aux,
         top_k=top_k,
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
@@ -688,6 +733,62 @@ def cached_attention(
         softcap=softcap,
         score_mod=score_mod,
         mask_mod=mask_mod,
-        return_aux=return_aux,
     )
-    return attend(request, plan, return_aux)
+    if k is None or v is None:
+        if k is not None or v is not None or counts is not None:
+            raise ValueError("k and v must be given together, and with counts, got None for one")
+        return attend(request(None), plan, return_aux)
+    new = cache._begin(k, v, counts=counts)
+    asked = request(new)
+    # Under autocast a request has a copy of the cache.
+    appends = find_plan(plan, asked).appends(asked)
+    if not appends or torch.is_autocast_enabled(q.device.type):
+        cache._append(new)
+        return attend(request(None), plan, return_aux)
+    result = attend(asked, plan, return_aux)
+    cache._end(new)
+    return result
+
+
+def _request(
+    q: Tensor,
+    cache: BlockCache,
+    return_aux: AuxRequest | None,
+    new: NewKeys | None,
+    **options: Unpack[_Gating],
+) -> Request:
+    """Return the checked request of a call of `cached_attention`.
+
+    Args:
+        q: The queries.
+        cache: The cache.
+        return_aux: What to return beside the output.
+        new: Keys that are still to be appended.
+        options: The options that say what is computed.
+    """
+    pages, block_keys = cache.pages(), None
+    slots: Slots | None
+    if pages is None:
+        *tensors, slots = cache.read(q, new)
+        q, k, v, block_keys = cast_by_autocast(q, *tensors)
+    else:
+        slots = cache.slots(q.shape[2], new)
+        q, *cast = cast_by_autocast(q, *pages[:3])
+        pages = Pages(cast[0], cast[1], cast[2], pages.table)
+        # Nobody reads what stands in for the rows.
+        k, v = (
+            x[:1, :, :1].expand(slots.stop.shape[0], -1, cache.max_len or 0, -1) for x in pages[:2]
+        )
+    return cached_request(
+        q,
+        k,
+        v,
+        block_keys,
+        slots,
+        pages=pages,
+        counters=cache.counters if q.is_cuda else None,
+        new=new,
+        return_aux=return_aux,
+        block_size=cache.block_size,
+        **options,
+    )

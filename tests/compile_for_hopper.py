@@ -16,7 +16,7 @@ from moba_flex.masks.layout import Layout
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
     *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
-    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "arrived", "table_ptr"),
+    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "arrived", "table_ptr", "counter"),
 )
 FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -36,7 +36,7 @@ def compile_kernel(
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        choosing = router_kernel.gate_kernel, decode.select_kernel
+        choosing = (router_kernel.gate_kernel,)
         if name.startswith(INTS) or (name == "out_ptr" and kernel in choosing):
             return "*i32"
         return "*fp32" if any(word in name for word in FLOATS) else f"*{DTYPES[dtype]}"
@@ -128,25 +128,18 @@ def decoding(dtype: torch.dtype, head_dim: int, everything: bool) -> list[dict[s
     padded = triton.next_power_of_2(head_dim)
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "D": padded}
     constants |= {"HEAD_DIM_PADDED": padded, "VALUE_DIM_PADDED": padded, "DV": padded}
-    constants |= {"CACHED": True, "TABLES": False, "CAUSAL": True, "WIDTH": 4096}
-    constants |= {"ROWS": 64 if everything else 16, "SLOTS": 64 if everything else 8}
-    constants |= {
-        "WHOLE": not everything,
-        "PARTS": 8,
-        "CHOOSE": not everything,
-        "PAGED": everything,
-    }
+    constants |= {"CACHED": True, "TABLES": False, "CAUSAL": True, "SCORE": True, "APPEND": True}
+    constants |= {"WIDTH": 4096 if everything else 256, "WHOLE": not everything, "PARTS": 8}
+    constants |= {"TILE": 64, "TILE_BLOCKS": 32, "ROWS": 64 if everything else 16}
     constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
-    for name in ("QUERY", "FORCED", "BY_HEAD", "CLEAN", "SOFTCAP", "COUNTS"):
+    for name in ("SELECT", "PAGED", "FORCED", "BY_HEAD", "SOFTCAP", "COUNTS"):
         constants[name] = everything
-    kernels = ("score", 64, 4), ("select", 64, 4), ("attend", 64, 8 if everything else 2)
-    found = [
-        compile_kernel(
-            getattr(decode, f"{name}_kernel"), dtype, {**constants, "TILE": tile}, warps, 3
-        )
-        for name, tile, warps in kernels
+    given = constants | {"SCORE": False, "APPEND": False, "QUERY": everything, "COUNTS": False}
+    return [
+        compile_kernel(decode.decode_kernel, dtype, constants | {"QUERY": False}, 2, 3),
+        compile_kernel(decode.decode_kernel, dtype, given, 2, 3),
+        compile_kernel(append_kernel.append_kernel, dtype, constants, 1, 3),
     ]
-    return [*found, compile_kernel(append_kernel.append_kernel, dtype, constants, 1, 3)]
 
 
 if __name__ == "__main__":

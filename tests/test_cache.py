@@ -18,7 +18,7 @@ from moba_flex import make_tables, moba_attention, moba_attention_reference, rou
 from moba_flex.cache import BlockCache, PagedCache, cached_attention
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks.append import append
-from moba_flex.masks.layout import Layout, Slots, locate_slots
+from moba_flex.masks.layout import Layout, Slots, ceil_div, locate_slots
 from moba_flex.masks.pool import pool
 from moba_flex.masks.request import Gate
 from moba_flex.masks.router import choose, numbers_of
@@ -84,19 +84,20 @@ def run(
             if ragged := rng.random() < 0.3:
                 counts = [rng.randint(0, num_new) for _ in counts]
             k, v = draw(batch, kv_heads, num_new, dim), draw(batch, kv_heads, num_new, value_dim)
-            cache.append(
-                k,
-                v,
-                counts=torch.tensor(counts) if ragged else None,
-                start=None if step or in_pages else torch.tensor(truth.start),
-            )
+            named = torch.tensor(counts) if ragged else None
+            given: dict[str, Any] = {}
+            if step and rng.random() < 0.5:
+                given = {"k": k, "v": v, "counts": named}
+            else:
+                first = None if step or in_pages else torch.tensor(truth.start)
+                cache.append(k, v, counts=named, start=first)
             for b, count in enumerate(counts):
                 skip = min(max(truth.start[b] - truth.stop[b], 0), count)  # padding on the left
                 truth.k[b] = torch.cat((truth.k[b], k[b, :, skip:count]), dim=1)
                 truth.v[b] = torch.cat((truth.v[b], v[b, :, skip:count]), dim=1)
                 truth.stop[b] += count
             q = draw(batch, kv_heads * group, num_new, dim)
-            check_attention(rng, cache, truth, q, counts, rng.choice(plans))
+            check_attention(rng, cache, truth, q, counts, rng.choice(plans), given)
         elif change == "crop":
             tokens = [rng.randint(0, min(12, x.shape[1])) for x in truth.k]
             if rng.random() < 0.5:
@@ -143,9 +144,18 @@ def check_contents(cache: BlockCache, truth: Truth) -> None:
 
 
 def check_attention(
-    rng: Random, cache: BlockCache, truth: Truth, q: Tensor, counts: list[int], plan: Any
+    rng: Random,
+    cache: BlockCache,
+    truth: Truth,
+    q: Tensor,
+    counts: list[int],
+    plan: Any,
+    given: dict[str, Any],
 ) -> None:
-    """Compare attention from the newest queries of each row with the oracle's of that row."""
+    """Compare attention from the newest queries of each row with the oracle's of that row.
+
+    Their keys may be `given`, not yet appended.
+    """
     batch, num_heads, q_len, _ = q.shape
     top_k = rng.randint(1, 5)
     head_top_k = None
@@ -155,7 +165,7 @@ def check_attention(
     sink_blocks = 1 if top_k > 1 and head_top_k is None and rng.random() < 0.3 else 0
     options: dict[str, Any] = {"top_k": top_k, "sink_blocks": sink_blocks}
     options["softcap"] = rng.choice([None, None, 3.0])
-    got = cached_attention(q, cache, head_top_k=head_top_k, plan=plan, **options)
+    got = cached_attention(q, cache, head_top_k=head_top_k, plan=plan, **given, **options)
     cap = options.pop("softcap")
     if cap is not None:
         options["score_mod"] = lambda score, *_: cap * torch.tanh(score / cap)
@@ -245,7 +255,8 @@ def test_a_cache_of_fixed_length_keeps_its_memory() -> None:
     assert cache.stop.tolist() == [5, 5]
 
 
-def test_steps_are_one_graph() -> None:
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_steps_are_one_graph(in_one_call: bool) -> None:
     """Of append and attention; lengths grow without a graph anew."""
     cache = BlockCache(8, max_len=64)
     k, v = torch.randn(2, 1, 2, 50, 16)
@@ -258,6 +269,8 @@ def test_steps_are_one_graph() -> None:
         return graph
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if in_one_call:
+            return cached_attention(q, cache, k, v, top_k=3)
         cache.append(k, v)
         return cached_attention(q, cache, top_k=3)
 
@@ -422,7 +435,7 @@ def test_kernels_choose_and_decode_as_cpu_does(
             patch.setattr(kernels, "_SELECTED", apart)
         options = numbers_of(gate, layout), gate.causal, gate.head_top_k, 0.3, 2.0
         rows = slots or (None, None, None)
-        got = kernels.decode_few_triton(q, k, v, block_keys, *rows, None, *options)
+        got = kernels.decode_few_triton(q, k, v, block_keys, *rows, None, None, *options)
     bound = 1e-5 if case.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want, rtol=bound, atol=bound)
 
@@ -458,13 +471,78 @@ def test_kernels_read_and_write_pages(seed: int) -> None:
     q = torch.randn(batch, heads * 2, q_len, 16, generator=generator)
     options = (rng.randint(0, 3), block_size, 0, 0), True, None, 0.3, 0.0
     got = [
-        decode(q, keys, values, block_keys, None, *rows[:2], where, *options)
+        decode(q, keys, values, block_keys, None, *rows[:2], where, None, *options)
         for (keys, values, _, block_keys), rows, where in zip(
             memory, ends, (None, table), strict=True
         )
     ]
     for x, y in zip(*got, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.usefixtures("poison")
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=settings().max_examples // 6 + 1)
+def test_a_step_appends_and_then_decodes(seed: int) -> None:
+    """In Triton's interpreter, bit by bit what two kernels do; all counters end at zero."""
+    needs_interpreter()
+    kernels: Any = import_module("moba_flex.compile.decode_kernels")
+    append_triton: Any = import_module("moba_flex.masks.append_kernel").append_triton
+    rng, generator = Random(seed), torch.Generator().manual_seed(seed)
+    batch, heads, block_size = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 5)
+    page_size = block_size * rng.randint(1, 3)
+    width = 2 + ceil_div(20, page_size)
+    table, pages, length = None, batch, page_size * width
+    if rng.random() < 0.5:
+        pages, length = batch * width + 1, page_size
+        numbers = rng.sample(range(pages), batch * width)
+        table = torch.tensor(numbers, dtype=torch.int32).view(batch, width)
+    sizes = (length, 16), (length, 24), (length // block_size, 16), (length // block_size, 16)
+    caches = [[torch.empty(pages, heads, n, dim) for n, dim in sizes] for _ in range(2)]
+    left = 0 if table is not None else rng.randint(0, 7)
+    start = torch.tensor([rng.randint(0, left) for _ in range(batch)], dtype=torch.int32)
+    ends = [torch.zeros(batch, dtype=torch.int32) for _ in range(2)]
+    counters = [torch.zeros(batch, 1 + heads * 9, dtype=torch.int32) for _ in range(2)]
+
+    def drawn(num_heads: int, length: int, dim: int) -> Tensor:
+        return torch.randn(batch, num_heads, length, dim, generator=generator)
+
+    prompt = left + rng.randint(0, page_size * 2)
+    for cache, stop, zeros in zip(caches, ends, counters, strict=True):
+        generator.manual_seed(seed)
+        new = drawn(heads, prompt, 16), drawn(heads, prompt, 24)
+        append_triton(*cache, *new, start, stop, zeros, None, table, block_size)
+    top_k = rng.randint(0, 3), block_size, rng.randint(0, 1), rng.randint(0, 1)
+    by_head = torch.randint(1, 5, (heads * 2,), generator=generator)
+    gate = top_k, rng.choice([None, by_head])
+    with pytest.MonkeyPatch.context() as patch:
+        if rng.random() < 0.5:
+            patch.setattr(kernels, "_MOST_CHOOSING", 0)
+        patch.setattr(kernels, "_TILE_BLOCKS", 16)
+        for _ in range(3):
+            num_new = rng.randint(1, 4)
+            some = torch.tensor([rng.randint(0, num_new) for _ in range(batch)]).int()
+            counts = rng.choice([None, some])
+            q, k, v = (
+                drawn(n, num_new, dim) for n, dim in ((heads * 2, 16), (heads, 16), (heads, 24))
+            )
+            (cache, other), (stop, stop_of_other) = caches, ends
+            got = kernels.decode_step_triton(
+                q, k, v, *cache, start, stop, counters[0], counts, table, *gate, 0.3, 2.0
+            )
+            low = stop_of_other.clone()
+            append_triton(
+                *other, k, v, start, stop_of_other, counters[1], counts, table, block_size
+            )
+            keys, values, _, block_keys = other
+            place = low, start, stop_of_other, table, counters[1]
+            want = kernels.decode_few_triton(
+                q, keys, values, block_keys, *place, gate[0], True, gate[1], 0.3, 2.0
+            )
+            assert torch.equal(stop, stop_of_other)
+            for x, y in zip((*got, *cache), (*want, *other), strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+            assert not any(x.any() for x in counters)
 
 
 def test_kernel_appends_as_cpu_does() -> None:
@@ -535,6 +613,20 @@ def beyond(lengths: Tensor, page: int = 0) -> Any:
 
 
 CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    *(
+        (
+            lambda given=given: cached_attention(
+                torch.ones(2, 2, 1, 16), small(), top_k=2, **given
+            ),
+            ValueError,
+            "k and v must be given together, and with counts, got None for one",
+        )
+        for given in (
+            {"k": torch.ones(2, 2, 1, 16)},
+            {"v": torch.ones(2, 2, 1, 16)},
+            {"counts": torch.tensor([1, 0])},
+        )
+    ),
     (
         lambda: PagedCache(4, 20, 8),
         ValueError,
@@ -725,6 +817,11 @@ def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -
         call()
 
 
+def one_key() -> tuple[Tensor, Tensor]:
+    k, v = torch.randn(2, 2, 2, 1, 16)
+    return k, v
+
+
 def test_a_refused_append_changes_nothing() -> None:
     cache = small(21)
     before = cache.start.clone(), cache.stop.clone(), cache.keys[:, :, :20].clone()
@@ -732,6 +829,10 @@ def test_a_refused_append_changes_nothing() -> None:
     for options in refused:
         with pytest.raises(ValueError, match="must"):
             cache.append(*torch.randn(2, 2, 2, 2, 16), **options)
+    calls: list[dict[str, Any]] = [{"plan": "dense"}, {"softcap": -1.0}, {"sink_blocks": 5}]
+    for options in calls:
+        with pytest.raises(ValueError, match="must"):
+            cached_attention(torch.randn(2, 2, 1, 16), cache, *one_key(), top_k=2, **options)
     for x, y in zip((cache.start, cache.stop, cache.keys[:, :, :20]), before, strict=True):
         assert torch.equal(x, y)
 

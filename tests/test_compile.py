@@ -406,6 +406,10 @@ def test_fused_plan_is_one_graph_for_any_length() -> None:
         "dkv_sum_kernel": ["dk_ptr", "dv_ptr"],
         "pair_dq_kernel": ["part_ptr"],
         "own_dq_kernel": ["dq_ptr"],
+        "decode_kernel": [
+            *("affinity_ptr", "block_keys_ptr", "counter_ptr", "k_ptr", "lse_ptr", "out_ptr"),
+            *("part_lse_ptr", "part_ptr", "stop_ptr", "sums_ptr", "v_ptr"),
+        ],
     }
 
 

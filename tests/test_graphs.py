@@ -271,8 +271,8 @@ def appending(device: str) -> tuple[Any, ...]:
     sums, block_keys = (torch.zeros(2, 3, 5, 16, device=device) for _ in range(2))
     new = (torch.randn(2, 3, 5, dim, device=device) for dim in (16, 24))
     start, stop, counts = torch.tensor([[2, 0], [0, 7], [5, 3]], device=device).int()
-    arrived = torch.zeros_like(start)
-    return keys, values, sums, block_keys, *new, start, stop, arrived, counts, None, 8
+    counters = torch.zeros(2, 60, dtype=torch.int32, device=device)
+    return keys, values, sums, block_keys, *new, start, stop, counters, counts, None, 8
 
 
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -289,10 +289,16 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     attend: Any = fused.attend_fused
     decode: Any = decode_kernels.decode_triton
     decode_few: Any = decode_kernels.decode_few_triton
+    step: Any = decode_kernels.decode_step_triton
     q, k, v = Case(2, 2, 2, 3, 90, device=device).inputs()
     ends = (torch.tensor(x, device=device).int() for x in ([80, 70], [0, 5], [83, 72]))
     block_keys = pool(k, Layout(3, 90, 16, causal=True))
-    yield decode_few.op, (q, k, v, block_keys, *ends, None, (3, 16, 1, 0), True, None, 0.3, 20.0)
+    places = *ends, None, None
+    yield decode_few.op, (q, k, v, block_keys, *places, (3, 16, 1, 0), True, None, 0.3, 20.0)
+    *cache, new_k, new_v, start, stop, counters, counts, table, size = appending(device)
+    q = torch.randn(2, 6, 5, 16, device=device)
+    given = q, new_k, new_v, *cache, start, stop, counters, counts, table
+    yield step.op, (*given, (3, size, 1, 0), None, 0.3, 0.0)
     for layout in layouts(device):
         place = layout.queries, layout.extents
         q, k, v = (x.requires_grad_() for x in Case(1, 2, 2, 50, 90, device=device).inputs())
@@ -326,7 +332,7 @@ def test_every_op_is_checked() -> None:
     if pytest.importorskip("triton"):
         known |= {"append_triton", "pool_triton", "choose_triton", "sort_pairs_triton"}
         known |= {"attend_fused", "attend_fused_backward", "decode_triton"}
-        known |= {"decode_few_triton"}
+        known |= {"decode_few_triton", "decode_step_triton"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known
 
@@ -348,7 +354,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
     for op, arguments in kernel_ops():
         torch.library.opcheck(op, arguments, test_utils=utils)
         seen.add(op._qualname)
-    assert len(seen) == 8
+    assert len(seen) == 9
 
 
 # Limits of PyTorch, and what is done about them.

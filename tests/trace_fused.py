@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from triton.backends.compiler import GPUTarget
 
 from moba_flex import moba_attention
+from moba_flex.compile.decode_kernels import decode_step_triton
 
 WRITTEN: dict[str, set[str]] = {}
 
@@ -39,17 +41,19 @@ def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., list
         """Read a size without making it part of the graph."""
         return size if isinstance(size, int) else int(size.node.hint)
 
-    def nothing(output: Any) -> Any:
+    def nothing(output: Any) -> Callable[[], Any]:
         value = output.meta["val"] if output is not None else None
         if isinstance(value, Tensor):
-            return torch.zeros([hint(size) for size in value.shape], dtype=value.dtype)
-        return hint(value) if isinstance(value, torch.SymInt) else value
+            sizes = [hint(size) for size in value.shape]
+            return partial(torch.zeros, sizes, dtype=value.dtype)
+        number = hint(value) if isinstance(value, torch.SymInt) else value
+        return lambda: number
 
     results = [nothing(output) for output in outputs]
 
     def run(args: list[Any]) -> list[Any]:
         args.clear()
-        return results
+        return [make() for make in results]
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -74,6 +78,22 @@ def count_graphs(block_size: int, dynamic: bool | None) -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def trace_a_step() -> None:
+    """Trace a step of decode, appended to its cache in one kernel."""
+    shapes = (8, 1, 64), (2, 1, 64), (2, 1, 64), (2, 512, 64), (2, 512, 64), (2, 8, 64), (2, 8, 64)
+    tensors = [torch.zeros(1, *shape) for shape in shapes]
+    numbers = [torch.zeros(shape, dtype=torch.int32) for shape in (1, 1, (1, 200))]
+
+    def step(*given: Tensor) -> tuple[Tensor, Tensor]:
+        op: Any = decode_step_triton
+        result: tuple[Tensor, Tensor] = op(*given, None, None, (3, 64, 0, 0), None, 1.0, 0.0)
+        return result
+
+    torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=record))(
+        *tensors, *numbers
+    )
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDriver())
     # The plan is for CUDA; here the tensors are not, and nothing runs.
@@ -86,5 +106,6 @@ if __name__ == "__main__":
             for block_size in (128, 256)
             for dynamic in (None, True)
         ]
+    trace_a_step()
     found = {name: sorted(written) for name, written in WRITTEN.items()}
     print(json.dumps({"graphs": graphs, "written": found}))
