@@ -1,9 +1,10 @@
 """The decode plan on CUDA: few queries, each with its own choice among many keys.
 
-All work is one launch. Some programs append new keys to a cache, some score block keys, some
-choose blocks, and some attend to a part of a block; the last program of a query merges the parts.
-A program waits, by counters in memory, for programs before it alone. A GPU starts programs in
-their order, so that those have started, and none of them waits for a later one.
+Some programs of the kernel append new keys to a cache, some score block keys, some choose blocks,
+and some attend to a part of a block; the last program of a query merges the parts. Programs of a
+kind are one launch. Or all are one: a program waits, by counters in memory, for programs before it
+alone. A GPU starts programs in their order, so that those have started, and none of them waits for
+a later one.
 
 The number of programs depends on shapes alone, and kernels read where the keys of a cache lie, so
 that a CUDA graph holds a step while lengths grow.
@@ -15,6 +16,7 @@ query`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +39,7 @@ _MOST_AFFINITIES = 1024
 _MOST_PICKS = 16
 _MOST_CHOOSING = 128  # rows
 _SELECTED = 4096  # affinities that such a program holds
+_TOGETHER = False  # whether all programs are one launch
 
 # The log-sum-exp of a part in which a row sees no key; that of infinite scores is -inf.
 NO_KEYS = tl.constexpr(-3.4028234663852886e38)
@@ -48,6 +51,7 @@ _SIZES = [
     "num_heads", "group", "q_len", "kv_len", "num_blocks", "block_size", "picks", "tiles",
     "table_rows", "rows", "sink_blocks", "local_blocks", "numbers", "blocks_per_page",
     "page_size", "num_pages", "table_width", "lists", "touched", "score_tiles", "stride_counter",
+    "earlier",
 ]  # fmt: skip
 
 
@@ -272,7 +276,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     stride_new_vb, stride_new_vh, stride_new_vn, stride_new_vd,
     num_heads, group, q_len, kv_len, num_blocks, block_size, picks, tiles, table_rows, rows,
     numbers, sink_blocks, local_blocks, blocks_per_page, page_size, num_pages, table_width,
-    lists, touched, score_tiles, stride_counter, scale, cap,
+    lists, touched, score_tiles, stride_counter, earlier, scale, cap,
     APPEND: tl.constexpr, COUNTS: tl.constexpr, SCORE: tl.constexpr, SELECT: tl.constexpr,
     FORCED: tl.constexpr, BY_HEAD: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr,
     CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, TABLES: tl.constexpr,
@@ -280,7 +284,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, TILE_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Append, score, choose and attend, by the number of the program.
+    """Append, score, choose and attend, by the number of the program, after `earlier` ones.
 
     The first programs of a list append to one of `touched` blocks each, or score one of
     `score_tiles` tiles of blocks. With `SELECT`, the next choose the blocks of one row each. The
@@ -292,7 +296,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     list what is appended and scored, then for each query the number of its programs that have
     ended. Their last user sets them to zero.
     """
-    program, prepare = tl.program_id(0), touched + score_tiles
+    program, prepare = tl.program_id(0) + earlier, touched + score_tiles
     num_lists_of_batch = num_heads // group
     before, selecting = lists * prepare, lists * 0
     if SELECT:
@@ -646,15 +650,17 @@ def _decode(
     new_k, new_v, sums, counts = (None, None, None, None) if new is None else new
     read = block_keys, blocks, affinity, by_head, places.query, places.start, places.stop, table
     read_too = queries, extents, sums, new_k, new_v, counts
-    launch(
-        wrap_triton(decode_kernel),
-        (lists * (touched + score_tiles) + total * (parts + selects),),
-        # Placeholders stand for what the kernel does not read.
-        *(q, k, v, *(counters if x is None else x for x in (*read, *read_too))),
+    # Placeholders stand for what the kernel does not read.
+    tensors = (
+        *(counters if x is None else x for x in (*read, *read_too)),
         *(part, part_lse, counters, out, lse),
+    )
+    strides = (
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
         *((0, 0, 0) if block_keys is None else block_keys.stride()[:3]),
         *(stride for x in (new_k, new_v) for stride in ((0,) * 4 if x is None else x.stride())),
+    )
+    numbers = (
         num_heads,
         num_heads // num_kv_heads,
         q_len,
@@ -676,8 +682,8 @@ def _decode(
         touched,
         score_tiles,
         counters.stride(0),
-        scale / math.log(2),
-        softcap / math.log(2),
+    )
+    options: dict[str, Any] = dict(
         APPEND=new is not None,
         COUNTS=counts is not None,
         SCORE=scores,
@@ -705,4 +711,16 @@ def _decode(
         # For its assertions; else Triton would check each sum of integers too.
         **({} if is_traced() or new is None else {"debug": True, "sanitize_overflow": False}),
     )
+    earlier, programs = 0, [lists * (touched + score_tiles), total * selects, total * parts]
+    for number in [sum(programs)] if _TOGETHER else programs:
+        if number:
+            launch(
+                wrap_triton(decode_kernel),
+                (number,),
+                *(q, k, v, *tensors, *strides, *numbers, earlier),
+                scale / math.log(2),
+                softcap / math.log(2),
+                **options,
+            )
+        earlier += number
     return out, lse
