@@ -37,12 +37,14 @@ def append(
     """Write keys and values into a cache, and add the keys to the sums of their blocks.
 
     A block's keys are added in float32, one after another, in whatever chunks they come. So block
-    keys have the bits that `pool` gives them.
+    keys have the bits that `pool` gives them. Beside each sum is the number of its keys. If it is
+    not that of the keys before the new ones, as after `stop` was lowered, they are added up anew.
 
     Args:
         keys: The cache's keys, `[B, Hkv, S, D]`; written to.
         values: The cache's values, `[B, Hkv, S, Dv]`; written to.
-        sums: Sums of each block's keys, float32 `[B, Hkv, N, D]`; written to.
+        sums: Sums of each block's keys, and their numbers, float32 `[B, Hkv, N, D + 1]`; written
+            to.
         block_keys: Mean keys of the blocks, `[B, Hkv, N, D]`; written to.
         k: New keys, `[B, Hkv, T, D]`.
         v: New values, `[B, Hkv, T, Dv]`.
@@ -102,8 +104,8 @@ def append_cpu(
         rows[1][:, low : low + count] = v[b, :, :count]
         skip = max(first - low, 0)  # padding before the first key
         if skip < count:
-            new = k[b, :, skip:count].float()
-            _add(rows[2], rows[3], new, low + skip - first, block_size)
+            keys = rows[0][:, first : low + count]
+            _add(rows[2], rows[3], keys, low + skip - first, block_size)
         if table is not None:
             for x, row in zip(memory, rows, strict=True):
                 x[pages] = row.unflatten(1, (pages.shape[0], -1)).transpose(0, 1)
@@ -128,23 +130,26 @@ def _nothing_to_return(*_: object) -> None:
     return None
 
 
-def _add(sums: Tensor, block_keys: Tensor, new: Tensor, place: int, block_size: int) -> None:
-    """Add keys of one row to sums and block keys `[Hkv, N, D]`.
+def _add(sums: Tensor, block_keys: Tensor, keys: Tensor, place: int, block_size: int) -> None:
+    """Add keys of one row to sums `[Hkv, N, D + 1]` and block keys `[Hkv, N, D]`.
 
     Args:
         sums: Written to.
         block_keys: Written to.
-        new: The keys, float32 `[Hkv, T, D]`.
-        place: Number of keys before them.
+        keys: All keys of the row, `[Hkv, T, D]`.
+        place: Number of keys before the new ones.
         block_size: Keys per block.
     """
     block, within = divmod(place, block_size)
+    if within and bool((sums[:, block, -1] != within).any()):
+        place, within = place - within, 0
+    new = keys[:, place:].float()
     last = ceil_div(place + new.shape[1], block_size)
-    before = sums[:, block : block + 1] if within else torch.zeros_like(new[:, :1])
+    before = sums[:, block : block + 1, :-1] if within else torch.zeros_like(new[:, :1])
     edges = torch.arange(block, last + 1) * block_size - place + 1
     edges[0], edges[-1] = 0, new.shape[1] + 1
     total = sum_blocks(torch.cat((before, new), dim=1), edges.expand(new.shape[0], -1))
-    number = edges.diff()
+    number = edges.diff()[:, None]
     number[0] += within - 1
-    sums[:, block:last] = total
-    block_keys[:, block:last] = total / number[:, None]
+    sums[:, block:last, :-1], sums[:, block:last, -1:] = total, number.float()
+    block_keys[:, block:last] = total / number

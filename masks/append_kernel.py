@@ -51,10 +51,19 @@ def append_block(  # type: ignore[no-untyped-def]
     k_ptr += batch * stride_kb + head * stride_kh + dim * stride_kd
     v_ptr += batch * stride_vb + head * stride_vh + value_dim * stride_vd
 
-    out = ((where * num_heads + head) * num_blocks + number_of_block) * HEAD_DIM + dim
+    out = (where * num_heads + head) * num_blocks + number_of_block
+    block_keys_ptr += out * HEAD_DIM + dim
+    sums_ptr += out * (HEAD_DIM + 1)
     from_slot, to_slot = tl.maximum(begin, low), tl.minimum(begin + block_size, high)
-    going_on = (block >= 0) & (from_slot > begin) & (dim < HEAD_DIM)
-    total = tl.load(sums_ptr + out, mask=going_on, other=0.0)
+    going_on = (block >= 0) & (from_slot > begin) & (from_slot < to_slot)
+    total = tl.load(sums_ptr + dim, mask=going_on & (dim < HEAD_DIM), other=0.0)
+    added = tl.load(sums_ptr + HEAD_DIM, mask=going_on, other=0.0)
+    if going_on & (added != (from_slot - begin).to(tl.float32)):  # lengths were changed since
+        total = tl.zeros_like(total)
+        for slot in range(begin, from_slot):
+            at = (slot - begin).to(tl.int64) + begin - moved
+            key = tl.load(keys_ptr + at * stride_keys_n, mask=dim < HEAD_DIM, other=0.0)
+            total += key.to(tl.float32)
     for slot in range(from_slot, to_slot):
         new = (slot - low).to(tl.int64)
         key = tl.load(k_ptr + new * stride_kn, mask=dim < HEAD_DIM, other=0.0)
@@ -63,12 +72,14 @@ def append_block(  # type: ignore[no-untyped-def]
         tl.store(keys_ptr + at * stride_keys_n, key, mask=dim < HEAD_DIM)
         tl.store(values_ptr + at * stride_values_n, value, mask=value_dim < VALUE_DIM)
         total += key.to(tl.float32)
-    count = tl.maximum(to_slot - begin, 1).to(tl.float32) + tl.zeros_like(total)
-    written = (block >= 0) & (from_slot < to_slot) & (dim < HEAD_DIM)
-    tl.store(sums_ptr + out, total, mask=written)
+    count = tl.maximum(to_slot - begin, 1).to(tl.float32)
+    written = (block >= 0) & (from_slot < to_slot)
+    tl.store(sums_ptr + dim, total, mask=written & (dim < HEAD_DIM))
+    tl.store(sums_ptr + HEAD_DIM, count, mask=written)
     # Triton's own division of float32 is approximate.
-    mean = tl.div_rn(total, count).to(block_keys_ptr.dtype.element_ty)
-    tl.store(block_keys_ptr + out, mean, mask=written)
+    mean = tl.div_rn(total, count + tl.zeros_like(total))
+    mean = mean.to(block_keys_ptr.dtype.element_ty)
+    tl.store(block_keys_ptr, mean, mask=written & (dim < HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=_SIZES, debug=True)  # for its assertions

@@ -150,7 +150,7 @@ class NewKeys(NamedTuple):
         keys: Keys, `[B, Hkv, T, D]`.
         values: Values, `[B, Hkv, T, Dv]`.
         counts: How many of the `T` each row takes, int32 `[B]`; None for all.
-        sums: Sums of the cache's blocks, float32 `[B, Hkv, N, D]`.
+        sums: Sums of the cache's blocks, as of `append`.
     """
 
     keys: Tensor

@@ -149,7 +149,7 @@ class BlockCache:
             TypeError: It is no integer.
             ValueError: A row has fewer, or a number is negative.
         """
-        memory, size = self._filled(), self.block_size
+        self._filled()
         if isinstance(tokens, Tensor):
             self._even = False
             tokens = _row_numbers("tokens", tokens, self.stop, LONGEST)
@@ -158,15 +158,8 @@ class BlockCache:
         enough = self.stop >= tokens
         if is_seen(enough) and not bool(enough.all()):
             raise ValueError(f"tokens must be at most the slots of a row, got {tokens}")
-        kept = self.stop - self.start - tokens
         self._counts = None
-        # The last block is filled anew: a sum does not come back bit by bit from a subtraction.
-        counts = kept.clamp(min=0) % size
-        self.stop.sub_(tokens).sub_(counts)
-        slots = self.stop.unsqueeze(1) + torch.arange(size, device=self.stop.device)
-        k, v = (self._at(slots, x) for x in (memory.keys, memory.values))
-        rows = self.start, self.stop, self.counters
-        append(*memory.tensors, k, v, *rows, counts, self._table, size)
+        self.stop.sub_(tokens)
         if self.max_len is None and isinstance(tokens, int):
             self._longest -= tokens
 
@@ -235,7 +228,11 @@ class BlockCache:
 
     @property
     def block_keys(self) -> Tensor:
-        """The mean keys of the blocks, `[B, Hkv, N, D]`; anything for blocks without keys."""
+        """The mean keys of the blocks, `[B, Hkv, N, D]`.
+
+        Of a block without keys it is anything, and of one that lost some, what it was before. The
+        gate reads neither: no query chooses among blocks that are not full.
+        """
         block_keys = self._filled().block_keys
         if self.max_len is not None:
             return block_keys
@@ -285,11 +282,6 @@ class BlockCache:
     def pages(self) -> Pages | None:
         """Return the pages that hold the slots; None for rows in one piece."""
         return None
-
-    def _at(self, slots: Tensor, x: Tensor) -> Tensor:
-        """Return a copy of the keys or values in slots `[B, n]`, or of others where none are."""
-        slots = slots.clamp(0, x.shape[2] - 1)[:, None, :, None].long()
-        return x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3]))
 
     def _require_room(self, stop: Tensor) -> None:
         """Raise if a row would get more keys than there are slots; if unreadable, assert it."""
@@ -408,8 +400,8 @@ class PagedCache:
     def rows(self, block_table: Tensor, lengths: Tensor) -> "PagedRows":
         """Return the rows of a batch, to append to and to attend to.
 
-        Both tensors may be changed in place between calls, as a CUDA graph needs it. Only `crop`
-        takes back a part of a block: set lengths to what was appended, or to the end of a block.
+        Both tensors may be changed in place between calls, as a CUDA graph needs it. Lower lengths
+        take keys back.
 
         Args:
             block_table: Page of each `page_size` slots of a row, int32 `[B, W]`; behind the pages
@@ -513,13 +505,6 @@ class PagedRows(BlockCache):
         )
 
     @override
-    def _at(self, slots: Tensor, x: Tensor) -> Tensor:
-        size = x.shape[2]
-        number = (slots // size).clamp(0, self._table.shape[1] - 1).long()
-        page = self._table.gather(1, number).long().clamp(0, x.shape[0] - 1)
-        return x[page, :, slots.long() % size].transpose(1, 2)
-
-    @override
     def _make(self, k: Tensor, v: Tensor) -> "_Memory":
         if self._cache._memory is None:
             number = self._cache.num_pages
@@ -572,7 +557,7 @@ class _Memory:
             return cls(
                 k.new_empty(*heads, slots, k.shape[3]),
                 v.new_empty(*heads, slots, v.shape[3]),
-                k.new_empty(*heads, blocks, k.shape[3], dtype=torch.float32),
+                k.new_empty(*heads, blocks, k.shape[3] + 1, dtype=torch.float32),
                 k.new_empty(*heads, blocks, k.shape[3]),
             )
 

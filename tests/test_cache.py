@@ -72,6 +72,7 @@ def run(
         [draw(kv_heads, 0, value_dim) for _ in start],
     )
     truth = Truth(*nothing, start, [0] * len(start))
+    lowered = [False] * len(start)  # by rows: its last block may have lost keys
     for step in range(rng.randint(1, 8)):
         batch = len(truth.k)
         others = ["crop"] if in_pages else ["crop", "select", "repeat"]
@@ -96,15 +97,19 @@ def run(
                 truth.k[b] = torch.cat((truth.k[b], k[b, :, skip:count]), dim=1)
                 truth.v[b] = torch.cat((truth.v[b], v[b, :, skip:count]), dim=1)
                 truth.stop[b] += count
+                lowered[b] &= count == 0
             q = draw(batch, kv_heads * group, num_new, dim)
             check_attention(rng, cache, truth, q, counts, rng.choice(plans), given)
         elif change == "crop":
             tokens = [rng.randint(0, min(12, x.shape[1])) for x in truth.k]
-            if rng.random() < 0.5:
+            if in_pages and rng.random() < 0.5:
+                cache.stop.sub_(torch.tensor(tokens, device=device))
+            elif rng.random() < 0.5:
                 tokens = [min(tokens)] * batch
                 cache.crop(tokens[0])
             else:
                 cache.crop(torch.tensor(tokens))
+            lowered = [True] * batch
             for b, number in enumerate(tokens):
                 left = truth.k[b].shape[1] - number
                 truth.k[b], truth.v[b] = truth.k[b][:, :left], truth.v[b][:, :left]
@@ -115,10 +120,12 @@ def run(
             ]
             cache.select(torch.tensor(rows))
             truth.select(rows)
+            lowered = [lowered[row] for row in rows]
         elif batch < 4:
             cache.repeat(2)
             truth.select([b for b in range(batch) for _ in range(2)])
-        check_contents(cache, truth)
+            lowered = [x for x in lowered for _ in range(2)]
+        check_contents(cache, truth, lowered)
 
 
 def some_pages(rng: Random, block_size: int, batch: int, device: str) -> BlockCache:
@@ -132,15 +139,20 @@ def some_pages(rng: Random, block_size: int, batch: int, device: str) -> BlockCa
     return PagedCache(batch * width + 3, page_size, block_size).rows(table, lengths)
 
 
-def check_contents(cache: BlockCache, truth: Truth) -> None:
-    """Compare lengths, keys, and block keys, the latter bit by bit with those of one call."""
+def check_contents(cache: BlockCache, truth: Truth, lowered: list[bool]) -> None:
+    """Compare lengths, keys, and block keys, the latter bit by bit with those of one call.
+
+    Where lengths were `lowered`, only those of full blocks: an append adds the others up anew.
+    """
     assert cache.stop.tolist() == truth.stop
     for b, (k, start, stop) in enumerate(zip(truth.k, truth.start, truth.stop, strict=True)):
         if k.shape[1] == 0:
             continue
         assert torch.equal(cache.keys[b, :, start:stop], k)
-        want = pool(k[None], Layout(1, k.shape[1], cache.block_size, True))
-        assert torch.equal(cache.block_keys[b, :, : want.shape[2]], want[0])
+        want = pool(k[None], Layout(1, k.shape[1], cache.block_size, True))[0]
+        if lowered[b]:
+            want = want[:, : k.shape[1] // cache.block_size]
+        assert torch.equal(cache.block_keys[b, :, : want.shape[1]], want)
 
 
 def check_attention(
@@ -239,7 +251,8 @@ def test_memory_of_block_keys_is_small() -> None:
     cache = BlockCache(128, max_len=4096)
     cache.append(*torch.randn(2, 1, 2, 1, 64, dtype=torch.bfloat16))
     memory = cache.memory()
-    assert memory["blocks"] / memory["keys and values"] == 3 / 256  # 6 of 2 * 2 * 128 bytes
+    # Of 128 keys and values: a sum, a number and a block key.
+    assert memory["blocks"] / memory["keys and values"] == (6 * 64 + 4) / (4 * 64 * 128)
 
 
 def test_a_cache_of_fixed_length_keeps_its_memory() -> None:
@@ -306,6 +319,21 @@ def test_it_does_not_matter_which_pages_rows_take(dtype: torch.dtype, device: st
     torch.testing.assert_close(results[0], cached_attention(q, cache, top_k=3))
 
 
+def test_a_crop_leaves_pages_as_they_are() -> None:
+    """So that other rows that share a page go on."""
+    k, v = torch.randn(2, 1, 2, 32, 16)
+    q = torch.randn(1, 2, 1, 16)
+    cache, table = PagedCache(3, 16, 16), torch.tensor([[0, 1]]).int()
+    rows = cache.rows(table, torch.zeros(1, dtype=torch.int32))
+    rows.append(k, v)
+    others = cache.rows(table, rows.stop.clone())
+    rows.crop(20)
+    want = moba_attention(q, k, v, block_size=16, top_k=2)
+    torch.testing.assert_close(cached_attention(q, others, top_k=2), want)
+    want = moba_attention(q, k[:, :, :12], v[:, :, :12], block_size=16, top_k=2)
+    torch.testing.assert_close(cached_attention(q, rows, top_k=2), want)
+
+
 def test_what_is_refused_changes_nothing() -> None:
     """An append that names a page that there is not; the rows of before go on."""
     k, v = torch.randn(2, 2, 2, 40, 16)
@@ -354,7 +382,7 @@ def test_a_page_holds_few_bytes_of_block_keys() -> None:
     rows = paged()
     rows.append(*torch.randn(2, 2, 2, 5, 16))
     sizes = rows._cache.memory()
-    assert sizes == {"keys and values": 2 * 4 * 2 * 16 * 16 * 4, "blocks": 2 * 4 * 2 * 2 * 16 * 4}
+    assert sizes == {"keys and values": 2 * 4 * 2 * 16 * 16 * 4, "blocks": 4 * 2 * 2 * 33 * 4}
 
 
 @pytest.mark.usefixtures("poison")
@@ -457,7 +485,7 @@ def test_kernels_read_and_write_pages(seed: int) -> None:
     slots, num_pages = page_size * width, batch * width + 2
 
     def room(pages: int, length: int) -> list[Tensor]:
-        sizes = (length, 16), (length, 24), (length // block_size, 16), (length // block_size, 16)
+        sizes = (length, 16), (length, 24), (length // block_size, 17), (length // block_size, 16)
         return [torch.empty(pages, heads, n, dim) for n, dim in sizes]
 
     pages = rng.sample(range(num_pages), batch * width)
@@ -500,7 +528,7 @@ def test_a_step_appends_and_then_decodes(seed: int) -> None:
         pages, length = batch * width + 1, page_size
         numbers = rng.sample(range(pages), batch * width)
         table = torch.tensor(numbers, dtype=torch.int32).view(batch, width)
-    sizes = (length, 16), (length, 24), (length // block_size, 16), (length // block_size, 16)
+    sizes = (length, 16), (length, 24), (length // block_size, 17), (length // block_size, 16)
     caches = [[torch.empty(pages, heads, n, dim) for n, dim in sizes] for _ in range(2)]
     left = 0 if table is not None else rng.randint(0, 7)
     start = torch.tensor([rng.randint(0, left) for _ in range(batch)], dtype=torch.int32)
@@ -562,14 +590,15 @@ def test_kernel_appends_as_cpu_does() -> None:
             tensors = [
                 torch.zeros(2, 3, 64, 16),
                 torch.zeros(2, 3, 64, 24),
-                torch.zeros(2, 3, 16, 16),
+                torch.zeros(2, 3, 16, 17),
                 torch.zeros(2, 3, 16, 16),
             ]
             start, stop = torch.tensor([[9, 0], [0, 0]], dtype=torch.int32)
             arrived = torch.zeros_like(start)
             for some_k, some_v in zip(k, v, strict=True):
                 here(*tensors, some_k, some_v, start, stop, arrived, counts, None, 4)
-            assert stop.tolist() == ([40, 40] if counts is None else [0, 22])
+                stop.sub_(3).clamp_(min=0)  # takes a part of a block back, which is added up anew
+            assert stop.tolist() == ([34, 34] if counts is None else [0, 16])
             assert arrived.tolist() == [0, 0]
             results.append(tensors)
         for x, y in zip(*results, strict=True):

@@ -268,7 +268,7 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
 def appending(device: str) -> tuple[Any, ...]:
     """Return arguments that append 5 keys to each of 2 rows of a cache."""
     keys, values = (torch.zeros(2, 3, 40, dim, device=device) for dim in (16, 24))
-    sums, block_keys = (torch.zeros(2, 3, 5, 16, device=device) for _ in range(2))
+    sums, block_keys = (torch.zeros(2, 3, 5, dim, device=device) for dim in (17, 16))
     new = (torch.randn(2, 3, 5, dim, device=device) for dim in (16, 24))
     start, stop, counts = torch.tensor([[2, 0], [0, 7], [5, 3]], device=device).int()
     counters = torch.zeros(2, 60, dtype=torch.int32, device=device)

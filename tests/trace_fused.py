@@ -80,7 +80,7 @@ def count_graphs(block_size: int, dynamic: bool | None) -> int:
 
 def trace_a_step() -> None:
     """Trace a step of decode, appended to its cache in one kernel."""
-    shapes = (8, 1, 64), (2, 1, 64), (2, 1, 64), (2, 512, 64), (2, 512, 64), (2, 8, 64), (2, 8, 64)
+    shapes = (8, 1, 64), (2, 1, 64), (2, 1, 64), (2, 512, 64), (2, 512, 64), (2, 8, 65), (2, 8, 64)
     tensors = [torch.zeros(1, *shape) for shape in shapes]
     numbers = [torch.zeros(shape, dtype=torch.int32) for shape in (1, 1, (1, 200))]
 
