@@ -3,12 +3,16 @@
 This is the only place that turns lengths, documents and padding into positions and block numbers.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA builds of PyTorch
+    from moba_flex.masks.layout_kernel import locate_triton
 
 Number = TypeVar("Number", int, Tensor)
 
@@ -192,6 +196,10 @@ def join_pages(x: Tensor, table: Tensor) -> Tensor:
 
 def locate_slots(plain: Layout, slots: Slots) -> Layout:
     """Return the layout of the same sizes and options, for rows of a cache."""
+    if slots.start.is_cuda:
+        sizes = plain.q_len, plain.num_blocks, plain.block_size
+        tables = locate_triton(slots.start, slots.stop, slots.query, *sizes, plain.causal)
+        return plain.with_tables(*tables)
     start, stop = slots.start.unsqueeze(1), slots.stop.unsqueeze(1)
     query = stop - plain.q_len if slots.query is None else slots.query.unsqueeze(1)
     offset = torch.arange(plain.q_len, device=start.device)

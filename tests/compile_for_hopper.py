@@ -10,7 +10,13 @@ from triton.compiler import ASTSource
 
 from moba_flex.compile import decode_kernels as decode
 from moba_flex.compile import fused, fused_kernels
-from moba_flex.masks import append_kernel, pool_kernel, regroup_kernel, router_kernel
+from moba_flex.masks import (
+    append_kernel,
+    layout_kernel,
+    pool_kernel,
+    regroup_kernel,
+    router_kernel,
+)
 from moba_flex.masks.layout import Layout
 
 INTS = (
@@ -139,6 +145,9 @@ def decoding(dtype: torch.dtype, head_dim: int, everything: bool) -> list[dict[s
         compile_kernel(decode.decode_kernel, dtype, constants | {"QUERY": False}, 2, 3),
         compile_kernel(decode.decode_kernel, dtype, given, 2, 3),
         compile_kernel(append_kernel.append_kernel, dtype, constants, 1, 3),
+        compile_kernel(
+            layout_kernel.locate_kernel, dtype, constants | {"WIDTH": layout_kernel._WIDTH}, 4, 3
+        ),
     ]
 
 

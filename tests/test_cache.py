@@ -18,7 +18,7 @@ from moba_flex import make_tables, moba_attention, moba_attention_reference, rou
 from moba_flex.cache import BlockCache, PagedCache, cached_attention
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks.append import append
-from moba_flex.masks.layout import Layout, Slots, ceil_div, locate_slots
+from moba_flex.masks.layout import LONGEST, Layout, Slots, ceil_div, locate_slots
 from moba_flex.masks.pool import pool
 from moba_flex.masks.request import Gate
 from moba_flex.masks.router import choose, numbers_of
@@ -603,6 +603,24 @@ def test_kernel_appends_as_cpu_does() -> None:
             results.append(tensors)
         for x, y in zip(*results, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.usefixtures("poison")
+@given(seed=st.integers(0, 2**32 - 1), causal=st.booleans(), named=st.booleans())
+def test_kernel_locates_slots_as_cpu_does(seed: int, causal: bool, named: bool) -> None:
+    """In Triton's interpreter; rows may be empty, and queries may lie anywhere."""
+    needs_interpreter()
+    locate: Any = import_module("moba_flex.masks.layout_kernel").locate_triton
+    rng = Random(seed)
+    batch, kv_len = rng.randint(1, 3), rng.randint(1, rng.choice([5, 40, 600]))
+    q_len, block_size = rng.randint(1, kv_len), rng.choice([1, 2, 7, 16, 100, LONGEST])
+    start, stop = (torch.tensor(rng.choices(range(kv_len + 1), k=batch)).int() for _ in range(2))
+    query = torch.tensor(rng.choices(range(-5, kv_len + 5), k=batch)).int() if named else None
+    plain = Layout(q_len, kv_len, block_size, causal)
+    want = locate_slots(plain, Slots(query, start, stop)).coordinates("cpu")
+    queries, extents = locate(start, stop, query, q_len, plain.num_blocks, block_size, causal)
+    for x, y in zip((*queries, *extents), want, strict=True):
+        assert torch.equal(x, y)
 
 
 def small(max_len: int | None = None) -> BlockCache:

@@ -278,11 +278,18 @@ def appending(device: str) -> tuple[Any, ...]:
 def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Yield the ops that launch Triton kernels, and arguments."""
     from moba_flex.compile import decode_kernels, fused
-    from moba_flex.masks import append_kernel, pool_kernel, regroup_kernel, router_kernel
+    from moba_flex.masks import (
+        append_kernel,
+        layout_kernel,
+        pool_kernel,
+        regroup_kernel,
+        router_kernel,
+    )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     append_op: Any = append_kernel.append_triton
     yield append_op.op, appending(device)
+    locate_op: Any = layout_kernel.locate_triton
     pool_op: Any = pool_kernel.pool_triton
     choose: Any = router_kernel.choose_triton
     sort_pairs: Any = regroup_kernel.sort_pairs_triton
@@ -291,7 +298,8 @@ def kernel_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     decode_few: Any = decode_kernels.decode_few_triton
     step: Any = decode_kernels.decode_step_triton
     q, k, v = Case(2, 2, 2, 3, 90, device=device).inputs()
-    ends = (torch.tensor(x, device=device).int() for x in ([80, 70], [0, 5], [83, 72]))
+    ends = torch.tensor([[80, 70], [0, 5], [83, 72]], dtype=torch.int32, device=device)
+    yield locate_op.op, (ends[1], ends[2], ends[0], 3, 6, 16, True)
     block_keys = pool(k, Layout(3, 90, 16, causal=True))
     places = *ends, None, None
     yield decode_few.op, (q, k, v, block_keys, *places, (3, 16, 1, 0), True, None, 0.3, 20.0)
@@ -330,9 +338,9 @@ def test_every_op_is_checked() -> None:
     known = {"pool_cpu", "choose_cpu", "attend_cpu", "attend_cpu_backward"}
     known |= {"copy_cpu", "show_spoilt", "append_cpu", "decode_cpu"}
     if pytest.importorskip("triton"):
-        known |= {"append_triton", "pool_triton", "choose_triton", "sort_pairs_triton"}
+        known |= {"append_triton", "locate_triton", "pool_triton", "choose_triton"}
         known |= {"attend_fused", "attend_fused_backward", "decode_triton"}
-        known |= {"decode_few_triton", "decode_step_triton"}
+        known |= {"decode_few_triton", "decode_step_triton", "sort_pairs_triton"}
     assert registered == {f"moba_flex::{name}" for name in known}
     assert {op._qualname.partition("::")[2] for op, _ in cpu_ops()} <= known
 
@@ -354,7 +362,7 @@ def test_kernel_ops_keep_the_rules_of_torch_library() -> None:
     for op, arguments in kernel_ops():
         torch.library.opcheck(op, arguments, test_utils=utils)
         seen.add(op._qualname)
-    assert len(seen) == 9
+    assert len(seen) == 10
 
 
 # Limits of PyTorch, and what is done about them.
