@@ -149,6 +149,21 @@ def test_layers_with_block_keys_are_those_that_route(case: tuple[Any, Tensor]) -
     assert kinds == [i not in dense for i in range(2)]
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_call_with_cached_keys_pools_none(
+    case: tuple[Any, Tensor], static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the block keys that the cache keeps."""
+    model, _ = case
+    x, sizes = prompt(), {"config": model.config}
+    cache = StaticCache(max_cache_len=LENGTH + NEW, **sizes) if static else DynamicCache(**sizes)
+    with torch.no_grad():
+        model(x, past_key_values=cache)
+        monkeypatch.setattr("moba_flex.masks.router.pool", None)
+        for length in (NEW - 1, 1):
+            model(x[:, :length], past_key_values=cache)
+
+
 @pytest.mark.parametrize("kind", ["no config", "filled", "static", "filled static"])
 def test_any_cache_of_transformers_is_taken(kind: str) -> None:
     """Also one that a model with other attention has filled."""

@@ -37,7 +37,7 @@ class _Blocks:
             start = start.where(blocks.stop <= blocks.start, blocks.start)
         blocks.append(k, v, start=start)
         self._show()
-        return self.blocks.keys, self.blocks.values
+        return self.keys, self.values  # these objects: see `block_keys_of`
 
     def _show(self) -> None:
         """Let transformers see the tensors of the cache after a change."""
