@@ -103,16 +103,14 @@ class BlockCache:
             )
         self.allocate(k, v)
         memory, num_new = self._filled(), k.shape[2]
-        if counts is not None or start is not None:
-            self._even = False
         if counts is not None:
+            self._even = False
             # A copy, since the caller may change it, and `append` changes `stop`.
             counts = _row_numbers("counts", counts, self.stop, num_new).clone()
         taken = num_new if counts is None else counts
         if start is not None:
             start = _row_numbers("start", start, self.stop, LONGEST)
-            same = (start == self.start) | (self.stop <= self.start)
-            if is_seen(same) and not bool(same.all()):
+            if is_seen(start) and bool(((start != self.start) & (self.start < self.stop)).any()):
                 raise ValueError(
                     "start must stay as it is for rows that have keys, got another: reset the "
                     "cache first"
@@ -122,7 +120,7 @@ class BlockCache:
         elif is_traced() or not k.is_cuda:  # else the kernel requires it
             self._require_room(self.stop + taken)
         if start is not None:
-            self.start.copy_(start.where(self.stop <= self.start, self.start))
+            self.start_at(start)
         return NewKeys(k, v, counts, memory.sums)
 
     def _append(self, new: NewKeys) -> None:
@@ -137,6 +135,12 @@ class BlockCache:
         self._counts, self._num_new = new.counts, new.keys.shape[2]
         if self.max_len is None:
             self._longest += self._num_new
+
+    def start_at(self, start: Tensor) -> None:
+        """Let rows that have no key yet start at these slots, int `[B]`; others stay."""
+        self._even = False
+        start = start.to(self.start.device)
+        self.start.copy_(start.where(self.stop <= self.start, self.start))
 
     def crop(self, tokens: int | Tensor) -> None:
         """Take back the last keys of each row, as after rejected guesses.
@@ -593,8 +597,9 @@ def _row_numbers(name: str, x: Tensor, rows: Tensor, most: int) -> Tensor:
         raise TypeError(f"{name} must be a Tensor of integers, got {getattr(x, 'dtype', type(x))}")
     if x.shape != rows.shape:
         raise ValueError(f"{name} must have shape [B] = ({rows.shape[0]},), got {tuple(x.shape)}")
-    x = x.long()  # a comparison would turn `most` into a narrower type
-    good = (x >= 0) & (x <= most)
+    if x.dtype not in (torch.int32, torch.int64):
+        x = x.long()  # a comparison would turn `most` into a narrower type
+    good = x == x.clamp(0, most)
     if not is_seen(good):
         message = f"{name} must be from 0 to {most}, got another number"
         torch._assert_async(good.all(), message)

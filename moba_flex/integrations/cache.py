@@ -33,9 +33,8 @@ class _Blocks:
             blocks.append(old_k, old_v, start=start)
         blocks.allocate(k, v)
         if start is not None:  # a mask may tell another one later: see `block_keys_of`
-            start = start.to(blocks.start.device)
-            start = start.where(blocks.stop <= blocks.start, blocks.start)
-        blocks.append(k, v, start=start)
+            blocks.start_at(start)
+        blocks.append(k, v)
         self._show()
         return self.keys, self.values  # these objects: see `block_keys_of`
 
