@@ -73,14 +73,16 @@ class Kernel:
 class Compiled:
     """Stands for a compiled kernel, which takes compile-time arguments in place."""
 
+    function = packed_metadata = None
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         LOADED_BY.append(get_ident())
+        return lambda *args: self.run(*grid, *6 * [None], *args)
 
-        def run(x: Tensor, out: Tensor, number: int, tile: int) -> None:
-            LAUNCHED.append((*grid, number, tile))
-            torch.add(x, number, out=out)
-
-        return run
+    def run(self, *args: Any) -> None:
+        x, out, number, tile = args[9:]
+        LAUNCHED.append((*args[:3], number, tile))
+        torch.add(x, number, out=out)
 
 
 KERNEL = Kernel()
@@ -104,7 +106,13 @@ class NoGPU:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *args: LAUNCHED.append(args[:3])
+        def launch(*args: Any) -> None:
+            LAUNCHED.append(args[:3])
+            description, enter = args[6:8]
+            if enter is not None:
+                enter(description)
+
+        return launch
 
 
 def fill(out_ptr, NUMBER: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -169,18 +177,13 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> None:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
     LOOKED_UP.clear()
     LAUNCHED.clear()
     LOADED_BY.clear()
     module._known.clear()
     KERNEL.compiled = dict.fromkeys(range(10), Compiled())
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile for a GPU that there is not."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
 
 
 def test_the_second_call_looks_nothing_up() -> None:
@@ -214,7 +217,7 @@ def test_what_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Compiled, "__getitem__", lambda *_: fail)
+        patch.setattr(Compiled, "run", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             add_twice(torch.randn(5), 3)
     x = torch.randn(5)
@@ -261,7 +264,16 @@ def test_what_cannot_be_compiled_raises_its_error() -> None:
     torch.testing.assert_close(add_twice(x, 3), x + 6)
 
 
-@pytest.mark.usefixtures("no_gpu")
+def test_profilers_see_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    filled(torch.randn(5), 1)
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [seen.append])
+    for _ in range(2):
+        filled(torch.randn(5), 1)
+    assert [launch.get()["name"] for launch in seen] == 2 * ["fill"]
+    assert LAUNCHED == 3 * [(1, 1, 1)]
+
+
 def test_triton_forgets_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise OSError("No space left on device")
