@@ -31,8 +31,8 @@ class _Blocks:
             old_k, old_v = self.keys.clone(), self.values.clone()
             blocks.reset()
             blocks.append(old_k, old_v, start=start)
-        blocks.allocate(k, v)
         if start is not None:  # a mask may tell another one later: see `block_keys_of`
+            blocks.allocate(k, v)
             blocks.start_at(start)
         blocks.append(k, v)
         self._show()
