@@ -31,12 +31,12 @@ class _Blocks:
             old_k, old_v = self.keys.clone(), self.values.clone()
             blocks.reset()
             blocks.append(old_k, old_v, start=start)
-        if start is not None:  # a mask may tell another one later: see `block_keys_of`
+        if start is not None:  # a mask may tell another one later: see `blocks_of`
             blocks.allocate(k, v)
             blocks.start_at(start)
         blocks.append(k, v)
         self._show()
-        return self.keys, self.values  # these objects: see `block_keys_of`
+        return self.keys, self.values  # these objects: see `blocks_of`
 
     def _show(self) -> None:
         """Let transformers see the tensors of the cache after a change."""
@@ -199,12 +199,12 @@ def adopt(cache: Any, config: MoBAConfig, num_layers: int) -> None:
         cache.layers[index] = made
 
 
-def block_keys_of(
+def blocks_of(
     cache: Any, layer_idx: int | None, key: Tensor, block_size: int, start: Tensor
-) -> Tensor | None:
-    """Return the block keys of `key` that a cache keeps; None if it keeps none.
+) -> BlockCache | None:
+    """Return what holds `key` and its block keys in a cache; None if nothing does.
 
-    Nor does it keep those of rows that start elsewhere, as a later mask may say.
+    Nor does anything hold those of rows that start elsewhere, as a later mask may say.
     """
     if not isinstance(cache, Cache) or layer_idx is None or layer_idx >= len(cache.layers):
         return None
@@ -220,4 +220,4 @@ def block_keys_of(
         )
     elif not bool(same.all()):
         return None
-    return layer.blocks.block_keys
+    return layer.blocks

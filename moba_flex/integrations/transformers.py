@@ -38,7 +38,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_flex.attention import attend, moba_attention
 from moba_flex.config import MoBAConfig
-from moba_flex.integrations.cache import adopt, block_keys_of
+from moba_flex.integrations.cache import adopt, blocks_of
 from moba_flex.integrations.layout import (
     Layout,
     has_hooks,
@@ -413,8 +413,10 @@ def _attention(
         return _attend(chosen, s_aux), None
     if slots is not None:
         _check_dropout(dropout)
-        kept = running_cache(), layer_idx, key, config.block_size, slots.start
-        block_keys = block_keys_of(*kept)
+        kept = blocks_of(running_cache(), layer_idx, key, config.block_size, slots.start)
+        block_keys = None
+        if kept is not None:
+            key, value, block_keys, _ = kept.read(query)
         query, key, value = cast_by_autocast(query, key, value)
         if block_keys is not None:
             block_keys = block_keys.to(query.dtype)
