@@ -3,7 +3,8 @@
     python -m perf.prefill --out perf/results/prefill_h200.json
 
 Of each chunk, keys and values are appended and the queries attend, routing inside. Milliseconds
-are the least of several prefills of the whole prompt, from the first launch to the end of the last.
+are the least of several prefills of the whole prompt, from the first launch to the end of the
+last.
 """
 
 import argparse

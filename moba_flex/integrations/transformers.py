@@ -414,14 +414,16 @@ def _attention(
     if slots is not None:
         _check_dropout(dropout)
         kept = blocks_of(running_cache(), layer_idx, key, config.block_size, slots.start)
-        block_keys = None
+        block_keys = counters = None
         if kept is not None:
             key, value, block_keys, _ = kept.read(query)
+            counters = kept.counters if query.is_cuda else None
         query, key, value = cast_by_autocast(query, key, value)
         if block_keys is not None:
             block_keys = block_keys.to(query.dtype)
         request = cached_request(
             *(query, key, value, block_keys, slots),
+            counters=counters,
             **gate_of(config, layer_idx, query, cached=cached),
             causal=causal,
             scale=scaling,
