@@ -179,8 +179,11 @@ class Decode(Plan):
             return _decode_few(request, softcap)
         request = request.joined()
         routing, (q, scale) = route_request(request), _scaled_up(request)
-        attend = decode_triton if q.is_cuda else decode_cpu
-        return attend(q, request.k, request.v, *routing.parts, scale, softcap)
+        given = q, request.k, request.v, *routing.parts, scale, softcap
+        if q.is_cuda:
+            return decode_triton(*given)
+        out, lse = decode_cpu(*given, request.lse)
+        return out, lse if request.lse else None
 
 
 class Fused(Plan):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from moba_flex import choose_plan, moba_attention, moba_attention_reference, route
-from moba_flex.compile import plans
+from moba_flex.compile import decode, plans
 from moba_flex.masks.request import gated_request
 from tests.helpers import (
     Case,
@@ -286,6 +287,23 @@ def test_what_is_not_finite_shows_to_those_who_see_it(
                     assert_matches_oracle("planted, decode", few, attention(few, "decode"))
         dense = replace(case, top_k=40, lse=False)
         assert_matches_oracle("planted, dense", dense, attention(dense, "dense", lse=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_len", [1, 3, 20])
+def test_decode_in_16_bits_uses_flash_attention_if_nobody_asks_for_lse(
+    dtype: torch.dtype, q_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(2, 2, 2, q_len, 90, 64, 24, 3, dtype=dtype, grads="", lse=False)
+    for plants in (("k=nan",), ("v=inf",)):
+        planted = replace(case, plants=plants)
+        assert_matches_oracle("planted", planted, attention(planted, "decode"), backward=False)
+    products = Mock(wraps=decode._multiply)
+    monkeypatch.setattr(decode, "_multiply", products)
+    for lse in (False, True):
+        asked = replace(case, lse=lse)
+        assert_matches_oracle("16 bits", asked, attention(asked, "decode"), backward=False)
+        assert products.called == lse
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
