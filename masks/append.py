@@ -146,10 +146,14 @@ def _add(sums: Tensor, block_keys: Tensor, keys: Tensor, place: int, block_size:
     new = keys[:, place:].float()
     last = ceil_div(place + new.shape[1], block_size)
     before = sums[:, block : block + 1, :-1] if within else torch.zeros_like(new[:, :1])
-    edges = torch.arange(block, last + 1) * block_size - place + 1
-    edges[0], edges[-1] = 0, new.shape[1] + 1
-    total = sum_blocks(torch.cat((before, new), dim=1), edges.expand(new.shape[0], -1))
-    number = edges.diff()[:, None]
-    number[0] += within - 1
-    sums[:, block:last, :-1], sums[:, block:last, -1:] = total, number.float()
+    number: Tensor | int
+    if new.shape[1] == 1:  # in a third of the time
+        total, number = before + new, within + 1
+    else:
+        edges = torch.arange(block, last + 1) * block_size - place + 1
+        edges[0], edges[-1] = 0, new.shape[1] + 1
+        total = sum_blocks(torch.cat((before, new), dim=1), edges.expand(new.shape[0], -1))
+        number = edges.diff()[:, None]
+        number[0] += within - 1
+    sums[:, block:last, :-1], sums[:, block:last, -1:] = total, number
     block_keys[:, block:last] = total / number
