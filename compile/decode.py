@@ -8,9 +8,10 @@ belongs to one query is merged by log-sum-exp.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -28,6 +29,21 @@ _TILE = 16  # queries of a tile, at most
 _ALONE = 4  # of up to so many queries, each has a tile of its own
 _AT_ONCE = 1 << 20  # numbers gathered at a time: keys stay in the processor's cache
 _LEAST_KEYS = 16  # flash attention hides NaN among fewer keys (pytorch/pytorch#141128)
+
+
+class _Memory(threading.local):
+    """Memory for copies of keys and of values, kept by each thread.
+
+    Fresh memory of megabytes would cost more time than the copies: the system clears its pages.
+    """
+
+    @cached_property
+    def rooms(self) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(2, 8 * _AT_ONCE, dtype=torch.uint8, device="cpu")
+
+
+_memory = _Memory()
 
 
 @torch.library.custom_op("moba_flex::decode_cpu", mutates_args=(), device_types="cpu")
@@ -73,16 +89,16 @@ def decode_cpu(
     flash = q.dtype.itemsize > 2 or not exact_lse
     flash = flash and not softcap and block_size >= _LEAST_KEYS and all_finite(q)
     attend = _attend if flash else partial(_multiply, softcap=softcap)
-    keys, values, attended = _Vectors.of(k), _Vectors.of(v), []
+    keys, values = map(_Vectors.of, (k, v), _memory.rooms)
+    attended = []
     for tiles in _cut(routing, v.shape[1]):
         for tile in tiles.split(
             max(1, _AT_ONCE // (tiles.slot.shape[1] * max(k.shape[3], v.shape[3])))
         ):
             inputs = rows[tile.row], keys.take(tile), values.take(tile)
             part, lse = attend(*inputs, tile.hidden, scale)
-            # Flash attention returns 0 where all scores are -inf. The key that made something
-            # infinite or NaN may be one that the query does not see.
-            if not (all_finite(part, lse) and (not flash or bool(lse.all()))):
+            # The key that made something infinite or NaN may be one that the query does not see.
+            if not (_certain(part, lse) if flash else all_finite(part, lse)):
                 return forward(q, k, v, routing, Mods(softcap=softcap or None), scale)
             attended.append((tile.row.flatten(), lse.flatten(), part.flatten(0, 1)))
     out = torch.zeros(rows.shape[0], v.shape[3], dtype=exact)
@@ -97,6 +113,14 @@ def decode_cpu(
 
 
 decode_cpu.register_fake(shapes_of_attention)
+
+
+def _certain(out: Tensor, lse: Tensor) -> bool:
+    """Whether results of flash attention show neither NaN nor infinity, nor hide any.
+
+    It returns 0 where all scores are -inf.
+    """
+    return all_finite(out, lse) and bool(lse.all())
 
 
 def _attend(
@@ -255,7 +279,7 @@ class _Vectors:
     Attributes:
         matrix: The rows, `[R, D]`.
         first: The row of the first slot of each key/value head, `[B * Hkv]`.
-        room: Memory for copies. Fresh memory would cost more time than the copies.
+        room: Bytes for copies.
     """
 
     matrix: Tensor
@@ -263,7 +287,7 @@ class _Vectors:
     room: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Self:
+    def of(cls, x: Tensor, room: Tensor) -> Self:
         """View a tensor `[B, Hkv, KV, D]`; copy it only if it has no such view."""
         batch, num_heads, length, dim = x.shape
         of_row, of_head, step, last = x.stride()
@@ -274,13 +298,15 @@ class _Vectors:
         of_row, of_head = of_row // step, of_head // step
         number = max(0, (batch - 1) * of_row + (num_heads - 1) * of_head + length)
         first = torch.arange(batch)[:, None] * of_row + torch.arange(num_heads) * of_head
-        return cls(x.as_strided((number, dim), (step, 1)), first.flatten(), x.new_empty(0))
+        return cls(x.as_strided((number, dim), (step, 1)), first.flatten(), room)
 
     def take(self, tiles: _Tiles) -> Tensor:
         """Copy the vectors of the keys of tiles, `[T, S, D]`, over those copied before."""
-        rows = self.first[tiles.list][:, None] + tiles.slot
-        if self.room.shape[0] < rows.numel():
-            self.room = self.matrix.new_empty(rows.numel(), self.matrix.shape[1])
-        room = self.room[: rows.numel()]
-        torch.index_select(self.matrix, 0, rows.flatten(), out=room)
-        return room.unflatten(0, rows.shape)
+        rows = (self.first[tiles.list][:, None] + tiles.slot).flatten()
+        size = rows.shape[0] * self.matrix.shape[1]
+        room = self.room.view(self.matrix.dtype)[:size]
+        if room.shape[0] < size:  # one tile of many keys
+            room = self.matrix.new_empty(size)
+        room = room.view(rows.shape[0], -1)
+        torch.index_select(self.matrix, 0, rows, out=room)
+        return room.unflatten(0, tiles.slot.shape)

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest
@@ -304,6 +305,21 @@ def test_decode_in_16_bits_uses_flash_attention_if_nobody_asks_for_lse(
         asked = replace(case, lse=lse)
         assert_matches_oracle("16 bits", asked, attention(asked, "decode"), backward=False)
         assert products.called == lse
+
+
+@pytest.mark.usefixtures("poison")
+@given(
+    case=cases(max_len=200, dtypes=[torch.float32, torch.float16]),
+    q_len=st.integers(1, 20),
+    lse=st.booleans(),
+)
+def test_decode_copies_the_chosen_keys(case: Case, q_len: int, lse: bool) -> None:
+    """Also where a tile needs more memory than is kept."""
+    case = replace(case, q_len=min(q_len, case.kv_len), grads="", lse=lse)
+    for room in (decode._memory.rooms, torch.empty(2, 512, dtype=torch.uint8)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode._memory, "rooms", room)
+            assert_matches_oracle("copies", case, attention(case, "decode"), backward=False)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

@@ -256,6 +256,7 @@ def cpu_ops() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         place = queries, extents, 16, True
         yield cpu.show_spoilt, (*inputs, blocks, *place)
         yield decode_cpu, (*inputs[1:], blocks, *place, 0.3, 20.0)
+        yield decode_cpu, (*inputs[1:], blocks, *place, 0.3, 0.0, False)
         attend: Any = cpu.attend_cpu
         for softcap in (0.0, 20.0):
             given = (q, k, v, blocks, *place, 0.3, softcap)
