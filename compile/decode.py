@@ -1,10 +1,11 @@
 """The decode plan on CPU: few queries attend to many keys, without gradients.
 
-Work is cut into tiles of queries and the keys that they attend to: one query and all its blocks,
-or, where many queries share blocks, a few queries and one block. Keys of many tiles are gathered
-at a time, and flash attention takes tiles for rows of a batch. Matrix products stand in for it
-with a soft cap, where 16-bit inputs need an exact log-sum-exp, and where it would hide NaN. What
-belongs to one query is merged by log-sum-exp.
+Where the chosen blocks of all queries amount to much of the cache, flash attention takes all keys
+and a mask. Else work is cut into tiles of queries and the keys that they attend to: one query and
+all its blocks, or, where many queries share blocks, a few queries and one block. Keys of many
+tiles are gathered at a time, and flash attention takes tiles for rows of a batch. Matrix products
+stand in for it with a soft cap, where 16-bit inputs need an exact log-sum-exp, and where it would
+hide NaN. What belongs to one query is merged by log-sum-exp.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moba_flex.compile.cpu import bias_of, flash_op, forward, widen
 from moba_flex.compile.engine import shapes_of_attention
-from moba_flex.masks._torch.inputs import all_finite
+from moba_flex.masks._torch.inputs import all_finite, dense_vectors
 from moba_flex.masks.layout import Coordinates, Layout, ceil_div
 from moba_flex.masks.mods import Mods
 from moba_flex.masks.routing import Routing
@@ -28,6 +29,7 @@ from moba_flex.masks.routing import Routing
 _TILE = 16  # queries of a tile, at most
 _ALONE = 4  # of up to so many queries, each has a tile of its own
 _AT_ONCE = 1 << 20  # numbers gathered at a time: keys stay in the processor's cache
+_MOST_MASKED = 1 << 24  # numbers of a mask over all keys
 _LEAST_KEYS = 16  # flash attention hides NaN among fewer keys (pytorch/pytorch#141128)
 
 
@@ -88,6 +90,10 @@ def decode_cpu(
     # Flash attention rounds exponentials of 16-bit inputs to 20 bits: log-sum-exps err by 5e-5.
     flash = q.dtype.itemsize > 2 or not exact_lse
     flash = flash and not softcap and block_size >= _LEAST_KEYS and all_finite(q)
+    if flash and _few_keys(q, k, v, routing):
+        out, lse = _attend_to_all(q, k, v, routing, scale)
+        if _certain(out, lse):
+            return out, lse
     attend = _attend if flash else partial(_multiply, softcap=softcap)
     keys, values = map(_Vectors.of, (k, v), _memory.rooms)
     attended = []
@@ -121,6 +127,36 @@ def _certain(out: Tensor, lse: Tensor) -> bool:
     It returns 0 where all scores are -inf.
     """
     return all_finite(out, lse) and bool(lse.all())
+
+
+def _few_keys(q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> bool:
+    """Whether attention to all keys, under a mask, costs less than copies of those chosen."""
+    batch, num_heads, q_len, head_dim = q.shape
+    kv_len, chosen = k.shape[2], (routing.blocks.shape[3] + 1) * routing.block_size
+    # Measured: reading a key costs a third of copying and reading it, and a score under the mask
+    # a seventh of one in a tile.
+    times = min(3 * (num_heads // k.shape[1]) * q_len, 7)
+    small = kv_len <= times * chosen and batch * num_heads * q_len * kv_len <= _MOST_MASKED
+    return small and routing.tables is None and head_dim == v.shape[3]
+
+
+def _attend_to_all(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to all keys of plain rows, under a mask, by flash attention."""
+    shape, q_len, kv_len = q.shape[:3], q.shape[2], k.shape[2]
+    size = min(routing.block_size, kv_len)
+    own = torch.arange(kv_len - q_len, kv_len)[:, None] // routing.block_size
+    blocks = torch.cat((routing.blocks, own.expand(*shape, 1)), dim=3)
+    bias = q.new_full((*shape, routing.num_blocks + 1), -math.inf).scatter_(3, blocks, 0.0)
+    bias = bias[..., :-1].repeat_interleave(size, dim=3)[..., :kv_len]
+    if routing.causal and q_len > 1:  # all other keys come before the first query
+        later = torch.ones(q_len, q_len, dtype=torch.bool).triu_(1)
+        bias[..., kv_len - q_len :].masked_fill_(later, -math.inf)
+    # Heads that share keys become queries of one head.
+    q, bias = (x.reshape(shape[0], k.shape[1], -1, x.shape[3]) for x in (q, bias))
+    out, lse = flash_op(q, *dense_vectors(k, v), attn_mask=bias, scale=scale)
+    return out.reshape(*shape, -1).contiguous(), lse.reshape(shape).contiguous()
 
 
 def _attend(

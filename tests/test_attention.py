@@ -296,6 +296,7 @@ def test_decode_in_16_bits_uses_flash_attention_if_nobody_asks_for_lse(
     dtype: torch.dtype, q_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(2, 2, 2, q_len, 90, 64, 24, 3, dtype=dtype, grads="", lse=False)
+    monkeypatch.setattr(decode, "_MOST_MASKED", 0)
     for plants in (("k=nan",), ("v=inf",)):
         planted = replace(case, plants=plants)
         assert_matches_oracle("planted", planted, attention(planted, "decode"), backward=False)
@@ -314,12 +315,45 @@ def test_decode_in_16_bits_uses_flash_attention_if_nobody_asks_for_lse(
     lse=st.booleans(),
 )
 def test_decode_copies_the_chosen_keys(case: Case, q_len: int, lse: bool) -> None:
-    """Also where a tile needs more memory than is kept."""
+    """However short the cache; also where a tile needs more memory than is kept."""
     case = replace(case, q_len=min(q_len, case.kv_len), grads="", lse=lse)
     for room in (decode._memory.rooms, torch.empty(2, 512, dtype=torch.uint8)):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "_MOST_MASKED", 0)
             patch.setattr(decode._memory, "rooms", room)
             assert_matches_oracle("copies", case, attention(case, "decode"), backward=False)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 20])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"head_top_k": (3, 1, 2, 2)},
+        {"block_size": 2**20, "top_k": 1},
+    ],
+)
+def test_decode_attends_to_all_keys_of_a_short_cache(
+    q_len: int, causal: bool, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"block_size": 16, "top_k": 3, "causal": causal, **more}
+    case = Case(2, 2, 2, q_len, 115, 64, grads="", lse=False, **options)
+    for plants in (("k=nan",), ("v*=inf",), ("k*=-inf",)):
+        planted = replace(case, plants=plants, block_size=min(case.block_size, 115))
+        assert_matches_oracle("planted", planted, attention(planted, "decode"), backward=False)
+    monkeypatch.setattr(decode, "_cut", Mock(side_effect=AssertionError("copies keys")))
+    assert_matches_oracle("short cache", case, attention(case, "decode"), backward=False)
+
+
+def test_decode_shows_nan_of_the_one_key_that_a_query_sees() -> None:
+    """Behind 512 keys, in a piece of its own, where flash attention would hide it."""
+    q, k, v = torch.randn(3, 1, 2, 513, 16)
+    k[0, 1, 512] = torch.nan
+    out = moba_attention(q[:, :, -1:], k, v, block_size=128, top_k=1, plan="decode")
+    assert out[0, 0].isfinite().all()
+    assert out[0, 1].isnan().all()
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
