@@ -81,6 +81,7 @@ def decode_cpu(
         Output `[B, Hq, Q, Dv]` and log-sum-exp `[B, Hq, Q]` (float32, float64 for float64 inputs).
         A query that sees nothing has output 0 and log-sum-exp -inf.
     """
+    block_size = min(block_size, max(1, k.shape[2]))  # no block has more keys
     routing = Routing.over(
         Layout(q.shape[2], k.shape[2], block_size, causal, queries, extents), blocks
     )
@@ -145,8 +146,8 @@ def _attend_to_all(
 ) -> tuple[Tensor, Tensor]:
     """Attend to all keys of plain rows, under a mask, by flash attention."""
     shape, q_len, kv_len = q.shape[:3], q.shape[2], k.shape[2]
-    size = min(routing.block_size, kv_len)
-    own = torch.arange(kv_len - q_len, kv_len)[:, None] // routing.block_size
+    size = routing.block_size
+    own = torch.arange(kv_len - q_len, kv_len)[:, None] // size
     blocks = torch.cat((routing.blocks, own.expand(*shape, 1)), dim=3)
     bias = q.new_full((*shape, routing.num_blocks + 1), -math.inf).scatter_(3, blocks, 0.0)
     bias = bias[..., :-1].repeat_interleave(size, dim=3)[..., :kv_len]
