@@ -156,7 +156,7 @@ def _attend_to_all(
         bias[..., kv_len - q_len :].masked_fill_(later, -math.inf)
     # Heads that share keys become queries of one head.
     q, bias = (x.reshape(shape[0], k.shape[1], -1, x.shape[3]) for x in (q, bias))
-    out, lse = flash_op(q, *dense_vectors(k, v), attn_mask=bias, scale=scale)
+    out, lse = flash_op(*dense_vectors(q, k, v), attn_mask=bias, scale=scale)
     return out.reshape(*shape, -1).contiguous(), lse.reshape(shape).contiguous()
 
 

@@ -1,6 +1,7 @@
 """A cache of keys and values that keeps the gate's block keys, and attention to it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Required, Self, Unpack, overload
@@ -129,6 +130,18 @@ class BlockCache:
         memory = self._filled().tensors
         append(*memory, *given, *rows, new.counts, self._table, self.block_size)
         self._end(new)
+
+    @contextmanager
+    def _appended(self, new: NewKeys) -> Iterator[None]:
+        """Append what `_begin` returned, but take it back if what follows raises."""
+        stop, before = self.stop.clone(), (self._counts, self._num_new, self._longest)
+        self._append(new)
+        try:
+            yield
+        except Exception:
+            self.stop.copy_(stop)
+            self._counts, self._num_new, self._longest = before
+            raise
 
     def _end(self, new: NewKeys) -> None:
         """Note that what `_begin` returned has been appended."""
@@ -729,15 +742,18 @@ def cached_attention(
             raise ValueError("k and v must be given together, and with counts, got None for one")
         return attend(request(None), plan, return_aux)
     new = cache._begin(k, v, counts=counts)
-    asked = request(new)
     # Under autocast a request has a copy of the cache.
-    appends = find_plan(plan, asked).appends(asked)
-    if not appends or torch.is_autocast_enabled(q.device.type):
+    if plan in ("auto", "decode") and q.is_cuda and not torch.is_autocast_enabled("cuda"):
+        asked = request(new)
+        if find_plan(plan, asked).appends(asked):
+            result = attend(asked, plan, return_aux)
+            cache._end(new)
+            return result
+    if is_traced():
         cache._append(new)
         return attend(request(None), plan, return_aux)
-    result = attend(asked, plan, return_aux)
-    cache._end(new)
-    return result
+    with cache._appended(new):
+        return attend(request(None), plan, return_aux)
 
 
 def _request(

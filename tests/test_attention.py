@@ -333,13 +333,14 @@ def test_decode_copies_the_chosen_keys(case: Case, q_len: int, lse: bool) -> Non
         {"dtype": torch.bfloat16},
         {"head_top_k": (3, 1, 2, 2)},
         {"block_size": 2**30, "top_k": 1},
+        {"group": 1, "memory": ("0132", "0132", "0132")},
     ],
 )
 def test_decode_attends_to_all_keys_of_a_short_cache(
     q_len: int, causal: bool, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"block_size": 16, "top_k": 3, "causal": causal, **more}
-    case = Case(2, 2, 2, q_len, 115, 64, grads="", lse=False, **options)
+    case = replace(Case(2, 2, 2, q_len, 115, 64, grads="", lse=False), **options)
     for plants in (("k=nan",), ("v*=inf",), ("k*=-inf",)):
         planted = replace(case, plants=plants)
         assert_matches_oracle("planted", planted, attention(planted, "decode"), backward=False)

@@ -868,11 +868,6 @@ def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -
         call()
 
 
-def one_key() -> tuple[Tensor, Tensor]:
-    k, v = torch.randn(2, 2, 2, 1, 16)
-    return k, v
-
-
 def test_a_refused_append_changes_nothing() -> None:
     cache = small(21)
     before = cache.start.clone(), cache.stop.clone(), cache.keys[:, :, :20].clone()
@@ -880,12 +875,52 @@ def test_a_refused_append_changes_nothing() -> None:
     for options in refused:
         with pytest.raises(ValueError, match="must"):
             cache.append(*torch.randn(2, 2, 2, 2, 16), **options)
-    calls: list[dict[str, Any]] = [{"plan": "dense"}, {"softcap": -1.0}, {"sink_blocks": 5}]
-    for options in calls:
-        with pytest.raises(ValueError, match="must"):
-            cached_attention(torch.randn(2, 2, 1, 16), cache, *one_key(), top_k=2, **options)
     for x, y in zip((cache.start, cache.stop, cache.keys[:, :, :20]), before, strict=True):
         assert torch.equal(x, y)
+
+
+def raises(*_: Tensor) -> Tensor:
+    raise ZeroDivisionError("must not be asked")
+
+
+@pytest.mark.parametrize("max_len", [None, 40])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan": "dense"},
+        {"softcap": -1.0},
+        {"sink_blocks": 5},
+        {"counts": torch.tensor([1, 2])},  # for 3 queries
+        {"score_mod": raises},
+        {"plan": "fused", "mask_mod": raises},
+    ],
+)
+def test_a_refused_call_appends_nothing(max_len: int | None, options: dict[str, Any]) -> None:
+    cache, q, new = small(max_len), torch.randn(2, 2, 3, 16), torch.randn(2, 2, 2, 2, 16)
+    kept = cache.keys[:, :, :20].clone(), cache.values[:, :, :20].clone()
+    with pytest.raises((ValueError, ZeroDivisionError), match="must"):
+        cached_attention(q, cache, *new, top_k=2, **options)
+    assert cache.stop.tolist() == [20, 20]
+    k, v = (torch.cat(x, dim=2) for x in zip(kept, new, strict=True))
+    got = cached_attention(q, cache, *new, top_k=3)
+    want = moba_attention(q, k, v, block_size=8, top_k=3)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(got, cached_attention(q, cache, top_k=3))
+
+
+def test_more_queries_than_keys_are_refused() -> None:
+    cache = small()
+    with pytest.raises(ValueError, match="must have at most as many positions as k, 21"):
+        cached_attention(torch.randn(2, 2, 22, 16), cache, *torch.randn(2, 2, 2, 1, 16), top_k=2)
+    assert cache.stop.tolist() == [20, 20]
+
+
+def test_a_plan_counts_the_blocks_that_there_are() -> None:
+    """Not those of memory that a cache has set aside."""
+    cache, new = small(), torch.randn(2, 2, 2, 1, 16)
+    q = torch.randn(2, 2, 1, 16)
+    got = cached_attention(q, cache, *new, top_k=3, plan="dense")
+    torch.testing.assert_close(got, cached_attention(q, cache, top_k=3))
 
 
 def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
