@@ -316,7 +316,10 @@ def test_it_does_not_matter_which_pages_rows_take(dtype: torch.dtype, device: st
     cache = BlockCache(16)
     cache.append(k, v)
     assert torch.equal(*results)
-    torch.testing.assert_close(results[0], cached_attention(q, cache, top_k=3))
+    # Of 16-bit numbers, ways to attend round differently.
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    want = cached_attention(q, cache, top_k=3)
+    torch.testing.assert_close(results[0], want, rtol=bound, atol=bound)
 
 
 def test_a_crop_leaves_pages_as_they_are() -> None:
@@ -513,7 +516,7 @@ def test_kernels_read_and_write_pages(seed: int) -> None:
 
 @pytest.mark.usefixtures("poison")
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=settings().max_examples // 6 + 1)
+@settings(max_examples=settings().max_examples // 16 + 1)
 def test_a_step_appends_and_then_decodes(seed: int) -> None:
     """In Triton's interpreter, bit by bit what two kernels do; all counters end at zero."""
     needs_interpreter()
@@ -551,7 +554,7 @@ def test_a_step_appends_and_then_decodes(seed: int) -> None:
             patch.setattr(kernels, "_MOST_CHOOSING", 0)
         patch.setattr(kernels, "_TILE_BLOCKS", 16)
         patch.setattr(kernels, "_TOGETHER", rng.random() < 0.5)
-        for _ in range(3):
+        for _ in range(2):
             num_new = rng.randint(1, 4)
             some = torch.tensor([rng.randint(0, num_new) for _ in range(batch)]).int()
             counts = rng.choice([None, some])
