@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is not None:  # it comes with the CUDA bui
     from moba_flex.masks.append_kernel import append_triton
 
 MOST_ROWS = 64
-"""Queries that share a key/value head, up to which a step of decode is one launch."""
+"""Queries that share a key/value head, up to which one op chooses blocks and attends."""
 
 
 def count_programs(rows: Tensor, num_kv_heads: int) -> Tensor:
