@@ -2,9 +2,9 @@
 
 Some programs of the kernel append new keys to a cache, some score block keys, some choose blocks,
 and some attend to a part of a block; the last program of a query merges the parts. Programs of a
-kind are one launch. Or all are one: a program waits, by counters in memory, for programs before it
-alone. A GPU starts programs in their order, so that those have started, and none of them waits for
-a later one.
+kind are one launch, or all programs are one. Then a program waits, by counters in memory, for
+programs before it alone. A GPU starts programs in their order, so that those have started, and
+none of them waits for a later one.
 
 The number of programs depends on shapes alone, and kernels read where the keys of a cache lie, so
 that a CUDA graph holds a step while lengths grow.
@@ -16,7 +16,7 @@ query`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import triton
@@ -28,7 +28,7 @@ from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import dense_vectors
 from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
 from moba_flex.masks.append_kernel import append_block, blocks_touched
-from moba_flex.masks.layout import Layout, ceil_div
+from moba_flex.masks.layout import Layout, NewKeys, ceil_div
 
 _TILE_KEYS = 64
 _WARP_BYTES = 8192  # of a tile's keys
@@ -39,7 +39,7 @@ _MOST_AFFINITIES = 1024
 _MOST_PICKS = 16
 _MOST_CHOOSING = 128  # rows
 _SELECTED = 4096  # affinities that such a program holds
-_TOGETHER = False  # whether all programs are one launch
+_TOGETHER = False  # whether all programs are one launch: not measured yet
 
 # The log-sum-exp of a part in which a row sees no key; that of infinite scores is -inf.
 NO_KEYS = tl.constexpr(-3.4028234663852886e38)
@@ -489,8 +489,9 @@ def decode_few_triton(
         As `decode_cpu`.
     """
     places = _Places(*(x if x is None else x.contiguous() for x in (query, start, stop, table)))
-    rest = numbers, causal, head_top_k, scale, softcap
-    return _decode_few(q, k, v, block_keys, places, counters, None, *rest)
+    layout = places.layout(q, k, numbers, causal)
+    gate = _Gate.of(numbers, head_top_k, block_keys)
+    return _decode(q, k, v, layout, gate, places, counters, None, scale, softcap)
 
 
 @kernel_op(
@@ -540,9 +541,10 @@ def decode_step_triton(
     """
     if table is not None:
         table = table.contiguous()
-    places, new = _Places(None, start, stop, table), (k, v, sums, counts)
-    rest = numbers, True, head_top_k, scale, softcap
-    return _decode_few(q, keys, values, block_keys, places, counters, new, *rest)
+    places, new = _Places(None, start, stop, table), NewKeys(k, v, counts, sums)
+    layout = places.layout(q, keys, numbers, True)
+    gate = _Gate.of(numbers, head_top_k, block_keys)
+    return _decode(q, keys, values, layout, gate, places, counters, new, scale, softcap)
 
 
 @dataclass
@@ -553,6 +555,11 @@ class _Places:
     start: Tensor | None = None
     stop: Tensor | None = None
     table: Tensor | None = None
+
+    def layout(self, q: Tensor, k: Tensor, numbers: Sequence[int], causal: bool) -> Layout:
+        """Return the sizes of a row; where it lies, the kernel reads."""
+        kv_len = k.shape[2] if self.table is None else k.shape[2] * self.table.shape[1]
+        return Layout(q.shape[2], kv_len, numbers[1], causal)
 
 
 @dataclass
@@ -575,34 +582,13 @@ class _Gate:
     block_keys: Tensor | None = None
     chosen: Tensor | None = None
 
-
-_New = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""New keys and values, the sums of the cache, and `counts`."""
-
-
-def _decode_few(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_keys: Tensor,
-    places: _Places,
-    counters: Tensor | None,
-    new: _New | None,
-    numbers: Sequence[int],
-    causal: bool,
-    head_top_k: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Do what the ops say whose gate chooses."""
-    picks, block_size, sink_blocks, local_blocks = numbers
-    kv_len = k.shape[2] if places.table is None else k.shape[2] * places.table.shape[1]
-    layout = Layout(q.shape[2], kv_len, block_size, causal)
-    if head_top_k is not None:
-        head_top_k = head_top_k.contiguous()
-    (block_keys,) = dense_vectors(block_keys)
-    gate = _Gate(picks, sink_blocks, local_blocks, head_top_k, block_keys)
-    return _decode(q, k, v, layout, gate, places, counters, new, scale, softcap)
+    @classmethod
+    def of(cls, numbers: Sequence[int], head_top_k: Tensor | None, block_keys: Tensor) -> Self:
+        """Return a gate that is still to choose."""
+        picks, _, sink_blocks, local_blocks = numbers
+        if head_top_k is not None:
+            head_top_k = head_top_k.contiguous()
+        return cls(picks, sink_blocks, local_blocks, head_top_k, *dense_vectors(block_keys))
 
 
 def _decode(
@@ -613,7 +599,7 @@ def _decode(
     gate: _Gate,
     places: _Places,
     counters: Tensor | None,
-    new: _New | None,
+    new: NewKeys | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
@@ -647,7 +633,7 @@ def _decode(
     width = min(_SELECTED, power_of_2(num_blocks)) if scores else 1
     by_head, block_keys = gate.head_top_k, gate.block_keys
     table, queries, extents = places.table, layout.queries, layout.extents
-    new_k, new_v, sums, counts = (None, None, None, None) if new is None else new
+    new_k, new_v, counts, sums = (None, None, None, None) if new is None else new
     read = block_keys, blocks, affinity, by_head, places.query, places.start, places.stop, table
     read_too = queries, extents, sums, new_k, new_v, counts
     # Placeholders stand for what the kernel does not read.

@@ -22,7 +22,7 @@ from moba_flex.masks.layout import Layout
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
     *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
-    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "arrived", "table_ptr", "counter"),
+    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter"),
 )
 FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -42,8 +42,7 @@ def compile_kernel(
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        choosing = (router_kernel.gate_kernel,)
-        if name.startswith(INTS) or (name == "out_ptr" and kernel in choosing):
+        if name.startswith(INTS) or (name == "out_ptr" and kernel is router_kernel.gate_kernel):
             return "*i32"
         return "*fp32" if any(word in name for word in FLOATS) else f"*{DTYPES[dtype]}"
 
