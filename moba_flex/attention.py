@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
+from moba_flex.compile.plans import Plan as AnyPlan
 from moba_flex.compile.plans import PlanName, Result, find_plan
 from moba_flex.masks._torch.exporting import record
 from moba_flex.masks._torch.inputs import cast_by_autocast
@@ -252,7 +253,13 @@ def attend(
     request: Request, name: str, return_aux: AuxRequest | None
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend by the plan of a name, and return what is asked for."""
-    plan = find_plan(name, request)
+    return attend_by(find_plan(name, request), request, return_aux)
+
+
+def attend_by(
+    plan: AnyPlan, request: Request, return_aux: AuxRequest | None
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Attend by a plan that can serve the request, and return what is asked for."""
     if not plan.reads_pages:
         request = request.joined()
     gate, device = request.gate, request.q.device.type

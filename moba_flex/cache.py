@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from typing_extensions import override  # of typing from Python 3.12 on
 
-from moba_flex.attention import Plan, attend
+from moba_flex.attention import Plan, attend, attend_by
 from moba_flex.compile.plans import find_plan
 from moba_flex.masks._torch.exporting import is_exporting, is_traced
 from moba_flex.masks._torch.inputs import cast_by_autocast
@@ -247,7 +247,7 @@ class BlockCache:
     def block_keys(self) -> Tensor:
         """The mean keys of the blocks, `[B, Hkv, N, D]`.
 
-        Of a block without keys it is anything, and of one that lost some, what it was before. The
+        A block without keys has any value, and one that lost keys keeps its value of before. The
         gate reads neither: no query chooses among blocks that are not full.
         """
         block_keys = self._filled().block_keys
@@ -417,8 +417,8 @@ class PagedCache:
     def rows(self, block_table: Tensor, lengths: Tensor) -> "PagedRows":
         """Return the rows of a batch, to append to and to attend to.
 
-        Both tensors may be changed in place between calls, as a CUDA graph needs it. Lower lengths
-        take keys back.
+        Both tensors may be changed in place between calls, as a CUDA graph needs it. Lowering a
+        length takes keys back.
 
         Args:
             block_table: Page of each `page_size` slots of a row, int32 `[B, W]`; behind the pages
@@ -745,8 +745,9 @@ def cached_attention(
     # Under autocast a request has a copy of the cache.
     if plan in ("auto", "decode") and q.is_cuda and not torch.is_autocast_enabled("cuda"):
         asked = request(new)
-        if find_plan(plan, asked).appends(asked):
-            result = attend(asked, plan, return_aux)
+        found = find_plan(plan, asked)
+        if found.appends(asked):
+            result = attend_by(found, asked, return_aux)
             cache._end(new)
             return result
     if is_traced():
