@@ -2,9 +2,8 @@
 
     python -m perf.prefill --out perf/results/prefill_h200.json
 
-Of each chunk, keys and values are appended and the queries attend, routing inside. Milliseconds
-are the least of several prefills of the whole prompt, from the first launch to the end of the
-last.
+A chunk appends its keys and values, and its queries attend, routing inside. Milliseconds are the
+least of several prefills of the whole prompt, from the first call to the end of the last kernel.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moba_flex import BlockCache, cached_attention, moba_attention
 from perf.decode import DIM, GATES, HEADS, KV_HEADS, draw
+from perf.timing import synced_clock
 
 ROUNDS = 5
 
@@ -25,15 +25,12 @@ ROUNDS = 5
 def milliseconds(prefill: Callable[[], Any]) -> float:
     """Return the least time of a prefill, after one that compiles."""
     prefill()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(ROUNDS):
-        start.record()
+        start = synced_clock()
         prefill()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return min(times)
+        times.append(synced_clock() - start)
+    return 1e3 * min(times)
 
 
 def measure(kv_len: int, chunk: int, gate: tuple[int, int]) -> dict[str, Any]:

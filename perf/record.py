@@ -30,15 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ids = tokenizer("\n\n".join(topics.values()), verbose=False).input_ids
     seen: list[tuple[Tensor, ...]] = []
 
-    def note(
-        layer: int | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None,
-        config: MoBAConfig,
-        layout: dict[str, Tensor],
-    ) -> None:
+    def note(layer: int | None, q: Tensor, k: Tensor, v: Tensor, *_: object) -> None:
         if layer == options.layer:
             seen.append(tuple(x.bfloat16() for x in (q, k, v)))
 
