@@ -37,8 +37,8 @@ def append(
     """Write keys and values into a cache, and add the keys to the sums of their blocks.
 
     A block's keys are added in float32, one after another, in whatever chunks they come. So block
-    keys have the bits that `pool` gives them. Beside each sum is the number of its keys. If it is
-    not that of the keys before the new ones, as after `stop` was lowered, they are added up anew.
+    keys have the bits that `pool` gives them. Each sum has the number of its keys beside it. If
+    `stop` was lowered since, a block holds fewer keys, and `append` adds these up anew.
 
     Args:
         keys: The cache's keys, `[B, Hkv, S, D]`; written to.

@@ -251,7 +251,7 @@ def test_memory_of_block_keys_is_small() -> None:
     cache = BlockCache(128, max_len=4096)
     cache.append(*torch.randn(2, 1, 2, 1, 64, dtype=torch.bfloat16))
     memory = cache.memory()
-    # Of 128 keys and values: a sum, a number and a block key.
+    # 128 keys and values have one sum, one number and one block key.
     assert memory["blocks"] / memory["keys and values"] == (6 * 64 + 4) / (4 * 64 * 128)
 
 
@@ -316,7 +316,7 @@ def test_it_does_not_matter_which_pages_rows_take(dtype: torch.dtype, device: st
     cache = BlockCache(16)
     cache.append(k, v)
     assert torch.equal(*results)
-    # Of 16-bit numbers, ways to attend round differently.
+    # Two ways to attend round 16-bit numbers differently.
     bound = 1e-5 if dtype == torch.float32 else 5e-3
     want = cached_attention(q, cache, top_k=3)
     torch.testing.assert_close(results[0], want, rtol=bound, atol=bound)

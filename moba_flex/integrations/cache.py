@@ -204,7 +204,7 @@ def blocks_of(
 ) -> BlockCache | None:
     """Return what holds `key` and its block keys in a cache; None if nothing does.
 
-    Nor does anything hold those of rows that start elsewhere, as a later mask may say.
+    The result is None, too, if a later mask says that rows start elsewhere.
     """
     if not isinstance(cache, Cache) or layer_idx is None or layer_idx >= len(cache.layers):
         return None
