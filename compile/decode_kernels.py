@@ -1,10 +1,9 @@
 """The decode plan on CUDA: few queries, each with its own choice among many keys.
 
-Some programs of the kernel append new keys to a cache, some score block keys, some choose blocks,
-and some attend to a part of a block; the last program of a query merges the parts. Programs of a
-kind are one launch, or all programs are one. Then a program waits, by counters in memory, for
-programs before it alone. A GPU starts programs in their order, so that those have started, and
-none of them waits for a later one.
+A step is one launch. Some programs append new keys to a cache, some score block keys, some choose
+blocks, and some attend to a part of a block; the last program of a query merges the parts. A
+program waits, by counters in memory, for programs before it alone. A GPU starts programs in their
+order, so that those have started, and none of them waits for a later one.
 
 The number of programs depends on shapes alone, and kernels read where the keys of a cache lie, so
 that a CUDA graph holds a step while lengths grow.
@@ -27,23 +26,23 @@ from moba_flex.compile.fused_kernels import _cap
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.inputs import dense_vectors
 from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
-from moba_flex.masks.append_kernel import append_block, blocks_touched
+from moba_flex.masks.append_kernel import append_block, blocks_touched, keys_ahead
 from moba_flex.masks.layout import Layout, NewKeys, ceil_div
 
 _TILE_KEYS = 64
 _WARP_BYTES = 8192  # of a tile's keys
 _TILE_PARTS = 32
-_TILE_BLOCKS = 32
 # Beyond any of these, programs of their own choose blocks, rather than each that attends.
 _MOST_AFFINITIES = 1024
 _MOST_PICKS = 16
 _MOST_CHOOSING = 128  # rows
-_SELECTED = 4096  # affinities that such a program holds
-_TOGETHER = False  # whether all programs are one launch: not measured yet
+# What such a program holds: affinities at a time, and the best of each of so many lanes.
+_HELD = 2048
+_LANES = 256
 
 # The log-sum-exp of a part in which a row sees no key; that of infinite scores is -inf.
 NO_KEYS = tl.constexpr(-3.4028234663852886e38)
-# What an append adds to the counter of a list; a tile of scores adds 1.
+# What an append adds to the counter of a list; a tile of scores, or the choice of a row, adds 1.
 _APPENDED = tl.constexpr(1 << 16)
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
@@ -51,7 +50,6 @@ _SIZES = [
     "num_heads", "group", "q_len", "kv_len", "num_blocks", "block_size", "picks", "tiles",
     "table_rows", "rows", "sink_blocks", "local_blocks", "numbers", "blocks_per_page",
     "page_size", "num_pages", "table_width", "lists", "touched", "score_tiles", "stride_counter",
-    "earlier",
 ]  # fmt: skip
 
 
@@ -78,12 +76,13 @@ def _score(  # type: ignore[no-untyped-def]
     group, q_len, num_blocks, block_size, rows, sink_blocks, local_blocks, blocks_per_page,
     table_width, touched,
     APPEND: tl.constexpr, PAGED: tl.constexpr, CAUSAL: tl.constexpr, FORCED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    AT_ONCE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the affinities of the rows of a list with a tile of blocks, as integers that sort so.
 
     The least integer stands for a block that a row cannot choose. Block keys change from block
-    `fresh` on.
+    `fresh` on. With `AT_ONCE`, block keys are loaded before it is known which of them exist.
     """
     row, dim, block = tl.arange(0, ROWS), tl.arange(0, D), tile * TILE + tl.arange(0, TILE)
     place = index.to(tl.int64) * rows + row
@@ -95,24 +94,27 @@ def _score(  # type: ignore[no-untyped-def]
     within = (row < rows)[:, None] & (block < num_blocks)[None, :]
     none = tl.full([ROWS, TILE], -0x80000000, tl.int32)
     last = tl.minimum(tl.max(newest, 0), num_blocks - 1)
+    head = kv_head * group + row // q_len
+    q_ptr += batch * stride_qb
+    q_ptrs = q_ptr + head[:, None] * stride_qh + (row % q_len)[:, None] * stride_qm
+    exists = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(q_ptrs + dim[None, :], mask=exists, other=0.0)
+    loaded = block < num_blocks if AT_ONCE else block <= last
+    if PAGED:
+        table_ptrs = table_ptr + batch * table_width + block // blocks_per_page
+        page = tl.load(table_ptrs, mask=loaded, other=0).to(tl.int64)
+        offset = page * stride_sb + (block % blocks_per_page) * stride_sn
+    else:
+        offset = batch * stride_sb + block.to(tl.int64) * stride_sn
+    key_ptrs = block_keys_ptr + kv_head * stride_sh + offset[None, :] + dim[:, None]
+    exists = loaded[None, :] & (dim < HEAD_DIM)[:, None]
+    keys = tl.load(key_ptrs, mask=exists, other=0.0)
     if tile * TILE <= last:
-        head = kv_head * group + row // q_len
-        q_ptr += batch * stride_qb
-        q_ptrs = q_ptr + head[:, None] * stride_qh + (row % q_len)[:, None] * stride_qm
-        exists = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
-        q = tl.load(q_ptrs + dim[None, :], mask=exists, other=0.0)
-        if PAGED:
-            table_ptrs = table_ptr + batch * table_width + block // blocks_per_page
-            page = tl.load(table_ptrs, mask=block <= last, other=0).to(tl.int64)
-            offset = page * stride_sb + (block % blocks_per_page) * stride_sn
-        else:
-            offset = batch * stride_sb + block.to(tl.int64) * stride_sn
         if APPEND:  # noqa: SIM102 (Triton would compile both conditions)
             if (fresh <= last) & (fresh < (tile + 1) * TILE):
                 _wait(ready_ptr, touched * _APPENDED)
-        key_ptrs = block_keys_ptr + kv_head * stride_sh + offset[None, :] + dim[:, None]
-        exists = (block <= last)[None, :] & (dim < HEAD_DIM)[:, None]
-        affinity = tl.dot(q, tl.load(key_ptrs, mask=exists, other=0.0), input_precision="ieee")
+                keys = tl.load(key_ptrs, mask=exists, other=0.0)
+        affinity = tl.dot(q, keys, input_precision="ieee")
         largest = 3.4028234663852886e38
         affinity = tl.where(affinity == affinity, affinity, -largest)  # NaN counts as lowest
         affinity = tl.minimum(tl.maximum(affinity, -largest), largest)
@@ -132,31 +134,25 @@ def _score(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _next_best(  # type: ignore[no-untyped-def]
-    affinity, affinity_ptr, num_blocks, before, WHOLE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Return the largest number below `before`: the affinity of a block, then the block.
+def _find_best(affinity, number, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the affinity and the block of a row that `number - 1` others exceed.
 
-    `affinity` holds the first `WIDTH` affinities of a row.
+    The later of equal blocks is better.
     """
+    # Maxima of 32-bit integers are single instructions of a warp.
     at = tl.arange(0, WIDTH)
-    lowest = tl.full([1], -0x80000000, tl.int64) << 32
-    key = (affinity.to(tl.int64) << 32) | at
-    best = tl.max(tl.where(key < before, key, lowest), 0)
-    if not WHOLE:
-        for begin in range(WIDTH, num_blocks, WIDTH):
-            block = begin + at
-            mask = block < num_blocks
-            more = tl.load(affinity_ptr + block, mask=mask, other=-0x80000000)
-            key = (more.to(tl.int64) << 32) | block
-            best = tl.maximum(best, tl.max(tl.where(key < before, key, lowest), 0))
-    return best
-
-
-@triton.jit
-def _block_of(best):  # type: ignore[no-untyped-def]
-    """Return the block in a number of `_next_best`, or -1 if a row cannot choose it."""
-    return tl.where(best >> 32 != -0x80000000, best & 0x7FFFFFFF, -1).to(tl.int32)
+    top, best = tl.full([], 0x7FFFFFFF, tl.int32), number * 0 + WIDTH
+    for _ in range(number):
+        top = tl.max(tl.where(affinity < top, affinity, -0x80000000), 0)
+    if tl.sum((affinity >= top).to(tl.int32), 0) == number:
+        best = tl.max(tl.where(affinity == top, at, -1), 0)
+    else:  # some are equal: find one after the other
+        top = tl.full([], 0x7FFFFFFF, tl.int32)
+        for _ in range(number):
+            left = (affinity < top) | ((affinity == top) & (at < best))
+            top = tl.max(tl.where(left, affinity, -0x80000000), 0)
+            best = tl.max(tl.where(left & (affinity == top), at, -1), 0)
+    return top, best
 
 
 @triton.jit
@@ -171,17 +167,39 @@ def _room(head_top_k_ptr, row, q_len, picks, numbers, BY_HEAD: tl.constexpr):  #
 @triton.jit
 def _select(  # type: ignore[no-untyped-def]
     affinity_ptr, blocks_ptr, head_top_k_ptr, row, q_len, num_blocks, picks, numbers,
-    BY_HEAD: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr,
+    BY_HEAD: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the best blocks of one row, best first; -1 for none."""
-    at = tl.arange(0, WIDTH)
+    """Write the best blocks of one row, best first; -1 for none.
+
+    A lane knows the best of the blocks whose number is its own modulo `WIDTH`.
+    """
+    lane, turn, depth = tl.arange(0, WIDTH), tl.arange(0, ROUNDS), tl.arange(0, DEPTH)
     affinity_ptr += row * num_blocks
     room = _room(head_top_k_ptr, row, q_len, picks, numbers, BY_HEAD)
-    affinity = tl.load(affinity_ptr + at, mask=at < num_blocks, other=-0x80000000)
-    best = tl.max(tl.full([1], 0x7FFFFFFFFFFFFFFF, tl.int64), 0)
+    high = tl.full([WIDTH], -0x80000000, tl.int32)
+    high_at = tl.full([WIDTH], -1, tl.int32)
+    for begin in range(0, num_blocks, WIDTH * ROUNDS):
+        block = begin + turn[:, None] * WIDTH + lane[None, :]
+        some = tl.load(affinity_ptr + block, mask=block < num_blocks, other=-0x80000000)
+        top = tl.max(some, 0)
+        high_at = tl.where(
+            top >= high, tl.max(tl.where(some == top[None, :], block, -1), 0), high_at
+        )
+        high = tl.maximum(high, top)
     for pick in range(picks):
-        best = _next_best(affinity, affinity_ptr, num_blocks, best, WHOLE, WIDTH)
-        tl.store(blocks_ptr + row * picks + pick, tl.where(pick < room, _block_of(best), -1))
+        top = tl.max(high, 0)
+        best = tl.max(tl.where(high == top, high_at, -1), 0)
+        chosen = (pick < room) & (top != -0x80000000)
+        tl.store(blocks_ptr + row * picks + pick, tl.where(chosen, best, -1))
+        block = best % WIDTH + depth * WIDTH
+        exists = (block >= 0) & (block < num_blocks)
+        some = tl.load(affinity_ptr + block, mask=exists, other=-0x80000000)
+        left = (some < top) | ((some == top) & (block < best))
+        some = tl.where(left, some, -0x80000000)
+        below = tl.max(some, 0)
+        found = tl.max(tl.where(left & (some == below), block, -1), 0)
+        high_at = tl.where(lane == best % WIDTH, found, high_at)
+        high = tl.where(lane == best % WIDTH, below, high)
 
 
 @triton.jit
@@ -225,7 +243,7 @@ def _merge(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_to_part(  # type: ignore[no-untyped-def]
-    q, k_ptr, v_ptr, table_ptr, part_ptr, part_lse_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, part_ptr, part_lse_ptr,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     batch, kv_head, begin, end, page_size, table_width, scale, cap,
     PAGED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -244,6 +262,7 @@ def _attend_to_part(  # type: ignore[no-untyped-def]
         v_ptr += where * stride_vb + kv_head * stride_vh + slot * stride_vn
         k_ptrs = k_ptr + key[:, None] * stride_kn + dim[None, :]
         v_ptrs = v_ptr + key[:, None] * stride_vn + value_dim[None, :]
+        q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
         k = tl.load(k_ptrs, mask=seen[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=seen[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
         score = tl.sum(k.to(tl.float32) * q[None, :], 1)
@@ -276,37 +295,42 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     stride_new_vb, stride_new_vh, stride_new_vn, stride_new_vd,
     num_heads, group, q_len, kv_len, num_blocks, block_size, picks, tiles, table_rows, rows,
     numbers, sink_blocks, local_blocks, blocks_per_page, page_size, num_pages, table_width,
-    lists, touched, score_tiles, stride_counter, earlier, scale, cap,
+    lists, touched, score_tiles, stride_counter, scale, cap,
     APPEND: tl.constexpr, COUNTS: tl.constexpr, SCORE: tl.constexpr, SELECT: tl.constexpr,
-    FORCED: tl.constexpr, BY_HEAD: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr,
+    FORCED: tl.constexpr, BY_HEAD: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr,
+    DEPTH: tl.constexpr, AHEAD: tl.constexpr,
     CACHED: tl.constexpr, QUERY: tl.constexpr, PAGED: tl.constexpr, TABLES: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, TILE_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Append, score, choose and attend, by the number of the program, after `earlier` ones.
+    """Append, score, choose and attend, by the number of the program.
 
     The first programs of a list append to one of `touched` blocks each, or score one of
     `score_tiles` tiles of blocks. With `SELECT`, the next choose the blocks of one row each. The
-    others attend from one row to up to `TILE` keys of a block; the last block of a row is its own,
-    and without `SELECT` these programs choose the others themselves, or find them in a list. Rows
-    that chose the same block are neighbours, and find its keys in the L2 cache.
+    next attend from one row to up to `TILE` keys of a block; the last block of a row is its own,
+    and without `SELECT` these programs choose the others themselves, or find them in a list. The
+    last of these that ends for a row merges its parts. The last programs of all, one for each row
+    of the batch, set its counters to zero.
 
-    The counters of a row of the batch are the number of its queries that are merged, then for each
-    list what is appended and scored, then for each query the number of its programs that have
-    ended. Their last user sets them to zero.
+    The counters of a row of the batch are the number of its queries whose parts are written, then
+    for each list what is appended, scored and chosen, then for each query the number of its
+    programs that have ended.
     """
-    program, prepare = tl.program_id(0) + earlier, touched + score_tiles
-    num_lists_of_batch = num_heads // group
-    before, selecting = lists * prepare, lists * 0
+    program, prepare = tl.program_id(0), touched + score_tiles
+    num_lists_of_batch, parts = num_heads // group, (picks + 1) * tiles
+    before, selecting, attending = lists * prepare, lists * 0, lists * rows * parts
     if SELECT:
         selecting = lists * rows
     if program < before:
         index, tile = program // prepare, program % prepare - touched
     elif program < before + selecting:
         index, tile = (program - before) // rows, program * 0
+    elif program < before + selecting + attending:
+        index, tile = (program - before - selecting) // (rows * parts), program * 0
     else:
-        index, tile = (program - before - selecting) // (rows * (picks + 1) * tiles), program * 0
+        index = (program - before - selecting - attending) * num_lists_of_batch
+        tile = program * 0
     batch = (index // num_lists_of_batch).to(tl.int64)
     kv_head = (index % num_lists_of_batch).to(tl.int64)
     counter_ptr += batch * stride_counter
@@ -336,7 +360,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                     stride_new_vb, stride_new_vh, stride_new_vn, stride_new_vd,
                     batch, kv_head, tile + touched, first, low, stop,
                     num_lists_of_batch, blocks_per_page, block_size, kv_len, page_size, num_pages,
-                    table_width, PAGED, HEAD_DIM, D, VALUE_DIM, DV,
+                    table_width, PAGED, HEAD_DIM, D, VALUE_DIM, DV, AHEAD,
                 )  # fmt: skip
         elif SCORE:
             _, own = _place(tl.arange(0, ROWS), rows, query, first, stop, q_len, block_size)
@@ -346,50 +370,42 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                 batch, kv_head, index, tile, first, stop, own, (low - first) // block_size,
                 group, q_len, num_blocks, block_size, rows, sink_blocks, local_blocks,
                 blocks_per_page, table_width, touched,
-                APPEND, PAGED, CAUSAL, FORCED, HEAD_DIM, D, ROWS, TILE_BLOCKS,
+                APPEND, PAGED, CAUSAL, FORCED, not (SELECT or PAGED), HEAD_DIM, D, ROWS,
+                TILE_BLOCKS,
             )  # fmt: skip
         tl.debug_barrier()  # all threads have written before one of them says so
         tl.atomic_add(ready_ptr, tl.where(tile < 0, _APPENDED, 1))
     elif program < before + selecting:
         if SELECT:
             _wait(ready_ptr, touched * _APPENDED + score_tiles)
-            place = (program - before).to(tl.int64)
             _select(
-                affinity_ptr, blocks_ptr, head_top_k_ptr, place, q_len, num_blocks, picks, numbers,
-                BY_HEAD, WHOLE, WIDTH,
+                affinity_ptr, blocks_ptr, head_top_k_ptr, (program - before).to(tl.int64), q_len,
+                num_blocks, picks, numbers, BY_HEAD, WIDTH, ROUNDS, DEPTH,
             )  # fmt: skip
             tl.debug_barrier()
-            tl.atomic_add(arrived_ptr + place - batch * (num_lists_of_batch * rows), 1)
-    else:
-        parts = (picks + 1) * tiles
+            tl.atomic_add(ready_ptr, 1)
+    elif program < before + selecting + attending:
         row = (program - before - selecting) % rows
         part = (program - before - selecting) // rows % parts
-        choice, place = part // tiles, index.to(tl.int64) * rows + row
-        arrived_ptr += kv_head * rows + row
-        dim = tl.arange(0, D)
-        head = kv_head * group + row // q_len
-        q_ptr += batch * stride_qb + head * stride_qh + row % q_len * stride_qm
-        q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+        choice, turn = part // tiles, row % q_len
         if TABLES:
-            queries_ptr += batch % table_rows * q_len + row % q_len
+            queries_ptr += batch % table_rows * q_len + turn
             position, own = tl.load(queries_ptr), tl.load(queries_ptr + table_rows * q_len)
         else:
             position, own = _place(row, rows, query, first, stop, q_len, block_size)
-        block = own
+        place, block = index.to(tl.int64) * rows + row, own
         if choice < picks:
             if SELECT:
-                _wait(arrived_ptr, 1)
+                _wait(ready_ptr, touched * _APPENDED + score_tiles + rows)
             elif SCORE:
                 _wait(ready_ptr, touched * _APPENDED + score_tiles)
             if SCORE and not SELECT:
                 at = tl.arange(0, WIDTH)
                 affinity_ptr += place * num_blocks
                 affinity = tl.load(affinity_ptr + at, mask=at < num_blocks, other=-0x80000000)
-                best = tl.max(tl.full([1], 0x7FFFFFFFFFFFFFFF, tl.int64), 0)
-                for _ in range(choice + 1):
-                    best = _next_best(affinity, affinity_ptr, num_blocks, best, True, WIDTH)
+                top, best = _find_best(affinity, choice + 1, WIDTH)
                 room = _room(head_top_k_ptr, place, q_len, picks, numbers, BY_HEAD)
-                block = tl.where(choice < room, _block_of(best), -1)
+                block = tl.where((choice < room) & (top != -0x80000000), best, -1)
             else:
                 block = tl.load(blocks_ptr + place * picks + choice)
         elif APPEND:
@@ -404,26 +420,28 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                 end = tl.minimum(begin + block_size, stop)
             if CAUSAL:
                 end = tl.minimum(end, position + 1)
+        head = kv_head * group + row // q_len
+        q_ptr += batch * stride_qb + head * stride_qh + turn * stride_qm
         _attend_to_part(
-            q, k_ptr, v_ptr, table_ptr,
+            q_ptr, k_ptr, v_ptr, table_ptr,
             part_ptr + (place * parts + part) * VALUE_DIM, part_lse_ptr + place * parts + part,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
             batch, kv_head, begin + part % tiles * TILE, end, page_size, table_width, scale, cap,
             PAGED, SOFTCAP, PRECISION, HEAD_DIM, D, VALUE_DIM, DV, TILE,
         )  # fmt: skip
         tl.debug_barrier()
-        last = parts - 1
-        if SELECT:
-            last += 1
-        if tl.atomic_add(arrived_ptr, 1) == last:
-            _merge(place, part_ptr, part_lse_ptr, out_ptr, lse_ptr, parts, VALUE_DIM, DV, PARTS)
+        arrived_ptr += kv_head * rows + row
+        if tl.atomic_add(arrived_ptr, 1) == parts - 1:
             tl.store(arrived_ptr, 0)
-            if tl.atomic_add(counter_ptr, 1) == num_lists_of_batch * rows - 1:
-                tl.store(counter_ptr, 0)
-                for at in range(1, num_lists_of_batch + 1):
-                    tl.store(counter_ptr + at, 0)
-                if APPEND:
-                    tl.store(stop_ptr + batch, stop)
+            tl.atomic_add(counter_ptr, 1)
+            _merge(place, part_ptr, part_lse_ptr, out_ptr, lse_ptr, parts, VALUE_DIM, DV, PARTS)
+    else:
+        _wait(counter_ptr, num_heads * q_len)
+        tl.store(counter_ptr, 0)
+        for at in range(1, num_lists_of_batch + 1):
+            tl.store(counter_ptr + at, 0)
+        if APPEND:
+            tl.store(stop_ptr + batch, stop)
 
 
 @kernel_op("moba_flex::decode_triton")
@@ -611,7 +629,8 @@ def _decode(
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    lists, rows, total = batch * num_kv_heads, num_heads // num_kv_heads * q_len, lse.numel()
+    group = num_heads // num_kv_heads
+    lists, rows, total = batch * num_kv_heads, group * q_len, lse.numel()
     tile = min(_TILE_KEYS, power_of_2(layout.block_size))
     tile_bytes = tile * max(head_dim, value_dim) * k.element_size()
     tiles, picks = ceil_div(layout.block_size, tile), gate.picks
@@ -629,8 +648,12 @@ def _decode(
         selects = not cheap or total > _MOST_CHOOSING
         if selects:
             blocks = affinity.new_empty(total, picks)
-    score_tiles = ceil_div(num_blocks, _TILE_BLOCKS) if scores else 0
-    width = min(_SELECTED, power_of_2(num_blocks)) if scores else 1
+    tile_blocks = 32 if selects else 16
+    score_tiles = ceil_div(num_blocks, tile_blocks) if scores else 0
+    width = power_of_2(num_blocks) if scores else 1
+    if selects:
+        width = min(width, _LANES)
+    depth = power_of_2(ceil_div(num_blocks, width)) if selects else 1
     by_head, block_keys = gate.head_top_k, gate.block_keys
     table, queries, extents = places.table, layout.queries, layout.extents
     new_k, new_v, counts, sums = (None, None, None, None) if new is None else new
@@ -648,7 +671,7 @@ def _decode(
     )
     numbers = (
         num_heads,
-        num_heads // num_kv_heads,
+        group,
         q_len,
         layout.kv_len,
         num_blocks,
@@ -676,8 +699,10 @@ def _decode(
         SELECT=selects,
         FORCED=gate.sink_blocks + gate.local_blocks > 0,
         BY_HEAD=by_head is not None,
-        WHOLE=width >= num_blocks,
         WIDTH=width,
+        ROUNDS=min(depth, max(1, _HELD // width)),
+        DEPTH=depth,
+        AHEAD=1 if new is None else keys_ahead(q_len, layout.block_size),
         CACHED=places.start is not None,
         QUERY=places.query is not None,
         PAGED=table is not None,
@@ -691,22 +716,19 @@ def _decode(
         DV=power_of_2(value_dim),
         ROWS=max(16, power_of_2(rows)) if scores else 1,
         TILE=tile,
-        TILE_BLOCKS=_TILE_BLOCKS,
+        TILE_BLOCKS=tile_blocks,
         PARTS=min(_TILE_PARTS, power_of_2(parts)),
         num_warps=min(8, power_of_2(max(1, tile_bytes // _WARP_BYTES))),
         # For its assertions; else Triton would check each sum of integers too.
         **({} if is_traced() or new is None else {"debug": True, "sanitize_overflow": False}),
     )
-    earlier, programs = 0, [lists * (touched + score_tiles), total * selects, total * parts]
-    for number in [sum(programs)] if _TOGETHER else programs:
-        if number:
-            launch(
-                wrap_triton(decode_kernel),
-                (number,),
-                *(q, k, v, *tensors, *strides, *numbers, earlier),
-                scale / math.log(2),
-                softcap / math.log(2),
-                **options,
-            )
-        earlier += number
+    programs = lists * (touched + score_tiles) + total * (selects + parts) + batch
+    launch(
+        wrap_triton(decode_kernel),
+        (programs,),
+        *(q, k, v, *tensors, *strides, *numbers),
+        scale / math.log(2),
+        softcap / math.log(2),
+        **options,
+    )
     return out, lse

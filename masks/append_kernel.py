@@ -7,11 +7,25 @@ from torch import Tensor
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
 
+# The most keys that are loaded at a time.
+_MOST_AHEAD = 64
+
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = [
     "num_heads", "num_new", "touched", "num_blocks", "block_size", "num_slots", "page_size",
     "num_pages", "table_width", "stride_counter",
 ]  # fmt: skip
+
+
+@triton.jit
+def _add_up(total, ptrs, stride, start, stop, within, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add the keys from `start` to `stop` to a sum, in their order."""
+    for at in range(start, stop, AHEAD):
+        for i in tl.static_range(AHEAD):
+            place = tl.cast(at + i, tl.int64) * stride
+            key = tl.load(ptrs + place, mask=within & (at + i < stop), other=0.0)
+            total += key.to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -25,7 +39,7 @@ def append_block(  # type: ignore[no-untyped-def]
     num_heads, num_blocks, block_size, num_slots, page_size, num_pages, table_width,
     PAGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Write those of the new keys and values that lie in one block, and add up its keys in order.
 
@@ -46,10 +60,10 @@ def append_block(  # type: ignore[no-untyped-def]
         where = tl.load(table_ptr, mask=begin < high, other=0).to(tl.int64)
         tl.device_assert((where >= 0) & (where < num_pages), "block_table must name pages")
         number_of_block, moved = block % num_blocks, page.to(tl.int64) * page_size
-    keys_ptr += where * stride_keys_b + head * stride_keys_h + dim * stride_keys_d
-    values_ptr += where * stride_values_b + head * stride_values_h + value_dim * stride_values_d
-    k_ptr += batch * stride_kb + head * stride_kh + dim * stride_kd
-    v_ptr += batch * stride_vb + head * stride_vh + value_dim * stride_vd
+    keys_ptr += where * stride_keys_b + head * stride_keys_h
+    values_ptr += where * stride_values_b + head * stride_values_h
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
 
     out = (where * num_heads + head) * num_blocks + number_of_block
     block_keys_ptr += out * HEAD_DIM + dim
@@ -59,19 +73,26 @@ def append_block(  # type: ignore[no-untyped-def]
     total = tl.load(sums_ptr + dim, mask=going_on & (dim < HEAD_DIM), other=0.0)
     added = tl.load(sums_ptr + HEAD_DIM, mask=going_on, other=0.0)
     if going_on & (added != (from_slot - begin).to(tl.float32)):  # lengths were changed since
-        total = tl.zeros_like(total)
-        for slot in range(begin, from_slot):
-            at = (slot - begin).to(tl.int64) + begin - moved
-            key = tl.load(keys_ptr + at * stride_keys_n, mask=dim < HEAD_DIM, other=0.0)
-            total += key.to(tl.float32)
-    for slot in range(from_slot, to_slot):
-        new = (slot - low).to(tl.int64)
-        key = tl.load(k_ptr + new * stride_kn, mask=dim < HEAD_DIM, other=0.0)
-        value = tl.load(v_ptr + new * stride_vn, mask=value_dim < VALUE_DIM, other=0.0)
-        at = low + new - moved
-        tl.store(keys_ptr + at * stride_keys_n, key, mask=dim < HEAD_DIM)
-        tl.store(values_ptr + at * stride_values_n, value, mask=value_dim < VALUE_DIM)
-        total += key.to(tl.float32)
+        total = _add_up(
+            tl.zeros_like(total), keys_ptr + dim * stride_keys_d, stride_keys_n, begin - moved,
+            from_slot - moved, dim < HEAD_DIM, AHEAD,
+        )  # fmt: skip
+    total = _add_up(
+        total, k_ptr + dim * stride_kd, stride_kn, from_slot - low, to_slot - low, dim < HEAD_DIM,
+        AHEAD,
+    )  # fmt: skip
+    for at in range(from_slot, to_slot, AHEAD):
+        slot = at + tl.arange(0, AHEAD).to(tl.int64)
+        new, place = (slot - low)[:, None], (slot - moved)[:, None]
+        exists = (slot < to_slot)[:, None] & (dim < HEAD_DIM)[None, :]
+        key = tl.load(k_ptr + new * stride_kn + dim[None, :] * stride_kd, mask=exists)
+        exists_value = (slot < to_slot)[:, None] & (value_dim < VALUE_DIM)[None, :]
+        value_ptrs = v_ptr + new * stride_vn + value_dim[None, :] * stride_vd
+        value = tl.load(value_ptrs, mask=exists_value)
+        key_ptrs = keys_ptr + place * stride_keys_n + dim[None, :] * stride_keys_d
+        tl.store(key_ptrs, key, mask=exists)
+        value_ptrs = values_ptr + place * stride_values_n + value_dim[None, :] * stride_values_d
+        tl.store(value_ptrs, value, mask=exists_value)
     count = tl.maximum(to_slot - begin, 1).to(tl.float32)
     written = (block >= 0) & (from_slot < to_slot)
     tl.store(sums_ptr + dim, total, mask=written & (dim < HEAD_DIM))
@@ -94,7 +115,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
     table_width, stride_counter,
     COUNTS: tl.constexpr, PAGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Append to one block.
 
@@ -115,7 +136,7 @@ def append_kernel(  # type: ignore[no-untyped-def]
         stride_vb, stride_vh, stride_vn, stride_vd,
         batch, head, tl.program_id(0) % touched, first, low, high,
         num_heads, num_blocks, block_size, num_slots, page_size, num_pages, table_width,
-        PAGED, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+        PAGED, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, AHEAD,
     )  # fmt: skip
     counter_ptr += batch * stride_counter
     tl.debug_barrier()
@@ -127,6 +148,11 @@ def append_kernel(  # type: ignore[no-untyped-def]
 def blocks_touched(num_new: int, block_size: int) -> int:
     """Return as many blocks as `num_new` slots can touch, wherever they lie."""
     return (num_new + block_size - 2) // block_size + 1
+
+
+def keys_ahead(num_new: int, block_size: int) -> int:
+    """Return how many keys to load at a time."""
+    return min(_MOST_AHEAD, power_of_2(min(num_new, block_size)))
 
 
 @kernel_op(
@@ -152,7 +178,7 @@ def append_triton(
     value_dim, width = v.shape[3], 1 if table is None else table.shape[1]
     if batch * num_heads * num_new == 0:
         return
-    touched = blocks_touched(num_new, block_size)
+    touched, ahead = blocks_touched(num_new, block_size), keys_ahead(num_new, block_size)
     launch(
         wrap_triton(append_kernel),
         (touched * batch * num_heads,),
@@ -177,7 +203,8 @@ def append_triton(
         HEAD_DIM_PADDED=power_of_2(head_dim),
         VALUE_DIM=value_dim,
         VALUE_DIM_PADDED=power_of_2(value_dim),
-        num_warps=1,
+        AHEAD=ahead,
+        num_warps=4 if ahead > 8 else 1,
         # Else `debug` checks each sum of integers too.
         **({} if is_traced() else {"sanitize_overflow": False}),
     )

@@ -134,7 +134,7 @@ def decoding(dtype: torch.dtype, head_dim: int, everything: bool) -> list[dict[s
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "D": padded}
     constants |= {"HEAD_DIM_PADDED": padded, "VALUE_DIM_PADDED": padded, "DV": padded}
     constants |= {"CACHED": True, "TABLES": False, "CAUSAL": True, "SCORE": True, "APPEND": True}
-    constants |= {"WIDTH": 4096 if everything else 256, "WHOLE": not everything, "PARTS": 8}
+    constants |= {"WIDTH": 256, "ROUNDS": 16, "DEPTH": 32, "PARTS": 8, "AHEAD": 8}
     constants |= {"TILE": 64, "TILE_BLOCKS": 32, "ROWS": 64 if everything else 16}
     constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
     for name in ("SELECT", "PAGED", "FORCED", "BY_HEAD", "SOFTCAP", "COUNTS"):

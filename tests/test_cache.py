@@ -424,7 +424,6 @@ def test_kernel_decodes_as_cpu_does(case: Case, q_len: int, left: int, softcap: 
     ends=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 90)), min_size=4, max_size=4),
     by_head=st.booleans(),
     apart=st.sampled_from([0, 4, 64]),
-    together=st.booleans(),
 )
 def test_kernels_choose_and_decode_as_cpu_does(
     case: Case,
@@ -434,7 +433,6 @@ def test_kernels_choose_and_decode_as_cpu_does(
     ends: list[tuple[int, int]],
     by_head: bool,
     apart: int,
-    together: bool,
 ) -> None:
     """In Triton's interpreter; slots of a cache that hold no key, and their blocks, hold NaN."""
     needs_interpreter()
@@ -463,10 +461,10 @@ def test_kernels_choose_and_decode_as_cpu_does(
         empty = number >= (slots.stop - slots.start)[:, None]
         block_keys = block_keys.masked_fill(empty[:, None, :, None], math.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_TOGETHER", together)
-        if apart:  # programs of their own choose, and hold so many affinities
+        if apart:  # programs of their own choose, which have so many lanes
             patch.setattr(kernels, "_MOST_CHOOSING", 0)
-            patch.setattr(kernels, "_SELECTED", apart)
+            patch.setattr(kernels, "_LANES", apart)
+            patch.setattr(kernels, "_HELD", 2 * apart)
         options = numbers_of(gate, layout), gate.causal, gate.head_top_k, 0.3, 2.0
         rows = slots or (None, None, None)
         got = kernels.decode_few_triton(q, k, v, block_keys, *rows, None, None, *options)
@@ -552,8 +550,6 @@ def test_a_step_appends_and_then_decodes(seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rng.random() < 0.5:
             patch.setattr(kernels, "_MOST_CHOOSING", 0)
-        patch.setattr(kernels, "_TILE_BLOCKS", 16)
-        patch.setattr(kernels, "_TOGETHER", rng.random() < 0.5)
         for _ in range(2):
             num_new = rng.randint(1, 4)
             some = torch.tensor([rng.randint(0, num_new) for _ in range(batch)]).int()
