@@ -68,7 +68,11 @@ _TILES_LONG = {
     "dkv": {64: _Tiles(64, 64, 4, 5)},
 }
 _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)}
+# Where blocks have few pairs each, as in a chunk of a long prompt: less of the last tile is empty.
+_TILES_FEW = {"pair_forward": {128: _Tiles(64, 32, 4, 3)}}
+_FEW_PAIRS = 512
 _STATS_ROWS = 64
+_SMALL_PARTS = 2**28  # bytes of parts that are made at once in any case
 
 
 def _padded(head_dim: int) -> int:
@@ -77,18 +81,19 @@ def _padded(head_dim: int) -> int:
 
 # Cached: in eager code a short sequence waits for the Python between the launches.
 @lru_cache(maxsize=1024)
-def _tiles(kernel: str, dtype: torch.dtype, head_dim: int, block_size: int) -> _Tiles:
-    if dtype == torch.float32:
+def _tiles(kernel: str, kind: "_Kind") -> _Tiles:
+    if kind.dtype == torch.float32:
         table = _TILES_FLOAT32
     else:
-        table = _TILES[kernel] | (_TILES_LONG.get(kernel, {}) if block_size > 128 else {})
-    tiles = table[max(64, _padded(head_dim))]
-    return tiles._replace(n=max(16, min(tiles.n, power_of_2(block_size))))
+        table = _TILES[kernel] | (_TILES_LONG.get(kernel, {}) if kind.block_size > 128 else {})
+        table = table | (_TILES_FEW.get(kernel, {}) if kind.few_pairs else {})
+    tiles = table[max(64, _padded(max(kind.head_dim, kind.value_dim)))]
+    return tiles._replace(n=max(16, min(tiles.n, power_of_2(kind.block_size))))
 
 
 @lru_cache(maxsize=1024)
 def _options(kernel: str, kind: "_Kind") -> dict[str, Any]:
-    tiles = _tiles(kernel, kind.dtype, kind.width, kind.block_size)
+    tiles = _tiles(kernel, kind)
     options: dict[str, Any] = {
         "HEAD_DIM": kind.head_dim,
         "D": _padded(kind.head_dim),
@@ -113,6 +118,13 @@ def _options(kernel: str, kind: "_Kind") -> dict[str, Any]:
     return options
 
 
+def _are_few(pairs: int, num_blocks: int) -> bool:
+    """Whether blocks have few pairs each, on average; False where sizes are symbols."""
+    if isinstance(pairs, torch.SymInt) or isinstance(num_blocks, torch.SymInt):
+        return False
+    return pairs < _FEW_PAIRS * num_blocks
+
+
 def _share(group: int, block_size: int, picks: int) -> int:
     """Return the most pairs for one program of dk and dv: eight times those of an average block.
 
@@ -121,10 +133,15 @@ def _share(group: int, block_size: int, picks: int) -> int:
     return 8 * group * block_size * max(1, picks)
 
 
-def _lists_at_once(lists: int, picks: int) -> int:
-    """Return how many lists to launch at a time: their parts hold three times q, or one list's."""
+def _lists_at_once(lists: int, picks: int, part_bytes: int) -> int:
+    """Return how many lists to launch at a time.
+
+    Their parts hold three times q, or few bytes, or they are those of one list.
+    """
     if isinstance(lists, torch.SymInt):
         return ceil_div(lists, ceil_div(max(1, picks), 3))
+    if not isinstance(part_bytes, torch.SymInt) and lists * part_bytes <= _SMALL_PARTS:
+        return lists
     return max(1, min(lists, 3 * lists // max(1, picks)))
 
 
@@ -160,11 +177,7 @@ class _Kind(NamedTuple):
     grouped: bool
     softcap: bool
     tables: bool
-
-    @property
-    def width(self) -> int:
-        """The larger head_dim, which determines the tiles."""
-        return max(self.head_dim, self.value_dim)
+    few_pairs: bool
 
 
 class _Problem(NamedTuple):
@@ -200,7 +213,8 @@ class _Problem(NamedTuple):
         batch, num_heads, q_len, head_dim = q.shape
         num_kv_heads, kv_len = k.shape[1:3]
         group = num_heads // num_kv_heads
-        lists = batch * num_kv_heads
+        lists, pairs = batch * num_kv_heads, group * q_len * picks
+        part_bytes = pairs * max(head_dim, v.shape[3]) * q.element_size()
         kind = _Kind(  # plain numbers, also where sizes are symbols
             q.dtype,
             int(head_dim),
@@ -210,6 +224,7 @@ class _Problem(NamedTuple):
             grouped=bool(group > 1),
             softcap=bool(softcap > 0),
             tables=extents is not None,
+            few_pairs=_are_few(pairs, layout.num_blocks),
         )
         return cls(
             kind=kind,
@@ -224,7 +239,7 @@ class _Problem(NamedTuple):
             scale=scale,
             softcap=softcap,
             table_rows=1 if extents is None else extents.shape[1],
-            at_once=_lists_at_once(lists, picks),
+            at_once=_lists_at_once(lists, picks, part_bytes),
         )
 
     @property
@@ -263,7 +278,7 @@ class _Problem(NamedTuple):
 
     def tiles(self, kernel: str) -> _Tiles:
         """Return the tiles of a kernel."""
-        return _tiles(kernel, self.kind.dtype, self.kind.width, self.kind.block_size)
+        return _tiles(kernel, self.kind)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Return the compile-time arguments and launch options of a kernel."""
