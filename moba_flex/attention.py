@@ -1,6 +1,7 @@
 """`moba_attention`: one function, and the plans that compute it."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Literal, Unpack, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from moba_flex.compile.plans import Plan as AnyPlan
 from moba_flex.compile.plans import PlanName, Result, find_plan
-from moba_flex.masks._torch.exporting import record
+from moba_flex.masks._torch.exporting import is_traced, record
 from moba_flex.masks._torch.inputs import cast_by_autocast
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import (
@@ -23,6 +24,8 @@ from moba_flex.masks.request import (
 from moba_flex.masks.routing import Routing
 
 Plan = PlanName
+
+_watchers: list[Callable[[Request], None]] = []
 
 
 class _Options(Options, total=False):
@@ -256,6 +259,19 @@ def attend(
     return attend_by(find_plan(name, request), request, return_aux)
 
 
+@contextlib.contextmanager
+def watch(watcher: Callable[[Request], None]) -> Iterator[None]:
+    """Call `watcher` after each request that is routed, inside the `with` block.
+
+    Requests of compiled graphs do not call it.
+    """
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
 def attend_by(
     plan: AnyPlan, request: Request, return_aux: AuxRequest | None
 ) -> Tensor | tuple[Tensor, AuxOutput]:
@@ -277,6 +293,9 @@ def attend_by(
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         empty = statically_known_true(request.q.numel() == 0)
         out, lse = _attend_nothing(request) if empty else plan(request)
+    if not is_traced() and plan.name != "dense":
+        for watcher in _watchers:
+            watcher(request)
     return out if return_aux is None else (out, AuxOutput(lse=lse if request.lse else None))
 
 

@@ -1,16 +1,28 @@
-"""Measures of a routing: how much it attends to, how evenly, and how much it misses.
+"""Measures of a routing: how much it attends to, how evenly, how alike, and how much it misses.
 
-All raise a ValueError for packed documents and padded rows. Averages over no queries are NaN.
+All take plain rows, packed documents and padded rows; padding counts nowhere. Averages over no
+queries, or no choices, are NaN. Unless said otherwise a measure looks at the blocks that a query
+chose beside its own.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from moba_flex.masks.checks import check_qk, check_routing
+from moba_flex.attention import watch
+from moba_flex.masks.checks import check_int, check_qk, check_routing
+from moba_flex.masks.layout import ceil_div
+from moba_flex.masks.request import Request
+from moba_flex.masks.router import route_request
 from moba_flex.masks.routing import Routing
+from moba_flex.module import MoBAAttention
 
 # Elements of the largest tensor held at a time.
 _CHUNK = 1 << 25
@@ -21,8 +33,8 @@ def density(routing: Routing) -> float:
 
         density = sum_i |keys that query i attends to| / sum_i |keys that query i can see|
 
-    A query can see the keys at its position and before, or all keys if not causal. Averaged over
-    batch and heads.
+    A query can see the keys at its position and before, or all keys if not causal; of its own
+    document alone. Sums are over batch and heads.
 
     Example:
         Of 36 pairs, 24 lie in a query's own block or in the block before:
@@ -32,15 +44,13 @@ def density(routing: Routing) -> float:
         >>> round(density(routing), 3)
         0.667
     """
-    routing = _as_set(routing)
-    own, sizes = _own_blocks(routing), _block_sizes(routing)
-    position = routing.q_offset + torch.arange(routing.q_len, device=own.device)
-    if routing.causal:
-        own_keys, visible = position - own * routing.block_size + 1, position + 1
-    else:
-        own_keys, visible = sizes[own], torch.full_like(own, routing.kv_len)
-    chosen_keys = F.pad(sizes, (0, 1))[routing.blocks.long()].sum(-1).double().mean(dim=(0, 1))
-    return float((own_keys + chosen_keys).sum() / visible.sum())
+    at = _Places.of(routing := _as_set(routing))
+    batch, num_heads = routing.blocks.shape[:2]
+    chosen = _look_up(at.size, routing.blocks).sum(-1).sum(1)
+    own = at.last - at.own_start + 1
+    pairs = (chosen + num_heads * own * at.real).sum()
+    visible = ((at.last_visible - at.first + 1) * at.real).expand(batch, -1).sum()
+    return float(pairs / (num_heads * visible))
 
 
 def load(routing: Routing) -> Tensor:
@@ -53,7 +63,7 @@ def load(routing: Routing) -> Tensor:
         tensor([[[2, 2, 2, 0]]])
     """
     routing = _as_set(routing)
-    rows = torch.zeros_like(_own_blocks(routing))
+    rows = torch.zeros(1, routing.q_len, dtype=torch.int64, device=routing.blocks.device)
     return _histogram(routing.blocks, rows, 1, routing.num_blocks)[:, :, 0]
 
 
@@ -78,19 +88,38 @@ def load_imbalance(routing: Routing) -> Tensor:
         2.7
     """
     routing = _as_set(routing)
-    own, num_blocks = _own_blocks(routing), routing.num_blocks
-    candidates = own if routing.causal else torch.full_like(own, num_blocks - 1)
-    rate = (routing.blocks < num_blocks).sum(-1) / candidates.clamp(min=1)
-    offered = rate.new_zeros(*rate.shape[:2], num_blocks)
-    offered.scatter_add_(2, own.expand_as(rate), rate)
-    # A causal query may choose the blocks before its own, any other query all but its own.
-    expected = offered.sum(2, keepdim=True) - (offered.cumsum(2) if routing.causal else offered)
     # Padded, because there may be no block at all.
-    chosen, most = (F.pad(x, (0, 1)).amax(-1) for x in (load(routing), expected))
-    return torch.where(rate.sum(-1) > 0, chosen / most, 1.0)
+    chosen, most = (F.pad(x, (0, 1)).amax(-1) for x in (load(routing), _expected_load(routing)))
+    return torch.where(most > 0, chosen / most, 1.0).float()
 
 
-def routing_entropy(routing: Routing) -> Tensor:
+def load_gini(routing: Routing) -> Tensor:
+    """Return the Gini coefficient of the load of blocks, `[B, Hq]`.
+
+    The load of a block is taken relative to what uniform random routing would give it, as of
+    `load_imbalance`. So it is 0 for random routing, up to noise, and near 1 if all queries choose
+    a block that few may choose. It is 0 if no query may choose any.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 1, 4096, 16)
+        >>> even = route(q, k, block_size=64, top_k=3)
+        >>> sink = patterns.sink_window(q, k, block_size=64, sink_blocks=1, local_blocks=1)
+        >>> load_gini(even).item() < load_gini(sink).item()
+        True
+    """
+    routing = _as_set(routing)
+    counts, expected = load(routing).double(), _expected_load(routing)
+    order = torch.where(expected > 0, counts / expected.clamp(min=1e-12), 0).argsort(-1)
+    lorenz = []
+    for x in (expected, counts):
+        share = x.gather(-1, order).cumsum(-1)
+        lorenz.append(F.pad(share / F.pad(share, (1, 0))[..., -1:].clamp(min=1e-12), (1, 0)))
+    width, height = lorenz[0].diff(), lorenz[1][..., 1:] + lorenz[1][..., :-1]
+    gini = 1 - (width * height).sum(-1)
+    return torch.where(counts.sum(-1) > 0, gini, 0.0).float()
+
+
+def routing_entropy(routing: Routing, bands: int | None = None) -> Tensor:
     """Return how much the queries of one block disagree about what to attend to, `[B, Hq]`.
 
     For the queries of each block, `H` is the entropy of their choices over blocks, scaled to 0 if
@@ -102,6 +131,11 @@ def routing_entropy(routing: Routing) -> Tensor:
     The result is averaged over the queries with more candidates than choices. A mask in natural
     order skips much near 0 and nearly nothing near 1. It is 0 if no query may choose any block.
 
+    Args:
+        routing: The choice of the queries.
+        bands: If given, the result is `[B, Hq, bands]`, an average for each of so many equal
+            ranges of queries.
+
     Example:
         >>> q, k = torch.randn(2, 1, 1, 1024, 16)
         >>> window = patterns.sliding_window(q, k, block_size=64, local_blocks=2)
@@ -110,32 +144,133 @@ def routing_entropy(routing: Routing) -> Tensor:
         >>> routing_entropy(route(q, k, block_size=64, top_k=3)).item() > 0.8
         True
     """
-    routing = _as_set(routing)
-    blocks, size, num_blocks = routing.blocks, routing.block_size, routing.num_blocks
+    at = _Places.of(routing := _as_set(routing))
+    blocks, num_blocks, q_len = routing.blocks, routing.num_blocks, routing.q_len
     batch, num_heads = blocks.shape[:2]
-    total = torch.zeros(batch, num_heads, device=blocks.device)
+    parts = 1 if bands is None else check_int("bands", bands, 1)
+    total = torch.zeros(batch, num_heads, parts, device=blocks.device)
+    queries = torch.zeros(at.own.shape[0], 1, parts, device=blocks.device)
     picks = int((blocks < num_blocks).sum(-1).max()) if blocks.numel() else 0
-    queries = 0
-    if picks == 0:
-        return total
+    band = torch.arange(q_len, device=blocks.device) * parts // max(1, q_len)
     step = max(1, _CHUNK // max(1, batch * num_heads * num_blocks))
-    for low in range(routing.q_offset // size, num_blocks, step):
+    for low in range(0, num_blocks if picks else 0, step):
         high = min(low + step, num_blocks)
-        begin, end = (max(0, block * size - routing.q_offset) for block in (low, high))
-        own = _own_blocks(routing)[begin:end] - low
-        counts = _histogram(blocks[:, :, begin:end], own, high - low, num_blocks)
+        here = at.real & (at.own >= low) & (at.own < high)
+        idx = here.any(0).nonzero().flatten()
+        # Queries of other blocks count in one row more.
+        own = torch.where(here[:, idx], at.own[:, idx] - low, high - low)
+        counts = _histogram(blocks[:, :, idx], own, high - low + 1, num_blocks)
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
         entropy = -share.xlogy(share).sum(-1)
+        most = at.candidates[:, idx].clamp(min=picks + 1).log()
+        free = here[:, idx] & (at.candidates[:, idx] > picks)
+        scaled = (_look_up_rows(entropy, own) - math.log(picks)) / (most - math.log(picks))[
+            :, None
+        ]
+        total.index_add_(2, band[idx], (scaled * free[:, None]).float())
+        queries.index_add_(2, band[idx], free[:, None].float())
+    mean = total / queries.clamp(min=1)
+    return mean[..., 0] if bands is None else mean
 
-        candidates = torch.full((high - low,), num_blocks - 1, device=blocks.device)
-        if routing.causal:
-            candidates = torch.arange(low, high, device=blocks.device)
-        free = candidates > picks
-        least, most = math.log(picks), candidates.clamp(min=picks + 1).log()
-        weight = own.bincount(minlength=high - low) * free
-        total += (weight * (entropy - least) / (most - least)).sum(-1)
-        queries += int(weight.sum())
-    return total / max(queries, 1)
+
+def choice_distance(routing: Routing) -> Tensor:
+    """Return how many blocks lie between a query's own block and those it chose, `[B, Hq]`.
+
+    Averaged over choices; 1 if each is a neighbour of the own block.
+
+    Example:
+        >>> x = torch.randn(1, 1, 8, 4)
+        >>> choice_distance(patterns.sliding_window(x, x, block_size=2, local_blocks=2))
+        tensor([[1.4000]])
+    """
+    at = _Places.of(routing := _as_set(routing))
+    chosen = routing.blocks < routing.num_blocks
+    distance = (at.own[:, None, :, None] - routing.blocks).abs() * chosen
+    return (distance.sum((2, 3)) / chosen.sum((2, 3))).float()
+
+
+def group_union(routing: Routing, num_kv_heads: int) -> Tensor:
+    """Return how many distinct blocks the heads of a group attend to, over all, `[B, Hkv]`.
+
+        union = sum_i |blocks that any head attends to from i| / sum_i sum_heads |blocks|
+
+    It is 1 over the heads of a group if they choose alike, and 1 if no two choose the same. Own
+    blocks count.
+
+    Args:
+        routing: The choice of the queries.
+        num_kv_heads: `Hkv`; its query heads are a group.
+
+    Example:
+        >>> x = torch.randn(1, 4, 8, 4)
+        >>> group_union(patterns.sliding_window(x, x, block_size=2, local_blocks=1), 2)
+        tensor([[0.5000, 0.5000]])
+    """
+    listed = _listed(routing := _as_set(routing))
+    if routing.blocks.shape[1] % check_int("num_kv_heads", num_kv_heads, 1):
+        raise ValueError(
+            f"num_kv_heads must divide the {routing.blocks.shape[1]} query heads, "
+            f"got {num_kv_heads}"
+        )
+    grouped = listed.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).flatten(3)
+    ordered = F.pad(grouped.sort(-1).values, (0, 1), value=routing.num_blocks)
+    distinct = (ordered[..., :-1] != ordered[..., 1:]).sum((2, 3))
+    return (distinct / (grouped < routing.num_blocks).sum((2, 3))).float()
+
+
+def tile_fill(routing: Routing, tile: int = 128) -> Tensor:
+    """Return how full the tiles of a mask in natural order are, `[B, Hq]`.
+
+    Such a mask, as the plan masked uses, visits a block from all queries of a tile if one of them
+    attends to it:
+
+        fill = sum_i |blocks of query i| / sum over tiles of queries * |blocks of any of them|
+
+    Args:
+        routing: The choice of the queries.
+        tile: Queries in a tile.
+
+    Example:
+        >>> x = torch.randn(1, 1, 8, 4)
+        >>> tile_fill(patterns.sliding_window(x, x, block_size=2, local_blocks=1), tile=4)
+        tensor([[0.7000]])
+    """
+    listed = _listed(routing := _as_set(routing))
+    tile = check_int("tile", tile, 1)
+    rows = torch.arange(routing.q_len, device=listed.device) // tile
+    tiles = ceil_div(routing.q_len, tile)
+    counts = _histogram(listed, rows[None], tiles, routing.num_blocks)
+    queries = rows.bincount(minlength=tiles)
+    return (counts.sum((2, 3)) / ((counts > 0).sum(-1) * queries).sum(-1)).float()
+
+
+def choice_change(before: Routing, after: Routing) -> Tensor:
+    """Return the share of choices that another routing of the same queries has not, `[B, Hq]`.
+
+        change = 1 - sum_i |before_i and after_i| / sum_i max(|before_i|, |after_i|)
+
+    For routings of a batch before and after a step of training, say.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 1, 1024, 16)
+        >>> routing = route(q, k, block_size=64, top_k=3)
+        >>> choice_change(routing, routing)
+        tensor([[0.]])
+        >>> choice_change(routing, route(-q, k, block_size=64, top_k=3)).item() > 0.5
+        True
+    """
+    before, after = _as_set(before), _as_set(after)
+    shapes = [(*x.blocks.shape[:3], x.num_blocks, x.block_size) for x in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "after must have [B, Hq, Q], blocks and block_size of before, "
+            f"{shapes[0]}, got {shapes[1]}"
+        )
+    none = after.num_blocks
+    both = torch.cat((before.blocks, after.blocks), -1).sort(-1).values
+    same = ((both[..., 1:] == both[..., :-1]) & (both[..., 1:] < none)).sum((2, 3))
+    numbers = [(x.blocks < none).sum(-1) for x in (before, after)]
+    return (1 - same / torch.maximum(*numbers).sum(-1)).float()
 
 
 def attention_recall(
@@ -164,30 +299,27 @@ def attention_recall(
         >>> attention_recall(x, x, routing)
         tensor([[0.7744]])
     """
-    check_qk(q, k)
-    check_routing(routing, q, k)
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1:3]
-    routing = routing.as_set(num_heads)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    rows = min(rows, q_len)
-    sample = torch.linspace(0, q_len - 1, rows, dtype=torch.float64).round().long().to(q.device)
-    key_pos = torch.arange(kv_len, device=q.device)
-    short = routing.num_blocks * routing.block_size - kv_len
-    total = torch.zeros(batch, num_heads, device=q.device)
-    for idx in sample.split(max(1, _CHUNK // max(1, batch * num_heads * kv_len))):
-        grouped = q[:, :, idx].unflatten(1, (num_kv_heads, -1)).float()
-        scores = (grouped @ k.float().unsqueeze(2).mT).flatten(1, 2) * scale
-        if routing.causal:
-            future = key_pos > (routing.q_offset + idx)[:, None]
-            scores = scores.masked_fill(future, -math.inf)
-        weight = F.pad(scores.softmax(-1), (0, short))
-        # One more column, of weight 0, for "no block".
-        mass = F.pad(weight.unflatten(-1, (-1, routing.block_size)).sum(-1), (0, 1))
-        own = _own_blocks(routing)[idx, None].expand(batch, num_heads, -1, 1)
-        chosen = torch.cat([routing.blocks[:, :, idx].long(), own], dim=-1)
-        total += mass.gather(-1, chosen).sum(dim=(-1, -2))
-    return total / rows
+    return _recall_and_best(q, k, routing, scale, rows)[0]
+
+
+def attention_regret(
+    q: Tensor, k: Tensor, routing: Routing, *, scale: float | None = None, rows: int = 256
+) -> Tensor:
+    """Return how much more of dense attention's weight the best blocks would hold, `[B, Hq]`.
+
+    It is the recall of as many blocks as each query chose, but those of the largest weight, less
+    `attention_recall`; arguments are those of that function.
+
+    Example:
+        If all keys are equal, whole blocks are equally good:
+
+        >>> x = torch.ones(1, 1, 8, 4)
+        >>> routing = patterns.sliding_window(x, x, block_size=2, local_blocks=1)
+        >>> attention_regret(x, x, routing).abs().item() < 1e-6
+        True
+    """
+    recall, best = _recall_and_best(q, k, routing, scale, rows)
+    return best - recall
 
 
 def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
@@ -210,13 +342,183 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
                 [0., 1., 1., 0.],
                 [0., 0., 1., 1.]])
     """
-    routing = _as_set(routing)
+    listed = _listed(routing := _as_set(routing))
     buckets = min(buckets, routing.q_len)
-    own = _own_blocks(routing)
-    rows = torch.arange(routing.q_len, device=own.device) * buckets // routing.q_len
-    listed = torch.cat([routing.blocks, own[:, None].expand(*routing.blocks.shape[:3], 1)], dim=-1)
-    counts = _histogram(listed, rows, buckets, routing.num_blocks)
-    return counts / rows.bincount()[:, None]
+    rows = torch.arange(routing.q_len, device=listed.device) * buckets // max(1, routing.q_len)
+    counts = _histogram(listed, rows[None], buckets, routing.num_blocks)
+    real = _Places.of(routing).real.long()
+    queries = real.new_zeros(real.shape[0], buckets).index_add_(1, rows, real)
+    return counts / queries[:, None, :, None].clamp(min=1)
+
+
+MEASURES: dict[str, str] = {
+    "density": "share of query-key pairs attended to",
+    "recall": "share of dense attention's weight that lies on the chosen tokens",
+    "regret": "what more the best blocks would hold of that weight",
+    "entropy": "0: the queries of a block choose the same blocks, 1: any block alike",
+    "imbalance": "load of the most chosen block; 1: as if blocks were chosen at random",
+    "gini": "inequality of loads; 0: as if blocks were chosen at random",
+    "distance": "blocks between the own block and a chosen one",
+    "union": "distinct blocks of a group of heads over all that they attend to",
+    "tile fill": "share of the work of a mask in natural order that is needed",
+}
+"""What `collect` measures, and what it means."""
+
+
+@dataclass
+class LayerMeasures:
+    """Measures of the routing of one layer, summed over its calls.
+
+    Attributes:
+        calls: Calls that were measured.
+        sums: By the names of `MEASURES`, float64 `[Hq]`, or `[Hkv]` for "union".
+    """
+
+    calls: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the averages over calls."""
+        return {name: total / self.calls for name, total in self.sums.items()}
+
+    def add(self, request: Request, rows: int) -> None:
+        """Measure one more call.
+
+        Args:
+            request: The call.
+            rows: Queries to sample for recall.
+        """
+        request = request.joined()
+        q, k, scale = request.q.detach(), request.k.detach(), request.scale
+        routing = route_request(request)
+        recall, best = _recall_and_best(q, k, routing, scale, rows)
+        routing = routing.as_set(q.shape[1])
+        found = {
+            "density": torch.full((1, q.shape[1]), density(routing)),
+            "recall": recall,
+            "regret": best - recall,
+            "entropy": routing_entropy(routing),
+            "imbalance": load_imbalance(routing),
+            "gini": load_gini(routing),
+            "distance": choice_distance(routing),
+            "union": group_union(routing, k.shape[1]),
+            "tile fill": tile_fill(routing),
+        }
+        for name, x in found.items():
+            self.sums[name] = self.sums.get(name, 0) + x.double().mean(0).cpu()
+        self.calls += 1
+
+
+@contextmanager
+def collect(
+    model: nn.Module | None = None, *, rows: int = 128
+) -> Iterator[dict[str, LayerMeasures]]:
+    """Measure the routing of each layer of a model, in each call within the `with` block.
+
+    It holds sums alone, `Hq` numbers for each measure and layer, whatever the number of calls. A
+    call that attends to all keys, and one in a compiled graph, is not measured. Prefill, training
+    and calls with a cache are.
+
+    Args:
+        model: A model with `MoBAAttention` modules, or one of transformers under
+            `moba_flex.integrations.transformers.apply`. If None, all calls count, as of a layer
+            "attention".
+        rows: Queries of each call to sample for recall and regret.
+
+    Yields:
+        The measures of each layer, by the name of its module.
+
+    Example:
+        >>> attention = MoBAAttention(block_size=16, top_k=2)
+        >>> model = nn.ModuleDict({"attention": attention})
+        >>> q = torch.randn(1, 2, 256, 8)
+        >>> with collect(model) as layers:
+        ...     out = attention(q, q, q)
+        >>> layers["attention"].calls, layers["attention"].means()["recall"].shape
+        (1, torch.Size([2]))
+    """
+    check_int("rows", rows, 1)
+    layers: dict[str, LayerMeasures] = {}
+    running: list[str] = []
+
+    def measure(request: Request) -> None:
+        name = running[-1] if running else "attention"
+        if model is not None and not running:
+            return  # of another model
+        with torch.no_grad():
+            layers.setdefault(name, LayerMeasures()).add(request, rows)
+
+    def enter(name: str, *_: Any) -> None:
+        running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    with ExitStack() as stack:
+        for name, module in () if model is None else model.named_modules():
+            if isinstance(module, MoBAAttention) or hasattr(module, "layer_idx"):
+                for handle in (
+                    module.register_forward_pre_hook(partial(enter, name)),
+                    module.register_forward_hook(leave, always_call=True),
+                ):
+                    stack.callback(handle.remove)
+        stack.enter_context(watch(measure))
+        yield layers
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where queries and blocks lie, int64; `R` is 1 or `B`.
+
+    Attributes:
+        real: Which queries are no padding, bool `[R, Q]`.
+        own: Own block of each query, `[R, Q]`; `N` for padding.
+        own_start: First key of that block.
+        last: Last key of that block that the query sees.
+        first: First key that the query sees.
+        last_visible: Last key that the query sees.
+        oldest: First block that the query may choose.
+        newest: Last block that it may choose.
+        candidates: How many blocks it may choose.
+        start: First key of each block, `[R, N]`.
+        size: Keys of each block, `[R, N]`.
+    """
+
+    real: Tensor
+    own: Tensor
+    own_start: Tensor
+    last: Tensor
+    first: Tensor
+    last_visible: Tensor
+    oldest: Tensor
+    newest: Tensor
+    candidates: Tensor
+    start: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing) -> "_Places":
+        """Return those of a routing."""
+        coordinates = routing.layout.coordinates(routing.blocks.device)
+        position, own, oldest, newest, start, stop = (x.long() for x in coordinates)
+        real = own < routing.num_blocks
+        # One number more, which padding reads, also where there is no block.
+        starts, stops = F.pad(start, (0, 1)), F.pad(stop, (0, 1))
+        inside = (own >= oldest) & (own <= newest)
+        causal = routing.causal
+        return cls(
+            real=real,
+            own=own,
+            own_start=starts.gather(1, own),
+            last=position if causal else stops.gather(1, own) - 1,
+            first=starts.gather(1, oldest),
+            last_visible=position if causal else stops.gather(1, newest.clamp(min=0)) - 1,
+            oldest=oldest,
+            newest=newest,
+            candidates=(newest - oldest + 1 - inside.long()).clamp(min=0) * real,
+            start=start,
+            size=stop - start,
+        )
 
 
 def _as_set(routing: Routing) -> Routing:
@@ -226,27 +528,104 @@ def _as_set(routing: Routing) -> Routing:
     return routing.as_set()
 
 
-def _own_blocks(routing: Routing) -> Tensor:
-    """Return the number of each query's own block, int64 `[Q]`."""
-    if routing.tables is not None:
-        raise ValueError(
-            "routing must be of one sequence a row, got documents or padding: "
-            "look at sequences one by one"
-        )
-    position = torch.arange(routing.q_len, device=routing.blocks.device) + routing.q_offset
-    return position // routing.block_size
+def _listed(routing: Routing) -> Tensor:
+    """Return the blocks that each query attends to, its own included, `[B, Hq, Q, K]`."""
+    own = _Places.of(routing).own[:, None, :, None].to(routing.blocks.dtype)
+    return torch.cat((routing.blocks, own.expand(*routing.blocks.shape[:3], 1)), dim=-1)
 
 
-def _block_sizes(routing: Routing) -> Tensor:
-    """Return the number of keys of each block, int64 `[N]`."""
-    start = torch.arange(routing.num_blocks, device=routing.blocks.device) * routing.block_size
-    return (routing.kv_len - start).clamp(max=routing.block_size)
+def _look_up(table: Tensor, blocks: Tensor) -> Tensor:
+    """Return the entries of a table `[R, N]` for blocks `[B, Hq, Q, K]`; 0 for no block."""
+    batch, num_heads = blocks.shape[:2]
+    table = F.pad(table, (0, 1))[:, None].expand(batch, num_heads, -1)
+    return table.gather(2, blocks.flatten(2).long()).view(blocks.shape)
+
+
+def _look_up_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Return the entries of a table `[B, Hq, n]` in rows `[R, Q]`: `[B, Hq, Q]`."""
+    return table.gather(2, rows[:, None].expand(*table.shape[:2], -1))
+
+
+def _expected_load(routing: Routing) -> Tensor:
+    """Return the load of each block if choices were random, float64 `[B, Hq, N]`."""
+    at, num_blocks = _Places.of(routing), routing.num_blocks
+    rate = (routing.blocks < num_blocks).sum(-1).double() / at.candidates.clamp(min=1)[:, None]
+    # Each query adds its rate to all blocks from `oldest` to `newest`, but not to its own.
+    edges = rate.new_zeros(*rate.shape[:2], num_blocks + 2)
+    inside = (at.own >= at.oldest) & (at.own <= at.newest)
+    for place, sign in (
+        (at.oldest, 1),
+        (at.newest + 1, -1),
+        (at.own.where(inside, num_blocks), -1),
+        (at.own.where(inside, num_blocks) + 1, 1),
+    ):
+        edges.scatter_add_(2, place[:, None].expand_as(rate), sign * rate)
+    expected = edges.cumsum(-1)[..., :num_blocks]
+    return expected.where(expected > 1e-9, 0.0)  # what rounding left
 
 
 def _histogram(blocks: Tensor, rows: Tensor, num_rows: int, num_blocks: int) -> Tensor:
-    """Count blocks `[B, Hq, Q, K]` by the rows `[Q]` of their queries: int64 `[B, Hq, R, N]`."""
+    """Count blocks `[B, Hq, Q, K]` by the rows `[R, Q]` of their queries: `[B, Hq, n, N]`."""
     width = num_blocks + 1  # the last column counts "no block"
-    place = (blocks + rows[:, None] * width).flatten(2)
+    place = (blocks.long() + (rows * width)[:, None, :, None]).flatten(2)
     counts = place.new_zeros(*place.shape[:2], num_rows * width)
     counts.scatter_add_(2, place, torch.ones_like(place))
     return counts.unflatten(2, (num_rows, width))[..., :-1]
+
+
+def _sample(real: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return evenly spaced real queries of each row `[R, n]`, and which of them exist."""
+    number = real.sum(1, keepdim=True)
+    rows = min(rows, int(number.max())) if number.numel() else 0
+    ordered = (~real).long().sort(dim=1, stable=True).indices  # real queries come first
+    step = torch.arange(rows, device=real.device)
+    spaced = (step * (number - 1).double() / max(rows - 1, 1)).round().long()
+    place = torch.where(number > rows, spaced, step.expand_as(spaced))
+    return ordered.gather(1, place.clamp(max=max(real.shape[1] - 1, 0))), step < number
+
+
+def _recall_and_best(
+    q: Tensor, k: Tensor, routing: Routing, scale: float | None, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return the recall of the chosen blocks, and of the best ones, `[B, Hq]` each."""
+    check_qk(q, k)
+    check_routing(routing, q, k)
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1:3]
+    routing = routing.as_set(num_heads)
+    num_blocks = routing.num_blocks
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    at, key = _Places.of(routing), torch.arange(kv_len, device=q.device)
+    block = torch.arange(num_blocks, device=q.device)
+    # Keys of each block, and one key of weight 0 for what lies behind its end.
+    keys = at.start[:, :, None] + torch.arange(routing.block_size, device=q.device)
+    keys = keys.where(keys < (at.start + at.size)[:, :, None], kv_len).flatten(1)
+    sample, exists = _sample(at.real, rows)
+    sums = torch.zeros(2, batch, num_heads, device=q.device)
+    step = max(1, _CHUNK // max(1, batch * num_heads * kv_len))
+    for idx, real in zip(sample.split(step, 1), exists.split(step, 1), strict=True):
+
+        def of(x: Tensor, idx: Tensor = idx) -> Tensor:
+            return x.gather(1, idx)[:, None, :, None]
+
+        def rows_of(x: Tensor, idx: Tensor = idx) -> Tensor:
+            place = idx[:, None, :, None].expand(batch, num_heads, -1, x.shape[3])
+            return x.gather(2, place)
+
+        grouped = rows_of(q).unflatten(1, (num_kv_heads, -1)).float()
+        scores = (grouped @ k.float().unsqueeze(2).mT).flatten(1, 2) * scale
+        seen = (key >= of(at.first)) & (key <= of(at.last_visible)) & real[:, None, :, None]
+        weight = scores.masked_fill(~seen, -math.inf).softmax(-1).where(seen, 0.0)
+        by_block = F.pad(weight, (0, 1)).gather(
+            -1, keys[:, None, None].expand(*weight.shape[:3], -1)
+        )
+        mass = F.pad(by_block.unflatten(-1, (num_blocks, routing.block_size)).sum(-1), (0, 1))
+        own, chosen = of(at.own).expand(*mass.shape[:3], 1), rows_of(routing.blocks).long()
+        in_own = mass.gather(-1, own).squeeze(-1)
+        may = (block >= of(at.oldest)) & (block <= of(at.newest)) & (block != of(at.own))
+        best = F.pad(mass[..., :-1].where(may, 0.0).sort(-1, descending=True).values, (1, 0))
+        number = (chosen < num_blocks).sum(-1, keepdim=True)
+        sums[0] += (in_own + mass.gather(-1, chosen).sum(-1)).sum(-1)
+        sums[1] += (in_own + best.cumsum(-1).gather(-1, number).squeeze(-1)).sum(-1)
+    recall, best = sums / exists.sum(1)[:, None]
+    return recall, best

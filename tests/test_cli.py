@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moba_flex import cli
+from moba_flex import cli, diagnostics
 from moba_flex.cli import packages
 from moba_flex.compile import exporter
 
@@ -100,6 +100,40 @@ def test_eval_measures_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(run["seconds"] > 0 for run in found["runs"])
     assert len(found["map"][0]) == 13
     assert found["map_title"] == "layer 1, head 0, block 16, top_k 2, sink 1, local 0"
+
+
+def inspect_tiny(home: Path, *argv: object) -> int:
+    place = ("--model", home / "model", "--text", home / "text.txt", "--device", "cpu")
+    size = ("--seq-len", LENGTH, "--block-size", 16, "--out", home / "inspected")
+    return run("inspect", *place, *size, *argv)
+
+
+def test_inspect_measures_each_layer_and_head(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect_tiny(home, "--top-k", 3) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.split("\nwrote")[0].splitlines())) <= 100
+    found = json.loads((home / "inspected" / "moba_inspect.json").read_text())
+    assert (home / "inspected" / "moba_inspect.png").read_bytes().startswith(b"\x89PNG")
+    assert found["layers"] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert list(found["measures"]) == list(diagnostics.MEASURES)
+    for name, layers in found["measures"].items():
+        heads = 2 if name == "union" else 4
+        assert [len(x) for x in layers] == [heads, heads]
+    rows = printed.splitlines()
+    mean = sum(map(sum, found["measures"]["recall"])) / 8
+    assert f"{mean:.3f}" in next(row for row in rows if row.lstrip().startswith("mean"))
+
+    assert run_tiny(home, "--top-k", 3, "--sink-blocks", 1) == 0  # measures as eval does
+    *_, routed = json.loads((home / "out" / "moba_eval.json").read_text())["runs"]
+    assert routed["recall"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_inspect_refuses_to_attend_to_all(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_tiny(home, "--top-k", 13) == 2
+    message = "--top-k must leave out some of --seq-len = 200 tokens, got 13 blocks of 16"
+    assert capsys.readouterr().err == f"moba-flex inspect: error: {message}\n"
 
 
 def test_eval_takes_another_dtype_and_an_out_folder_to_make(home: Path) -> None:

@@ -1046,12 +1046,20 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "config must be a MoBAConfig, got dict",
     ),
     (
-        lambda: diagnostics.load(
-            patterns.sliding_window(x(), x(), block_size=4, local_blocks=1, key_mask=MASK)
+        lambda: diagnostics.choice_change(
+            patterns.sliding_window(x(), x(), block_size=4, local_blocks=1),
+            patterns.sliding_window(x(), x(), block_size=8, local_blocks=1),
         ),
         ValueError,
-        "routing must be of one sequence a row, got documents or padding: "
-        "look at sequences one by one",
+        "after must have [B, Hq, Q], blocks and block_size of before, (1, 2, 8, 2, 4), "
+        "got (1, 2, 8, 1, 8)",
+    ),
+    (
+        lambda: diagnostics.group_union(
+            patterns.sliding_window(x(), x(), block_size=4, local_blocks=1), 3
+        ),
+        ValueError,
+        "num_kv_heads must divide the 2 query heads, got 3",
     ),
 ]
 # Raised where a test needs more than a call: below, and in the file that is named.
@@ -1081,6 +1089,7 @@ MORE_MESSAGES = {
         "--out must be a folder, got 'x'",
         "must be an int of at least 1, got '0'",
         "options of the gate must have values, got one without",
+        "--top-k must leave out some of --seq-len = 200 tokens, got 13 blocks of 16",
         "stdout must be writable, got Broken pipe",
         "results must be written to files, got o/moba_eval.png: OSError: no space",
         "text must be readable, got 'x': Input/output error",

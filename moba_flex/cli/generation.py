@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moba_flex.cli import runs
 from moba_flex.cli.door import integer, need, positive
 from moba_flex.compile.outside import check_output, reason, whole_file
 from moba_flex.compile.package import MOST_TOKENS
@@ -34,20 +35,9 @@ def add_command(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="text file to continue, UTF-8; - for stdin",
     )
-    source.add_argument(
-        "--model",
-        metavar="PATH_OR_ID",
-        default=argparse.SUPPRESS,
-        help="folder or Hugging Face id of a causal language model (default: "
-        "SmolLM2-135M-Instruct, 93 MB, downloaded once)",
-    )
+    runs.add_model(source)
     gate = job.add_argument_group("gate")
-    for option, least, default, meaning in (
-        ("--block-size", 1, 64, "keys in a block"),
-        ("--top-k", 1, 8, "blocks a query attends to, its own included"),
-        ("--sink-blocks", 0, 1, "first blocks, always attended to; they count in top-k"),
-        ("--local-blocks", 0, 0, "blocks right before the own one, likewise"),
-    ):
+    for option, least, default, meaning in runs.GATE:
         gate.add_argument(option, type=integer(least), metavar="N", default=default, help=meaning)
     gate.add_argument(
         "--dense-layers",
@@ -110,15 +100,7 @@ def add_command(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="tokens of the prompt in one call, to save memory (default: all)",
     )
-    place.add_argument(
-        "--device", default=argparse.SUPPRESS, help="cpu or cuda (default: cuda if there is one)"
-    )
-    place.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default=argparse.SUPPRESS,
-        help="of the model (default: float32 on cpu, bfloat16 on cuda)",
-    )
+    runs.add_machine(place)
     place.add_argument(
         "--json",
         type=Path,

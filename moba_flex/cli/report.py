@@ -4,10 +4,13 @@ import json
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moba_flex.cli.evaluate import Report, Run
-from moba_flex.cli.generate import Generation
 from moba_flex.config import MoBAConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _COLUMNS = {
     "block": 6,
@@ -47,7 +50,7 @@ def table(report: Report) -> str:
     return "\n".join([*lines, _LEGEND])
 
 
-def save_json(report: Report | Generation, path: Path) -> None:
+def save_json(report: "DataclassInstance", path: Path) -> None:
     """Write the report with all its figures."""
     path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 
