@@ -11,6 +11,7 @@ transformers: Any = pytest.importorskip("transformers")
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from moba_flex import MoBAConfig  # noqa: E402
+from moba_flex.compile import decode  # noqa: E402
 from moba_flex.integrations.cache import BlockDynamicLayer, BlockStaticLayer, adopt  # noqa: E402
 from moba_flex.integrations.transformers import apply  # noqa: E402
 
@@ -100,6 +101,27 @@ def test_a_prompt_of_several_long_chunks(case: tuple[Any, Tensor], static: bool)
     want = generate(model, x, use_cache=False)
     assert torch.equal(generate(model, x, prefill_chunk_size=61, **options), want)
     assert torch.equal(generate(model, x, prefill_chunk_size=64, **options), want)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_of_short_caches_read_all_keys_under_a_mask(
+    monkeypatch: pytest.MonkeyPatch, padded: bool
+) -> None:
+    """On CPU, where copies of the chosen keys would cost more; not for rows that are padded."""
+    model, x = build("Llama"), prompt()
+    apply(model, MoBAConfig(16, 3))
+    mask = torch.ones_like(x)
+    mask[0, :5] = 0 if padded else 1
+    want = generate(model, x, mask, use_cache=False)
+    calls, attend_to_all = [], decode._attend_to_all
+
+    def count(*args: Any) -> Any:
+        calls.append(args)
+        return attend_to_all(*args)
+
+    monkeypatch.setattr(decode, "_attend_to_all", count)
+    assert torch.equal(generate(model, x, mask), want)
+    assert len(calls) == (0 if padded else 2 * NEW)  # layers, and calls
 
 
 def test_guesses_that_are_rejected_leave_no_trace(case: tuple[Any, Tensor]) -> None:

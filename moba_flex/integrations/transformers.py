@@ -416,7 +416,9 @@ def _attention(
         kept = blocks_of(running_cache(), layer_idx, key, config.block_size, slots.start)
         block_keys = counters = None
         if kept is not None:
-            key, value, block_keys, _ = kept.read(query)
+            key, value, block_keys, places = kept.read(query)
+            if places is None and _are_last(slots, q_len, kv_len):
+                slots = None
             counters = kept.counters if query.is_cuda else None
         query, key, value = cast_by_autocast(query, key, value)
         if block_keys is not None:
@@ -558,6 +560,13 @@ def _has_cached_keys(config: MoBAConfig, slots: Slots | None, q_len: int, kv_len
             "leave such calls out of the graph"
         )
     return bool(slots.query.any())
+
+
+def _are_last(slots: Slots, q_len: int, kv_len: int) -> bool:
+    """Whether queries are known to be the last of rows that have all keys, on CPU."""
+    if slots.query is None or slots.query.is_cuda or not is_readable(slots.query):
+        return False
+    return bool(((slots.query == kv_len - q_len) & (slots.stop == kv_len)).all())
 
 
 def _pairs_of(slots: Slots, q_len: int, kv_len: int) -> Tensor:
