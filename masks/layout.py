@@ -119,6 +119,19 @@ class Layout:
         """Return the layout of the same sizes and options that carries these tensors."""
         return Layout(self.q_len, self.kv_len, self.block_size, self.causal, queries, extents)
 
+    def part(self, start: int, stop: int, device: torch.device | str) -> "Layout":
+        """Return the layout of the queries `start..stop` alone.
+
+        Where rows are plain and causal, it is of the keys up to the last of these queries.
+        """
+        q_len = stop - start
+        if self.extents is None and self.causal:
+            return Layout(q_len, self.q_offset + stop, self.block_size, True)
+        at = self.coordinates(device)
+        queries = torch.stack(at[:4])[:, :, start:stop]
+        sizes = q_len, self.kv_len, self.block_size, self.causal
+        return Layout(*sizes, queries, torch.stack(at[4:]))
+
     def coordinates(self, device: torch.device | str) -> Coordinates:
         """Return positions and block numbers as tensors, for plain rows too."""
         if self.queries is not None and self.extents is not None:

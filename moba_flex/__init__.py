@@ -59,6 +59,7 @@ _HOMES = {
 _MODULES = {
     "compile": "compile",
     "diagnostics": "diagnostics",
+    "distributed": "distributed",
     "masks": "masks",
     "patterns": "masks.patterns",
 }

@@ -1,0 +1,33 @@
+"""Mixture of Block Attention on several GPUs or processes, by `torch.distributed`.
+
+Three ways to share the work, which all compute what one process computes:
+
+- `ulysses_attention`: ranks hold parts of the sequence, and swap them for heads to attend.
+- `context_parallel_attention`: ranks hold parts of the sequence, and gather keys and values.
+- `HeadParallel` and `tensor_parallel_plan`: ranks hold heads, as in tensor parallelism.
+
+A group is a `ProcessGroup` or a `DeviceMesh` of one dimension. All ranks of it must call alike,
+also in backward. A rank that stops, or never calls, ends in an error of the process group once its
+timeout is over. Under `torch.compile` the calls break the graph.
+"""
+
+from moba_flex.distributed.heads import HeadParallel, tensor_parallel_plan
+from moba_flex.distributed.sequence import (
+    Traffic,
+    communication_bytes,
+    context_parallel_attention,
+    shard_sequence,
+    ulysses_attention,
+    unshard_sequence,
+)
+
+__all__ = [
+    "HeadParallel",
+    "Traffic",
+    "communication_bytes",
+    "context_parallel_attention",
+    "shard_sequence",
+    "tensor_parallel_plan",
+    "ulysses_attention",
+    "unshard_sequence",
+]
