@@ -13,6 +13,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -198,6 +199,28 @@ def _refuse_tangents(exist: bool) -> None:
             "q, k and v must have no tangents, got some from forward-mode AD: "
             "use torch.func.vjp or backward"
         )
+
+
+def check_whole_sequence() -> None:
+    """Raise within PyTorch's `context_parallel`, where each process has a part of the sequence.
+
+    It replaces `scaled_dot_product_attention` alone. Another attention would take the part for the
+    whole.
+
+    Raises:
+        ValueError: `scaled_dot_product_attention` is replaced.
+    """
+    if _is_context_parallel():
+        raise ValueError(
+            "moba_attention must be called outside of torch's context_parallel, got a call within "
+            "it: use moba_flex.distributed.context_parallel_attention"
+        )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_context_parallel() -> bool:
+    home: str = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    return home.startswith("torch.distributed.")
 
 
 def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:

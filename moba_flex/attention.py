@@ -13,6 +13,7 @@ from moba_flex.compile.plans import Plan as AnyPlan
 from moba_flex.compile.plans import PlanName, Result, find_plan
 from moba_flex.masks._torch.exporting import is_traced, record
 from moba_flex.masks._torch.inputs import cast_by_autocast
+from moba_flex.masks.checks import check_whole_sequence
 from moba_flex.masks.mods import MaskMod, ScoreMod
 from moba_flex.masks.request import (
     Options,
@@ -256,6 +257,7 @@ def attend(
     request: Request, name: str, return_aux: AuxRequest | None
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Attend by the plan of a name, and return what is asked for."""
+    check_whole_sequence()
     return attend_by(find_plan(name, request), request, return_aux)
 
 

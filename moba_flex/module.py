@@ -5,6 +5,8 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override  # of typing from Python 3.12 on; PyTorch needs it too
 
 from moba_flex.attention import Plan, moba_attention
 from moba_flex.masks._torch.inputs import numbers_beside
@@ -120,6 +122,24 @@ class MoBAAttention(nn.Module):
             **self._options(),
             **options,
         )
+
+    @override
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """Register a hook, unless it is that of PyTorch's context parallel for FlexAttention.
+
+        That one gathers keys and values, and leaves queries that are not the last positions.
+
+        Raises:
+            ValueError: It is that hook.
+        """
+        owner = getattr(getattr(hook, "func", None), "__self__", None)
+        if type(owner).__name__ == "_ContextParallel":
+            raise ValueError(
+                "module must be one that calls flex_attention or scaled_dot_product_attention for "
+                "torch's _ContextParallel, got a MoBAAttention: use "
+                "moba_flex.distributed.context_parallel_attention"
+            )
+        return super().register_forward_pre_hook(hook, **options)
 
     def _options(self) -> dict[str, Any]:
         return {
