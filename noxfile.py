@@ -14,6 +14,7 @@ DOCUMENTED = (
     "moba_flex.compile",
     "!moba_flex.compile.exporter",  # the function of that name is in moba_flex.compile
     "moba_flex.diagnostics",
+    "moba_flex.distributed",
     "moba_flex.integrations.batching",
     "moba_flex.integrations.transformers",
     "moba_flex.masks.patterns",

@@ -15,6 +15,7 @@ import torch
 
 import moba_flex
 from moba_flex import compile as compile_package
+from moba_flex import distributed
 
 MODULES = (
     "moba_flex.diagnostics",
@@ -30,6 +31,8 @@ def public_objects() -> Iterator[tuple[str, Any]]:
         yield f"moba_flex.{name}", getattr(moba_flex, name)
     for name in ("export", "load"):
         yield f"moba_flex.compile.{name}", getattr(compile_package, name)
+    for name in distributed.__all__:
+        yield f"moba_flex.distributed.{name}", getattr(distributed, name)
     for module in MODULES:
         for name, found in vars(importlib.import_module(module)).items():
             if not name.startswith("_") and getattr(found, "__module__", None) == module:

@@ -6,9 +6,11 @@ Three ways to share the work, which all compute what one process computes:
 - `context_parallel_attention`: ranks hold parts of the sequence, and gather keys and values.
 - `HeadParallel` and `tensor_parallel_plan`: ranks hold heads, as in tensor parallelism.
 
-A group is a `ProcessGroup` or a `DeviceMesh` of one dimension. All ranks of it must call alike,
-also in backward. A rank that stops, or never calls, ends in an error of the process group once its
-timeout is over. Under `torch.compile` the calls break the graph.
+A group is a `ProcessGroup`, a `DeviceMesh` of one dimension, or None for all ranks. All its ranks
+must call alike, also in backward. Arguments are compared first, by 24 bytes from each rank, so
+that a difference is an error on every rank; the comparison waits for the device only where the
+group has no backend for CPU. Where a rank stops or never calls, the others get an error of the
+process group, once its timeout is over. Under `torch.compile` the calls break the graph.
 """
 
 from moba_flex.distributed.heads import HeadParallel, tensor_parallel_plan

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-Group = dist.ProcessGroup | DeviceMesh
+Group = dist.ProcessGroup | DeviceMesh | None
+"""The ranks that share work; None for all, as in `torch.distributed`."""
+
 Made = TypeVar("Made")
 
 # PyTorch 2.13 gave it a new name, and warns of the old one.
@@ -25,12 +27,19 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_ga
 
 
 def process_group(group: Any) -> dist.ProcessGroup:
-    """Return the process group of `group`, which may be a mesh of one dimension.
+    """Return the process group of `group`: itself, that of a mesh of one dimension, or of all.
 
     Raises:
         TypeError: It is neither a process group nor a mesh.
-        ValueError: The mesh has several dimensions, or this process is not in the group.
+        ValueError: The mesh has several dimensions, this process is not in the group, or there is
+            no group yet.
     """
+    if group is None:
+        group = dist.group.WORLD
+        if group is None:
+            raise ValueError(
+                "group must exist, got None before torch.distributed.init_process_group: call it"
+            )
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -42,8 +51,8 @@ def process_group(group: Any) -> dist.ProcessGroup:
         raise ValueError("group must hold this rank, got one without it: call it on its ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}: pass "
-            "torch.distributed.group.WORLD for all ranks"
+            f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}: pass None "
+            "for all ranks"
         )
     return group
 

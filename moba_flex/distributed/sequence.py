@@ -76,7 +76,7 @@ def ulysses_attention(
         q: Queries, `[B, Hq, L, D]`, with `Hq` a multiple of the number of ranks.
         k: Keys, `[B, Hkv, L, D]`, where `Hkv` is a multiple of the number of ranks or divides it.
         v: Values, `[B, Hkv, L, Dv]`.
-        group: The ranks.
+        group: The ranks; None for all.
         return_aux: What to return beside the output.
         options: Those of `moba_flex.moba_attention`, the same on all ranks. `cu_seqlens`,
             `key_mask`, `head_top_k` and functions are about the whole sequence and all heads. A
@@ -94,8 +94,7 @@ def ulysses_attention(
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> q, k, v = torch.randn(3, 1, 4, 256, 32)
-        >>> group = dist.group.WORLD
-        >>> ulysses_attention(q, k, v, group=group, block_size=64, top_k=2).shape
+        >>> ulysses_attention(q, k, v, group=None, block_size=64, top_k=2).shape
         torch.Size([1, 4, 256, 32])
         >>> dist.destroy_process_group()
     """
@@ -204,7 +203,7 @@ def context_parallel_attention(
         q: Queries of this rank's positions, `[B, Hq, L, D]`.
         k: Keys, `[B, Hkv, L, D]`, with `Hq` a multiple of `Hkv`; any number of heads.
         v: Values, `[B, Hkv, L, Dv]`.
-        group: The ranks.
+        group: The ranks; None for all.
         return_aux: What to return beside the output.
         options: Those of `moba_flex.routed_attention` and of the gate, the same on all ranks.
             `cu_seqlens`, `key_mask` and functions are about the whole sequence. A tensor that
@@ -221,10 +220,9 @@ def context_parallel_attention(
     Example:
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> group = dist.group.WORLD
-        >>> q, k, v = (shard_sequence(x, group) for x in torch.randn(3, 1, 4, 256, 32))
-        >>> out = context_parallel_attention(q, k, v, group=group, block_size=64, top_k=2)
-        >>> unshard_sequence(out, group).shape
+        >>> q, k, v = (shard_sequence(x, None) for x in torch.randn(3, 1, 4, 256, 32))
+        >>> out = context_parallel_attention(q, k, v, group=None, block_size=64, top_k=2)
+        >>> unshard_sequence(out, None).shape
         torch.Size([1, 4, 256, 32])
         >>> dist.destroy_process_group()
     """
@@ -276,7 +274,7 @@ def shard_sequence(x: Tensor, group: Group, *, dim: int = 2) -> Tensor:
 
     Args:
         x: The whole sequence, the same on all ranks, any shape.
-        group: The ranks.
+        group: The ranks; None for all.
         dim: The dimension of the positions.
 
     Returns:
@@ -289,7 +287,7 @@ def shard_sequence(x: Tensor, group: Group, *, dim: int = 2) -> Tensor:
     Example:
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> shard_sequence(torch.arange(9), dist.group.WORLD, dim=0)
+        >>> shard_sequence(torch.arange(9), None, dim=0)
         tensor([0, 1, 2, 3, 4, 5, 6, 7, 8])
         >>> dist.destroy_process_group()
     """
@@ -307,7 +305,7 @@ def unshard_sequence(x: Tensor, group: Group, *, dim: int = 2) -> Tensor:
 
     Args:
         x: This rank's part.
-        group: The ranks.
+        group: The ranks; None for all.
         dim: The dimension of the positions.
 
     Returns:
@@ -321,7 +319,7 @@ def unshard_sequence(x: Tensor, group: Group, *, dim: int = 2) -> Tensor:
     Example:
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> unshard_sequence(torch.arange(9), dist.group.WORLD, dim=0)
+        >>> unshard_sequence(torch.arange(9), None, dim=0)
         tensor([0, 1, 2, 3, 4, 5, 6, 7, 8])
         >>> dist.destroy_process_group()
     """
@@ -455,6 +453,11 @@ def _agree(
 
 class Traffic(NamedTuple):
     """Bytes that a rank sends in one call, forward, and the same again in backward.
+
+    Example:
+        >>> ways = Traffic(ulysses=96, context_parallel=64)
+        >>> min(ways._fields, key=lambda way: getattr(ways, way))
+        'context_parallel'
 
     Attributes:
         ulysses: By `ulysses_attention`.
