@@ -159,7 +159,7 @@ def check_case(way: str, line: str, cuts: tuple[int, ...]) -> None:
         assert torch.equal(x, y), f"{name} differs between two runs"
     truth = expected.detach(), aux.lse.detach(), *expected_grads
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), runs[0], truth, strict=True):
-        assert_same(name, x, shard(way, y, cuts))
+        assert_same(name, x, shard(way, y, cuts), case.dtype)
 
 
 def near(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

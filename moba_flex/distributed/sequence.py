@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
@@ -364,12 +365,9 @@ class _Shards:
 
     def chunks(self, rank: int) -> list[tuple[int, int]]:
         """Return where the two chunks of a rank start and stop."""
-        return [self._chunk(number) for number in (rank, 2 * self.ranks - 1 - rank)]
-
-    def _chunk(self, number: int) -> tuple[int, int]:
         size, longer = divmod(self.length, 2 * self.ranks)
-        start, stop = (x * size + min(x, longer) for x in (number, number + 1))
-        return start, stop
+        edges = [number * size + min(number, longer) for number in range(2 * self.ranks + 1)]
+        return [(edges[x], edges[x + 1]) for x in (rank, 2 * self.ranks - 1 - rank)]
 
     @property
     def lengths(self) -> list[int]:
@@ -379,17 +377,15 @@ class _Shards:
 
     def join(self, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         """Return the whole sequence, given this rank's part; differentiable."""
-        x = x.movedim(dim, 0)
-        missing = max(self.lengths) - x.shape[0]
-        every = gather(torch.cat((x, x.new_zeros(missing, *x.shape[1:]))), group)
-        pieces: list[Tensor] = [x] * (2 * self.ranks)
+        dim = dim % x.dim()
+        missing = max(self.lengths) - x.shape[dim]
+        every = gather(F.pad(x, (*(0, 0) * (x.dim() - 1 - dim), 0, missing)), group)
+        pieces: dict[int, Tensor] = {}
         for rank in range(self.ranks):
-            first = 0
-            for number in (rank, 2 * self.ranks - 1 - rank):
-                start, stop = self._chunk(number)
-                pieces[number] = every[rank, first : first + stop - start]
-                first += stop - start
-        return torch.cat(pieces).movedim(0, dim)
+            sizes = [stop - start for start, stop in self.chunks(rank)]
+            head, tail, _ = every[rank].split((*sizes, max(self.lengths) - sum(sizes)), dim)
+            pieces |= {rank: head, 2 * self.ranks - 1 - rank: tail}
+        return torch.cat([pieces[number] for number in sorted(pieces)], dim)
 
 
 def _rows(options: Options) -> RowOptions:
