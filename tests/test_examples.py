@@ -12,9 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(folder: Path, name: str, *arguments: str) -> str:
+def run(folder: Path, name: str, *arguments: str, processes: int | None = None) -> str:
     """Run an example in a folder, as a user does, and return what it prints."""
-    command = [sys.executable, str(ROOT / "tests" / "examples" / name), *arguments]
+    launcher = [sys.executable]
+    if processes is not None:
+        port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+        launcher += ["-m", "torch.distributed.run", *port, "--nproc-per-node", str(processes)]
+    command = [*launcher, str(ROOT / "tests" / "examples" / name), *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -47,3 +51,19 @@ def test_routing_map_is_a_picture(tmp_path: Path) -> None:
     assert re.search(r"density \d+\.\d%, entropy 0\.\d\d", printed)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["map.png"]
+
+
+@pytest.mark.slow
+def test_training_on_several_processes_continues(tmp_path: Path) -> None:
+    """Training on two processes that stops and continues is training on one without a stop."""
+
+    def losses(folder: str, steps: int, processes: int) -> list[float]:
+        name = "train_on_several_processes.py"
+        printed = run(tmp_path, name, folder, "--steps", str(steps), processes=processes)
+        return [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", printed)]
+
+    whole = losses("whole", 20, 1)
+    assert len(whole) == 20
+    assert whole[0] > 5 > 4 > whole[-1]
+    assert losses("stopped", 10, 2) == pytest.approx(whole[:10], abs=0.005)
+    assert losses("stopped", 20, 2) == pytest.approx(whole[10:], abs=0.005)
