@@ -157,9 +157,33 @@ def check_case(way: str, line: str, cuts: tuple[int, ...]) -> None:
         runs.append((out.detach(), said.lse.detach(), *grads))
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), *runs, strict=True):
         assert torch.equal(x, y), f"{name} differs between two runs"
+    with torch.no_grad():  # by another plan, for few queries
+        parts = [shard(way, x, cuts) for x in whole]
+        assert_same("out", WAYS[way](*parts, group=None, **options)[0], shard(way, expected, cuts))
     truth = expected.detach(), aux.lse.detach(), *expected_grads
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), runs[0], truth, strict=True):
         assert_same(name, x, shard(way, y, cuts), case.dtype)
+
+
+def check_captured(way: str) -> None:
+    """Add up the gradients of a tensor that a function captures."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 48, 16) for _ in range(3))
+    slopes = torch.rand(4, requires_grad=True)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score - slopes[h] * (q_idx - kv_idx)
+
+    options: dict[str, Any] = {"block_size": 8, "top_k": 3, "score_mod": score_mod}
+    moba_attention(q, k, v, **options).square().sum().backward()
+    assert slopes.grad is not None
+    expected, slopes.grad = slopes.grad, None
+    size = dist.get_world_size()
+    parts = [shard(way, x, tuple(48 // size * i for i in range(1, size))) for x in (q, k, v)]
+    WAYS[way](*parts, group=None, **options).square().sum().backward()
+    assert slopes.grad is not None
+    dist.all_reduce(slopes.grad)
+    torch.testing.assert_close(slopes.grad, expected)
 
 
 def near(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -80,6 +80,12 @@ def test_bytes_are_as_promised(groups: dict[int, Ranks], size: int) -> None:
     groups[size].call(on_ranks.check_traffic)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", on_ranks.WAYS)
+def test_gradients_of_captured_tensors(groups: dict[int, Ranks], way: str, size: int) -> None:
+    groups[size].call(on_ranks.check_captured, way)
+
+
 def test_mesh_with_checkpoints_autocast_and_graphs(groups: dict[int, Ranks]) -> None:
     groups[4].call(on_ranks.check_mesh)
 
