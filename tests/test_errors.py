@@ -1074,6 +1074,31 @@ MORE_MESSAGES = {
         "q, k and v must have fewer than 2**31 elements each on cuda, got 2281701376: "
         "split the batch or the heads",
     ],
+    "test_distributed.py": [
+        "group must be a mesh of 1 dimension, got 2: index the mesh by the name of one",
+        "group must hold this rank, got one without it: call it on its ranks",
+        "group must be a ProcessGroup or a DeviceMesh, got str: pass None for all ranks",
+        "group must exist, got None before torch.distributed.init_process_group: call it",
+        "arguments must be right on every rank, got an error on rank 3: top_k must be at least 1, "
+        "got 0",
+        "top_k must be the same on every rank, got 2 on rank 0, 3 on rank 1: call it alike "
+        "everywhere",
+        "q must have as many positions as k, 8, got 7: each rank holds the same part of both",
+        "q must have a multiple of 4 heads, the number of ranks, got 6: use fewer ranks or "
+        "context_parallel_attention",
+        "k must have a number of heads that is a multiple of 4, the number of ranks, or divides "
+        "it, got 3: use fewer ranks or context_parallel_attention",
+        "ranks must hold [7, 7] of 14 positions, got [8, 6]: cut the sequence by shard_sequence",
+        "module must be a MoBAAttention, got Linear: name it in the plan",
+        "q must have a multiple of 2 heads, the number of ranks, got 3: use fewer ranks",
+        "q must be sharded by heads, (Shard(dim=1),), on the mesh of the plan, got "
+        "(Replicate(),) on a mesh: redistribute it",
+        "moba_attention must be called outside of torch's context_parallel, got a call within it: "
+        "use moba_flex.distributed.context_parallel_attention",
+        "module must be one that calls flex_attention or scaled_dot_product_attention for torch's "
+        "_ContextParallel, got a MoBAAttention: use "
+        "moba_flex.distributed.context_parallel_attention",
+    ],
     "test_generation.py": [
         "cache must stay on its device, got a call to offload it: offload from the start, by "
         "DynamicCache(offloading=True)",

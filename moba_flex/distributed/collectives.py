@@ -99,15 +99,12 @@ def _disagreement(said: Sequence[tuple[dict[str, str], str | None]]) -> ValueErr
             return ValueError(
                 f"arguments must be right on every rank, got an error on rank {rank}: {error}"
             )
-    everywhere = [facts for facts, _ in said]
-    for name in everywhere[0] | everywhere[-1]:
-        values = [facts.get(name) for facts in everywhere]
-        if len(set(values)) > 1:
-            given = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-            return ValueError(
-                f"{name} must be the same on every rank, got {given}: call it alike everywhere"
-            )
-    return ValueError("calls must be the same on every rank, got different ones")
+    values = {name: [facts.get(name) for facts, _ in said] for name in said[0][0]}
+    name = next(name for name, of_ranks in values.items() if len(set(of_ranks)) > 1)
+    given = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values[name]))
+    return ValueError(
+        f"{name} must be the same on every rank, got {given}: call it alike everywhere"
+    )
 
 
 def _as_text(value: Any) -> str:
