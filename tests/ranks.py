@@ -21,7 +21,7 @@ from torch.distributed.tensor.experimental._attention import _ContextParallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.attention.flex_attention import AuxRequest
 
-from moba_flex import MoBAAttention, moba_attention
+from moba_flex import MoBAAttention, MoBAConfig, moba_attention
 from moba_flex.distributed import (
     HeadParallel,
     collectives,
@@ -328,6 +328,25 @@ def check_tensor_parallel(num_kv_heads: int, head_top_k: tuple[int, ...] | None)
     for (name, x), y in zip(shared.named_parameters(), layer.parameters(), strict=True):
         assert isinstance(x.grad, DTensor), name
         torch.testing.assert_close(x.grad.full_tensor(), y.grad, msg=name)
+
+
+def check_transformers_model() -> None:
+    """Share the heads of a model of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moba_flex.integrations.transformers import apply
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=2))
+    apply(model, MoBAConfig(block_size=16, top_k=3))
+    ids = torch.randint(0, 64, (1, 200))
+    expected = model(ids, use_cache=False).logits
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = tensor_parallel_plan("model.layers.*.self_attn.", attention=None)
+    parallelize_module(model, mesh, plan)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
 
 
 def check_head_shards() -> None:

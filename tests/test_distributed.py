@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, cast
 
 import pytest
@@ -244,6 +245,11 @@ def test_tensor_parallel_layer(
     groups: dict[int, Ranks], size: int, num_kv_heads: int, head_top_k: tuple[int, ...] | None
 ) -> None:
     groups[size].call(on_ranks.check_tensor_parallel, num_kv_heads, head_top_k)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_tensor_parallel_model_of_transformers(groups: dict[int, Ranks]) -> None:
+    groups[2].call(on_ranks.check_transformers_model)
 
 
 def test_heads_that_ranks_cannot_share(groups: dict[int, Ranks]) -> None:
