@@ -23,7 +23,9 @@ Group = dist.ProcessGroup | DeviceMesh | None
 Made = TypeVar("Made")
 
 # PyTorch 2.13 gave it a new name, and warns of the old one.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_all_gather: Callable[..., Any] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
 
 
 def process_group(group: Any) -> dist.ProcessGroup:
