@@ -1,0 +1,276 @@
+"""One training loop for all arms, which stops and resumes to the bit on CPU.
+
+A run is described by a key; its folder holds a checkpoint, a log of JSON lines, and in the end the
+weights. A finished run is not trained again, by whichever experiment it is wanted.
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from moba_flex import Routing, diagnostics
+from perf.experiments.model import Arm, Observer
+from perf.timing import synced_clock
+
+IGNORED = -100
+"""The target of a position that has none."""
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+"""Called with a step's number; returns tokens and targets, `[B, L]` each, always the same."""
+
+
+class OutOfTime(Exception):
+    """The minutes are over; what was trained is in the checkpoint."""
+
+
+class Learner(Protocol):
+    """A language model with a choice of attention."""
+
+    arm: Arm
+    observer: Observer | None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return logits."""
+        ...
+
+    def attended(self, length: int) -> float:
+        """Return how many keys a query attends to, averaged over a sequence and layers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How all arms are trained.
+
+    Attributes:
+        steps: Number of steps.
+        lr: Highest learning rate, reached after the warmup.
+        warmup: Share of the steps in which the rate rises.
+        lowest: Share of `lr` at the end of the cosine.
+        weight_decay: Of matrices; embeddings and norms have none.
+        clip: Largest norm of the gradient.
+        every: Steps between lines of the log.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: float = 0.05
+    lowest: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    every: int = 10
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        return self.lr * (self.lowest + (1 - self.lowest) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def run_folder(root: Path, key: dict[str, Any]) -> Path:
+    """Return the folder of the run that is described by `key`, which is written into it."""
+    text = json.dumps(key, sort_keys=True, indent=1)
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "key.json").write_text(text + "\n")
+    return folder
+
+
+def train(
+    model: nn.Module,
+    arm: Arm,
+    batches: Batches,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    deadline: float = math.inf,
+    title: str = "",
+) -> list[dict[str, float]]:
+    """Train a model, from its checkpoint if there is one, and return the log.
+
+    Args:
+        model: A `Learner`, in its first state.
+        arm: How it attends.
+        batches: What it reads.
+        recipe: How it is trained.
+        folder: Where the run is kept.
+        deadline: By `time.monotonic`, when to stop.
+        title: Of the progress bar.
+
+    Raises:
+        OutOfTime: The deadline has passed.
+        ValueError: The loss is not finite.
+    """
+    learner: Any = model
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, recipe)
+    checkpoint, final = folder / "checkpoint.pt", folder / "weights.pt"
+    log: list[dict[str, float]] = []
+    start = 0
+    if final.exists():
+        model.load_state_dict(torch.load(final, map_location=device))
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        learner.arm = arm.at(1.0)
+        return [json.loads(line) for line in lines]
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, log = state["step"], state["log"]
+
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        _save(state | {"step": step, "log": log}, checkpoint)
+
+    model.train()
+    clock, since = synced_clock(), start
+    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=title)
+    for step in bar:
+        if time.monotonic() > deadline:
+            save(step)
+            raise OutOfTime(f"{title} stopped at step {step} of {recipe.steps}")
+        learner.arm = arm.at(step / recipe.steps)
+        rate = recipe.rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, targets = (x.to(device) for x in batches(step))
+        loss = token_losses(model, ids, targets).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise ValueError(f"loss must be finite, got {value} in step {step} of {title}")
+            now = synced_clock()
+            seconds = (now - clock) / (step + 1 - since)
+            clock, since = now, step + 1
+            log.append(
+                {"step": step + 1, "loss": value, "lr": rate, "norm": float(norm)}
+                | {"step_seconds": seconds, "attended": learner.attended(ids.shape[1])}
+                | {"switched": float(learner.arm.kind != arm.kind)}
+            )
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            with (folder / "log.jsonl").open("w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in log)
+    _save(model.state_dict(), final)
+    checkpoint.unlink(missing_ok=True)
+    learner.arm = arm.at(1.0)
+    return log
+
+
+def _save(state: Any, path: Path) -> None:
+    """Save so that a reader finds the old file or the new one."""
+    fresh = path.with_suffix(".tmp")
+    torch.save(state, fresh)
+    os.replace(fresh, path)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return AdamW with weight decay on matrices alone."""
+    embeddings = {id(x.weight) for x in model.modules() if isinstance(x, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for weight in model.parameters():
+        matrix = weight.dim() == 2 and id(weight) not in embeddings
+        (decayed if matrix else others).append(weight)
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+
+
+def token_losses(model: Callable[[Tensor], Tensor], ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each target that is not ignored; by autocast to bfloat16 on CUDA."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        logits = model(ids)
+    kept = targets != IGNORED
+    return F.cross_entropy(logits[kept].float(), targets[kept], reduction="none")
+
+
+def losses_by_position(model: nn.Module, windows: Tensor, batch: int) -> Tensor:
+    """Return the loss of each window at each position, `[windows, L]`, on the CPU.
+
+    Args:
+        model: A `Learner`.
+        windows: Tokens, `[windows, L + 1]`.
+        batch: Windows that are read at a time.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad():
+        rows = [
+            token_losses(model, ids[:, :-1], ids[:, 1:]).view(len(ids), -1).cpu()
+            for ids in (part.to(device) for part in windows.split(batch))
+        ]
+    return torch.cat(rows)
+
+
+def routing_statistics(model: Any, ids: Tensor) -> list[dict[str, float]]:
+    """Return of each layer what its queries attend to.
+
+    Args:
+        model: A `Learner`.
+        ids: Tokens, `[B, L]`.
+
+    Returns:
+        A row for each layer that does not attend to all: `attended`, keys a query attends to on
+        average, and means over heads of `recall`, `entropy` and `imbalance`; see
+        `moba_flex.diagnostics`.
+    """
+    rows = []
+
+    def note(layer: int, q: Tensor, k: Tensor, routing: Routing | None) -> None:
+        if routing is None:
+            return
+        routing = routing.as_set(q.shape[1])
+        attended = diagnostics.density(routing) * (k.shape[2] + 1) / 2
+        means = {
+            "recall": diagnostics.attention_recall(q, k, routing, rows=128).mean(),
+            "entropy": diagnostics.routing_entropy(routing).mean(),
+            "imbalance": diagnostics.load_imbalance(routing).mean(),
+        }
+        numbers = {name: float(value) for name, value in means.items()}
+        rows.append({"layer": layer, "attended": attended} | numbers)
+
+    model.eval()
+    model.observer = note
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda),
+        ):
+            model(ids)
+    finally:
+        model.observer = None
+    return rows
+
+
+def step_seconds(log: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median time of a step, and that of steps after a switch to full attention.
+
+    The first line is left out where there are others: kernels compile then.
+    """
+    lines = log[1:] or log
+    found = {}
+    for name, switched in (("step_seconds", 0.0), ("switched_step_seconds", 1.0)):
+        times = [line["step_seconds"] for line in lines if line["switched"] == switched]
+        if times:
+            found[name] = statistics.median(times)
+    return found
