@@ -35,7 +35,7 @@ Measure = Callable[[nn.Module, Arm], dict[str, Any]]
 """Called with a trained model and its arm; returns numbers for the results."""
 
 Document = dict[str, Any]
-"""What an experiment writes: `experiment`, `settings`, `machine`, `arms`, `seeds`, `runs`."""
+"""What an experiment writes: `experiment`, `settings`, `machine`, `arms`, `seeds`, `runs`, ..."""
 
 CURVE = 60  # lines of the log that go into the results
 BINS = 16  # of positions
@@ -175,6 +175,7 @@ class Study:
             self.document = json.loads(options.out.read_text())
             self._check_settings()
         self.document |= {"machine": machine_info(self.device), "arms": names}
+        self.document["command"] = command(experiment, options)
         self.document |= {"seeds": max(options.seeds, self.document.get("seeds", 0))}
         self.document.setdefault("runs", [])
 
@@ -253,6 +254,19 @@ class Study:
             "attended": model.attended(self.preset.seq_len),
             "routing": rows,
         }
+
+
+def command(experiment: str, options: argparse.Namespace) -> str:
+    """Return the command whose results are these, but for places."""
+    words = [f"python -m perf.experiments.{experiment}"]
+    for name, value in vars(options).items():
+        if name == "compile":
+            words += ["--compile"] if value else []
+        elif value is not None and name not in ("minutes", "device", "out", "folder", "arms"):
+            words.append(f"--{name} {value}")
+    if options.arms:
+        words += ["--arms", *(f'"{name}"' for name in options.arms)]
+    return " ".join(words)
 
 
 def trailing(preset: Preset) -> int:

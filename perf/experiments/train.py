@@ -118,6 +118,7 @@ def train(
     learner: Any = model
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint, final = folder / "checkpoint.pt", folder / "weights.pt"
     log: list[dict[str, float]] = []
     start = 0
@@ -154,7 +155,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
-            value = float(loss)
+            value = loss.item()
             if not math.isfinite(value):
                 raise ValueError(f"loss must be finite, got {value} in step {step} of {title}")
             now = synced_clock()

@@ -1,0 +1,247 @@
+"""The page of evidence: tables, pictures and verdicts, from the JSON of the experiments.
+
+    python -m perf.experiments.report          # perf/results/experiment_*.json -> evidence.md
+
+A verdict compares two arms seed by seed. They differ if the mean difference exceeds twice its
+standard error, for which at least three seeds are needed. What was not run is said so.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perf.experiments import continued, density, retrieval, shared
+from perf.experiments.runs import (
+    BINS,
+    TEXT_COLUMNS,
+    Column,
+    Document,
+    complete_seeds,
+    milliseconds,
+    spread,
+    table,
+)
+from perf.pictures import new_figure
+from perf.timing import ROOT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RESULTS = ROOT / "perf" / "results"
+FEWEST = 3  # seeds of a verdict
+HEAD = """\
+# Does it learn, and what does sparsity cost?
+
+`python -m perf.experiments.report` writes this page from the JSON beside it. In each experiment
+all arms have equal steps, tokens, first weights and seeds. Losses are in nats a token; numbers are
+means and standard deviations over seeds. Fixed patterns attend to exactly as many keys as the MoBA
+of their block_size and top_k, through the same kernels."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """How an experiment is told.
+
+    Attributes:
+        title: Its title.
+        columns: Of its table.
+        draw: Draws its panels; called with the document and two panels.
+        better: What arms are compared by, and whether a lower number is better; None if arms are
+            told by the table alone.
+    """
+
+    title: str
+    columns: Sequence[Column]
+    draw: Callable[[Document, "Axes", "Axes"], None]
+    compare: Sequence[tuple[Column, bool]] = ()
+
+
+def rows_of(document: Document, arm: str) -> list[dict[str, Any]]:
+    """Return the rows of an arm, of the seeds that all arms finished, in their order."""
+    seeds = complete_seeds(document)
+    rows = [row for row in document["runs"] if row["arm"] == arm and row["seed"] in seeds]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def mean_of(rows: Sequence[dict[str, Any]], read: Callable[[Any], Any]) -> list[float]:
+    """Return the mean of lists over rows, number by number; NaN where one lacks it."""
+    columns = zip(*(read(row) for row in rows), strict=True)
+    return [math.nan if None in column else statistics.mean(column) for column in columns]
+
+
+def draw_language(document: Document, left: "Axes", right: "Axes") -> None:
+    """Draw the loss of training, and the loss by position above that of full attention."""
+    length = document["settings"]["seq_len"]
+    places = [(part + 0.5) * length / BINS for part in range(BINS)]
+    base = mean_of(rows_of(document, "full"), lambda row: row["loss_by_position"])
+    for arm in document["arms"]:
+        rows = rows_of(document, arm)
+        steps = [step for step, _ in rows[0]["curve"]]
+        left.plot(steps, mean_of(rows, lambda row: [loss for _, loss in row["curve"]]), label=arm)
+        losses = mean_of(rows, lambda row: row["loss_by_position"])
+        above = [loss - full for loss, full in zip(losses, base, strict=True)]
+        right.plot(places, above, label=arm)
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="position", ylabel="validation loss above full attention")
+
+
+def draw_retrieval(document: Document, left: "Axes", right: "Axes") -> None:
+    """Draw accuracy against distance, and against the number of blocks at inference."""
+    parts = retrieval.DISTANCES
+    places = [(part + 0.5) / parts for part in range(parts)]
+    for arm in document["arms"]:
+        rows = rows_of(document, arm)
+        far = mean_of(rows, lambda row: row["by_pairs"][-1]["by_distance"])
+        left.plot(places, far, "o-", label=arm)
+        if "at" in rows[0]:
+            numbers = mean_of(rows, lambda row: [x["accuracy"] for x in row["at"].values()])
+            right.plot([int(x) for x in rows[0]["at"]], numbers, "o-", label=arm)
+    left.set(xlabel="distance as a share of the sequence", ylabel="accuracy, many pairs")
+    right.set(xlabel="top_k at inference", ylabel="accuracy, many pairs", xscale="log")
+
+
+def draw_density(document: Document, left: "Axes", right: "Axes") -> None:
+    """Draw the losses against the keys that are read at inference."""
+    for panel, name in ((left, "loss"), (right, "trailing_loss")):
+        for arm in document["arms"]:
+            rows = rows_of(document, arm)
+            keys = [x["attended"] for x in rows[0]["at"].values()]
+            losses = mean_of(rows, lambda row, name=name: [x[name] for x in row["at"].values()])
+            panel.plot(keys, losses, "o-", label=f"trained: {arm}")
+        if "before" in document:
+            at = document["before"]["at"].values()
+            panel.plot([x["attended"] for x in at], [x[name] for x in at], "o--", label="before")
+        panel.set(xlabel="keys read by a query", xscale="log", ylabel=name.replace("_", " "))
+
+
+def draw_costs(document: Document, left: "Axes", right: "Axes") -> None:
+    """Draw the loss of each arm against the time of a step, and the routing by layer."""
+    for arm in document["arms"]:
+        rows = rows_of(document, arm)
+        times = [milliseconds(row) for row in rows]
+        left.plot(times, [row["loss"] for row in rows], "o", label=arm)
+        if rows[0]["routing"]:
+            layers = [layer["layer"] for layer in rows[0]["routing"]]
+            kept = mean_of(rows, lambda row: [layer["recall"] for layer in row["routing"]])
+            right.plot(layers, kept, "o-", label=arm)
+    left.set(xlabel="ms a step", ylabel="validation loss")
+    right.set(xlabel="layer", ylabel="share of dense attention kept")
+
+
+LOSSES = [(column, True) for column in TEXT_COLUMNS[:2]]
+STEP = (TEXT_COLUMNS[3], True)
+ACCURACIES = [(column, False) for column in retrieval.COLUMNS[:4]]
+SECTIONS = {
+    "language": Section("Language modelling", TEXT_COLUMNS, draw_language, [*LOSSES, STEP]),
+    "retrieval": Section(
+        "Needle and associative recall", retrieval.COLUMNS, draw_retrieval, ACCURACIES
+    ),
+    "density": Section("One set of weights, sparse to dense", density.COLUMNS, draw_density),
+    "continued": Section(
+        "SmolLM2-135M trained on: perplexity by top_k", continued.COLUMNS, draw_density
+    ),
+    "blocks": Section(
+        "Block size at equal attended keys", TEXT_COLUMNS, draw_costs, [*LOSSES, STEP]
+    ),
+    "shared": Section("Shared selections", shared.COLUMNS, draw_costs, [*LOSSES, STEP]),
+}
+EXPERIMENTS = tuple(SECTIONS)
+
+
+def verdict(differences: Sequence[float], lower: bool) -> str:
+    """Say whether numbers of an arm differ from another's, by their differences per seed."""
+    number = len(differences)
+    if number < FEWEST:
+        return f"{number} of {FEWEST} seeds: open"
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(number)
+    if abs(mean) <= 2 * error:
+        return "not told apart"
+    return "better" if (mean < 0) == lower else "worse"
+
+
+def comparisons(document: Document, section: Section) -> str:
+    """Return a table of each arm against full attention, and of MoBA against fixed patterns."""
+    lines = [
+        ["arm", "against", *(column.title for column, _ in section.compare)],
+        ["---"] * (2 + len(section.compare)),
+    ]
+    arms = document["arms"]
+    pairs = [(arm, "full") for arm in arms if arm != "full" and "full" in arms]
+    for arm in arms:
+        kind, _, sizes = arm.partition(" ")
+        same = [x for x in arms if kind == "moba" and x != arm and x.endswith(f" {sizes}")]
+        pairs += [(arm, other) for other in same]
+    for arm, other in pairs:
+        cells = []
+        for column, lower in section.compare:
+            values = [[column.read(row) for row in rows_of(document, x)] for x in (arm, other)]
+            changes = [
+                a - b for a, b in zip(*values, strict=True) if a is not None and b is not None
+            ]
+            form = f"+{column.form}"
+            cells.append(f"{spread(changes, form)}: {verdict(changes, lower)}")
+        lines.append([arm, other, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe(document: Document) -> str:
+    """Say how results came about."""
+    settings, machine = document["settings"], document["machine"]
+    where = machine.get("gpu", machine["cpu"])
+    seconds = sum(row["train_seconds"] for row in document["runs"])
+    facts = ", ".join(f"{name} {value}" for name, value in settings["task"].items())
+    tokens = settings["batch"] * settings["seq_len"]
+    return (
+        f"`{document['command']}`\n\n{where}, torch {machine['torch']}, commit "
+        f"{machine['commit']}; {document['runs'][0]['parameters']:,} parameters; "
+        f"{settings['steps']} steps of {tokens:,} tokens in sequences of {settings['seq_len']:,}; "
+        f"seeds finished by all arms: {len(complete_seeds(document))}; {seconds:,.0f} s of "
+        f"training in all. {facts}."
+    )
+
+
+def tell(name: str, files: Sequence[Path], folder: Path) -> str:
+    """Return the section of an experiment, and draw its pictures into `folder`."""
+    section = SECTIONS[name]
+    parts = [f"## {section.title}"]
+    documents = [(file, json.loads(file.read_text())) for file in files]
+    documents = [(file, x) for file, x in documents if complete_seeds(x)]
+    if not documents:
+        return f"{parts[0]}\n\nThis experiment was not run, or no seed was finished by all arms."
+    for file, document in documents:
+        parts += [describe(document), table(document, section.columns)]
+        if "before" in document:
+            before = document["before"]["at"]
+            numbers = ", ".join(f"at {x} {y['perplexity']:.3f}" for x, y in before.items())
+            parts.append(f"Before any training the perplexity is {numbers}.")
+        if section.compare:
+            words = "Differences, seed by seed, and what they say about the first arm:"
+            parts += [words, comparisons(document, section)]
+        picture = folder / f"{file.stem}.png"
+        figure = new_figure(12, 4.5)
+        left, right = figure.subplots(1, 2)
+        section.draw(document, left, right)
+        left.legend(fontsize=7)
+        figure.suptitle(f"{section.title}: {file.stem}", fontsize=9)
+        figure.savefig(picture, dpi=110)
+        parts.append(f"![{section.title}]({picture.name})")
+    return "\n\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m perf.experiments.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS / "evidence.md")
+    options = parser.parse_args(arguments)
+    files = {name: sorted(options.results.glob(f"experiment_{name}*.json")) for name in SECTIONS}
+    sections = [tell(name, found, options.out.parent) for name, found in files.items()]
+    options.out.write_text("\n\n".join([HEAD, *sections]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

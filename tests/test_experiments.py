@@ -1,0 +1,306 @@
+"""The experiments run, resume, and compare what they say they compare."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from moba_flex import Routing, diagnostics, patterns
+from perf.experiments import (
+    blocks,
+    continued,
+    density,
+    language,
+    model,
+    report,
+    retrieval,
+    runs,
+    shared,
+    train,
+)
+from perf.experiments.data import File, draw_windows, load_corpus, long_lines, read_files, split
+from perf.experiments.model import FULL, Arm, Decoder, Sizes
+
+SIZES = Sizes(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=256)
+SPARSE = Arm("moba", 16, 3)
+FIXED = tuple(replace(SPARSE, kind=kind) for kind in ("window", "sink window", "global local"))
+SHARED = (
+    replace(SPARSE, shared_heads=True),
+    replace(SPARSE, shared_queries=16),
+    replace(SPARSE, shared_heads=True, shared_queries=16),
+)
+LAST = replace(SPARSE, dense_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a corpus of tokens, and checkpoints that experiments share."""
+    where = tmp_path_factory.mktemp("experiments")
+    root = where / "packages"
+    for number in range(100):
+        (root / f"package{number}").mkdir(parents=True)
+        lines = [f"value_{number}_{line} = compute({line}, {number})\n" for line in range(60)]
+        (root / f"package{number}" / "module.py").write_text("".join(lines))
+    load_corpus("bytes", where, 1, [root])
+    return where
+
+
+def some_text(name: str, lines: int = 30) -> str:
+    return "".join(f"{name} says on line {line} what no other does\n" for line in range(lines))
+
+
+@pytest.mark.parametrize("arm", [FULL, SPARSE, *FIXED, *SHARED, LAST], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("length", [160, 77])
+def test_every_arm_attends_to_as_many_keys_as_it_says(arm: Arm, length: int) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SIZES, arm)
+    counted: list[float] = []
+
+    def note(layer: int, q: Tensor, k: Tensor, routing: Routing | None) -> None:
+        visible = (length + 1) / 2
+        counted.append(visible if routing is None else visible * diagnostics.density(routing))
+
+    decoder.observer = note
+    decoder(torch.randint(256, (2, length)))
+    assert sum(counted) / len(counted) == pytest.approx(decoder.attended(length))
+
+
+def test_sparse_arms_attend_to_equally_many_keys() -> None:
+    assert len({arm.attended(300) for arm in (SPARSE, *FIXED, *SHARED)}) == 1
+    assert FULL.attended(300) == 150.5
+
+
+@pytest.mark.parametrize("arm", [FULL, SPARSE, *FIXED, *SHARED], ids=lambda arm: arm.name)
+def test_attention_is_that_of_the_chosen_keys(arm: Arm) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 100, 8) for heads in (4, 2, 2))
+    mask = torch.ones(2, 4, 100, 100, dtype=torch.bool).tril()
+    routing = arm.choose(q, k)
+    if routing is not None:
+        listed = routing.as_set(4).blocks.unsqueeze(-1)
+        block = torch.arange(100) // arm.block_size
+        mask &= (listed == block).any(3) | (block[:, None] == block)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert torch.allclose(arm.attend(q, k, v), expected, atol=1e-5)
+
+
+def test_global_blocks_are_those_of_the_library_where_there_are_enough() -> None:
+    x = torch.empty(1, 1, 160, 4)
+    routing = Arm("global local", 10, 5).choose(x, x)
+    assert routing is not None
+    given = patterns.global_local(x, x, block_size=10, every=8, local_blocks=2)
+    last = routing.as_set().blocks[0, 0, -1].tolist()
+    assert last == [block for block in given.blocks[0, 0, -1].tolist() if block < 16]
+
+
+@pytest.mark.parametrize("arm", [SPARSE, *FIXED, *SHARED, LAST], ids=lambda arm: arm.name)
+def test_no_token_is_read_before_its_time(arm: Arm) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SIZES, arm).double()
+    ids = torch.randint(256, (1, 100))
+    changed = ids.clone()
+    changed[:, 70:] = torch.randint(256, (1, 30))
+    with torch.no_grad():
+        before, after = decoder(ids), decoder(changed)
+    assert torch.allclose(before[:, :70], after[:, :70], atol=1e-9)
+    assert not torch.allclose(before[:, 70:], after[:, 70:])
+
+
+def test_queries_of_a_tile_choose_by_the_queries_up_to_its_first() -> None:
+    q = torch.arange(1.0, 11.0).view(1, 1, 10, 1)
+    means = model.shared_choice(q, 1, heads=False, neighbours=4).flatten().tolist()
+    first, second, third = 1 / 4, (2 + 3 + 4 + 5) / 4, (6 + 7 + 8 + 9) / 4
+    assert means == [first] * 4 + [second] * 4 + [third] * 2
+
+
+def test_an_arm_switches_to_full_attention_at_its_share_of_the_steps() -> None:
+    arm = replace(SPARSE, full_share=0.1)
+    switched = [arm.at(step / 20).kind for step in range(20)]
+    assert switched == ["moba"] * 18 + ["full"] * 2
+    assert arm.at(1.0) == FULL
+
+
+def make_run(arm: Arm) -> tuple[Decoder, train.Batches, train.Recipe]:
+    torch.manual_seed(1)
+    tokens = torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0))
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        ids = draw_windows(tokens, 2, 65, 3, step)
+        return ids[:, :-1], ids[:, 1:]
+
+    return Decoder(SIZES), batch, train.Recipe(6, every=2)
+
+
+@pytest.mark.parametrize("arm", [SPARSE, replace(SPARSE, full_share=0.5)], ids=["moba", "hybrid"])
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_run_that_stops_resumes_to_the_bit(
+    arm: Arm, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, batches, recipe = make_run(arm)
+    log = train.train(whole, arm, batches, recipe, tmp_path / "missing", deadline=math.inf)
+    first, batches, recipe = make_run(arm)
+    step_of_stop = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: next(step_of_stop))
+        with pytest.raises(train.OutOfTime, match=f"step {stop} of 6"):
+            train.train(first, arm, batches, recipe, tmp_path / "run", deadline=stop - 0.5)
+    second, batches, recipe = make_run(arm)
+    resumed = train.train(second, arm, batches, recipe, tmp_path / "run")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+    timeless = [[line | {"step_seconds": 0} for line in lines] for lines in (log, resumed)]
+    assert timeless[0] == timeless[1]
+    third, batches, recipe = make_run(arm)
+    again = train.train(third, arm, batches, recipe, tmp_path / "run")
+    assert again == resumed
+    for name, weight in second.state_dict().items():
+        assert torch.equal(weight, third.state_dict()[name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    decoder, batches, recipe = make_run(SPARSE)
+    with torch.no_grad():
+        decoder.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="loss must be finite, got nan"):
+        train.train(decoder, SPARSE, batches, recipe, tmp_path)
+
+
+def test_the_split_leaks_nothing(tmp_path: Path) -> None:
+    for number in range(120):
+        (tmp_path / f"package{number}").mkdir()
+        (tmp_path / f"package{number}" / "own.py").write_text(some_text(f"package{number}"))
+        (tmp_path / f"package{number}" / "more.py").write_text(some_text(f"more{number}"))
+    copied = some_text("a vendored copy")
+    for number in range(30):  # near-duplicates, some of them in each part, and exact ones
+        (tmp_path / f"package{number}" / "vendored.py").write_text(f"{copied}# {number}\n")
+        (tmp_path / f"package{number}" / "same.py").write_text(some_text("the same"))
+    files = read_files([tmp_path])
+    contents = ["".join(file.text.split()) for file in files]
+    assert len(set(contents)) == len(contents)
+    train_files, validation = split(files, 10**6)
+    assert validation
+    packages = [{file.package for file in part} for part in (train_files, validation)]
+    assert not packages[0] & packages[1]
+    known = {line for file in train_files for line in long_lines(file.text)}
+    assert not known & {line for file in validation for line in long_lines(file.text)}
+    assert split(files, 10**6) == (train_files, validation)
+
+
+def test_a_vendored_copy_is_left_out_of_validation() -> None:
+    text = some_text("shared")
+    files = [File(f"p{n}", Path(f"p{n}.py"), some_text(f"own {n}")) for n in range(100)]
+    copies = [replace(file, text=f"{text}# {n}") for n, file in enumerate(files)]
+    train_files, validation = split([*files, *copies], 10**6)
+    assert {file.text.startswith(text) for file in train_files} == {True, False}
+    assert not any(file.text.startswith(text) for file in validation)
+
+
+def test_a_split_without_validation_is_refused() -> None:
+    with pytest.raises(ValueError, match="validation must have files, got none of 1"):
+        split([File("only", Path("only.py"), some_text("only"))], 10**6)
+
+
+def test_recall_asks_for_pairs_that_lie_where_it_says() -> None:
+    drawn = retrieval.draw(3, 256, 8, torch.Generator().manual_seed(0))
+    asked = (drawn.targets != train.IGNORED).nonzero().tolist()
+    assert len(asked) == 3 * 8
+    for row, at in asked:
+        pair = at - int(drawn.distances[row, at])
+        assert drawn.ids[row, pair] == drawn.ids[row, at]
+        assert drawn.ids[row, pair + 1] == drawn.targets[row, at]
+        assert (drawn.ids[row, :at] == drawn.ids[row, at]).sum() == 1
+
+
+def test_tables_hold_complete_seeds_alone() -> None:
+    rows = [{"arm": arm, "seed": seed, "loss": seed + 1.0} for arm in "ab" for seed in (0, 1)]
+    document: dict[str, Any] = {"arms": ["a", "b"], "seeds": 3, "runs": rows}
+    assert runs.complete_seeds(document) == [0, 1]
+    column = runs.Column("loss", runs.key("loss"), ".1f")
+    assert "| a | 1.5 ± 0.7 |" in runs.table(document, [column])
+    document["runs"] = rows[:2]
+    assert "No seed was finished" in runs.table(document, [column])
+
+
+def test_results_of_other_settings_are_not_mixed(folder: Path, tmp_path: Path) -> None:
+    arguments = [*run_arguments(folder, tmp_path / "out.json"), *TEXT]
+    blocks.main([*arguments, "--arms", "full"])
+    with pytest.raises(SystemExit, match="steps must be that of the results"):
+        blocks.main([*arguments, "--arms", "full", "--steps", "3"])
+
+
+def test_minutes_that_are_over_leave_what_was_done(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*run_arguments(folder, tmp_path / "out.json"), *TEXT]
+    blocks.main([*arguments, "--arms", "moba 4/24", "--seeds", "2", "--minutes", "0"])
+    assert "the same command goes on from there" in capsys.readouterr().out
+    blocks.main([*arguments, "--arms", "moba 4/24"])
+    assert [row["seed"] for row in json.loads((tmp_path / "out.json").read_text())["runs"]] == [0]
+
+
+def run_arguments(folder: Path, out: Path) -> list[str]:
+    places = ["--folder", str(folder), "--out", str(out), "--device", "cpu"]
+    return ["--preset", "tiny", "--steps", "2", "--seeds", "1", *places]
+
+
+TEXT = ["--megabytes", "1"]
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Path:
+    """Run all experiments, and return the folder of their results."""
+    out = folder / "results"
+    mains: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
+        "language": (language.main, TEXT),
+        "retrieval": (retrieval.main, []),
+        "density": (density.main, TEXT),
+        "blocks": (blocks.main, TEXT),
+        "shared": (shared.main, TEXT),
+        "continued": (continued.main, [*TEXT, "--tokens", "bytes", "--model", tiny_llama(folder)]),
+    }
+    for name, (main, more) in mains.items():
+        main([*run_arguments(folder, out / f"experiment_{name}.json"), *more])
+    return out
+
+
+def tiny_llama(folder: Path) -> str:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, **heads)
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    return str(folder / "llama")
+
+
+@pytest.mark.parametrize("name", report.EXPERIMENTS)
+def test_every_experiment_runs(name: str, results: Path) -> None:
+    document = json.loads((results / f"experiment_{name}.json").read_text())
+    assert runs.complete_seeds(document) == [0]
+    assert {row["arm"] for row in document["runs"]} == set(document["arms"])
+    for row in document["runs"]:
+        assert row["step_seconds"] > 0
+        assert all(math.isfinite(loss) for _, loss in row["curve"])
+        assert "loss" not in row or math.isfinite(row["loss"])
+
+
+def test_the_report_tells_what_was_run_and_what_was_not(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "evidence.md"
+    report.main(["--results", str(results), "--out", str(page)])
+    told = page.read_text()
+    assert "was not run" not in told
+    assert told.count("| full |") >= 5
+    for line in told.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.partition("](")[2].removesuffix(")")).stat().st_size > 0
+    report.main(["--results", str(tmp_path / "none"), "--out", str(page)])
+    told = page.read_text()
+    assert told.count("was not run") == len(report.EXPERIMENTS)
+    assert "| full |" not in told
