@@ -274,7 +274,11 @@ def results(folder: Path) -> Path:
 def tiny_llama(folder: Path) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+    }
     config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, **heads)
     LlamaForCausalLM(config).save_pretrained(folder / "llama")
     return str(folder / "llama")

@@ -122,7 +122,8 @@ def measure(study: Study, text: Text, model: Any) -> dict[str, Any]:
         model.arm = study.preset.fit(arm)
         numbers = study.measure_text(text, model)
         found[name] = numbers | {"perplexity": math.exp(numbers["loss"])}
-    return {"at": found, "loss": found["full"]["loss"]}
+    routing = found[str(SPARSE.top_k)]["routing"]
+    return {"at": found, "loss": found["full"]["loss"], "routing": routing}
 
 
 def at(name: str) -> Column:
@@ -130,7 +131,11 @@ def at(name: str) -> Column:
     return Column(f"at {name}", lambda row: row["at"][name]["perplexity"], ".3f")
 
 
-COLUMNS = [*(at(str(top_k)) for top_k in TOP_KS), at("full"), Column("ms a step", milliseconds)]
+COLUMNS = [
+    *(at(str(top_k)) for top_k in TOP_KS),
+    at("full"),
+    Column("ms a step", milliseconds, ".1f"),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

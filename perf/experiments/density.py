@@ -35,7 +35,8 @@ def measure(study: Study, text: Text, model: Any) -> dict[str, Any]:
         found[str(top_k)] = study.measure_text(text, model)
     model.arm = FULL
     found["full"] = study.measure_text(text, model)
-    return {"at": found, "loss": found["full"]["loss"]}
+    routing = found[str(SMALL.top_k)]["routing"]
+    return {"at": found, "loss": found["full"]["loss"], "routing": routing}
 
 
 def at(top_k: str) -> Column:

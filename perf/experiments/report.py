@@ -2,8 +2,7 @@
 
     python -m perf.experiments.report          # perf/results/experiment_*.json -> evidence.md
 
-A verdict compares two arms seed by seed. They differ if the mean difference exceeds twice its
-standard error, for which at least three seeds are needed. What was not run is said so.
+Verdicts compare two arms seed by seed; the page itself says how. What was not run is said so.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from perf.experiments.runs import (
     Column,
     Document,
     complete_seeds,
+    markdown,
     milliseconds,
     spread,
     table,
@@ -33,14 +33,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS = ROOT / "perf" / "results"
-FEWEST = 3  # seeds of a verdict
+T = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Half the width of a 95 % interval in standard errors, by the number of seeds."""
+FEWEST = min(T)
 HEAD = """\
 # Does it learn, and what does sparsity cost?
 
 `python -m perf.experiments.report` writes this page from the JSON beside it. In each experiment
 all arms have equal steps, tokens, first weights and seeds. Losses are in nats a token; numbers are
 means and standard deviations over seeds. Fixed patterns attend to exactly as many keys as the MoBA
-of their block_size and top_k, through the same kernels."""
+of their block_size and top_k, through the same kernels.
+
+Two arms are "not told apart" if zero lies in the 95 % interval of their mean difference over
+seeds (Student's t, not corrected for the number of comparisons). Fewer than three seeds leave the
+verdict open. Fixed patterns are handed to the kernels as routings, which are sorted twice in each
+layer; kernels of their own would be faster, so their times are upper bounds."""
+
+
+ROUTING = """\
+What queries choose on one sequence of validation, as means over heads and layers: `recall` is the
+share of dense attention's weight that lies on what is read, `entropy` is 0 if the queries of a
+block choose alike and 1 if they choose all blocks equally often, `imbalance` is 1 for random
+choices and larger if many queries want one block (`moba_flex.diagnostics`). A router that
+collapsed has an entropy near 0 and a recall like that of a fixed pattern."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +65,8 @@ class Section:
     Attributes:
         title: Its title.
         columns: Of its table.
-        draw: Draws its panels; called with the document and two panels.
-        better: What arms are compared by, and whether a lower number is better; None if arms are
-            told by the table alone.
+        draw: Draws two panels; called with the document and the panels.
+        compare: What arms are compared by, and whether a lower number is better.
     """
 
     title: str
@@ -74,6 +88,11 @@ def mean_of(rows: Sequence[dict[str, Any]], read: Callable[[Any], Any]) -> list[
     return [math.nan if None in column else statistics.mean(column) for column in columns]
 
 
+def colour(document: Document, arm: str) -> str:
+    """Return the colour of an arm, the same in all panels."""
+    return f"C{document['arms'].index(arm) % 10}"
+
+
 def draw_language(document: Document, left: "Axes", right: "Axes") -> None:
     """Draw the loss of training, and the loss by position above that of full attention."""
     length = document["settings"]["seq_len"]
@@ -82,10 +101,11 @@ def draw_language(document: Document, left: "Axes", right: "Axes") -> None:
     for arm in document["arms"]:
         rows = rows_of(document, arm)
         steps = [step for step, _ in rows[0]["curve"]]
-        left.plot(steps, mean_of(rows, lambda row: [loss for _, loss in row["curve"]]), label=arm)
+        curve = mean_of(rows, lambda row: [loss for _, loss in row["curve"]])
+        left.plot(steps, curve, color=colour(document, arm), label=arm)
         losses = mean_of(rows, lambda row: row["loss_by_position"])
         above = [loss - full for loss, full in zip(losses, base, strict=True)]
-        right.plot(places, above, label=arm)
+        right.plot(places, above, color=colour(document, arm))
     left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="position", ylabel="validation loss above full attention")
 
@@ -97,10 +117,10 @@ def draw_retrieval(document: Document, left: "Axes", right: "Axes") -> None:
     for arm in document["arms"]:
         rows = rows_of(document, arm)
         far = mean_of(rows, lambda row: row["by_pairs"][-1]["by_distance"])
-        left.plot(places, far, "o-", label=arm)
+        left.plot(places, far, "o-", color=colour(document, arm), label=arm)
         if "at" in rows[0]:
             numbers = mean_of(rows, lambda row: [x["accuracy"] for x in row["at"].values()])
-            right.plot([int(x) for x in rows[0]["at"]], numbers, "o-", label=arm)
+            right.plot([int(x) for x in rows[0]["at"]], numbers, "o-", color=colour(document, arm))
     left.set(xlabel="distance as a share of the sequence", ylabel="accuracy, many pairs")
     right.set(xlabel="top_k at inference", ylabel="accuracy, many pairs", xscale="log")
 
@@ -108,29 +128,59 @@ def draw_retrieval(document: Document, left: "Axes", right: "Axes") -> None:
 def draw_density(document: Document, left: "Axes", right: "Axes") -> None:
     """Draw the losses against the keys that are read at inference."""
     for panel, name in ((left, "loss"), (right, "trailing_loss")):
+
+        def losses_of(row: Any, name: str = name) -> list[float]:
+            return [numbers[name] for numbers in row["at"].values()]
+
         for arm in document["arms"]:
             rows = rows_of(document, arm)
             keys = [x["attended"] for x in rows[0]["at"].values()]
-            losses = mean_of(rows, lambda row, name=name: [x[name] for x in row["at"].values()])
-            panel.plot(keys, losses, "o-", label=f"trained: {arm}")
+            losses = mean_of(rows, losses_of)
+            shade = colour(document, arm)
+            panel.plot(keys, losses, "o-", color=shade, label=f"trained: {arm}")
         if "before" in document:
-            at = document["before"]["at"].values()
-            panel.plot([x["attended"] for x in at], [x[name] for x in at], "o--", label="before")
+            before = document["before"]
+            keys = [x["attended"] for x in before["at"].values()]
+            panel.plot(keys, losses_of(before), "o--", label="before")
         panel.set(xlabel="keys read by a query", xscale="log", ylabel=name.replace("_", " "))
 
 
 def draw_costs(document: Document, left: "Axes", right: "Axes") -> None:
-    """Draw the loss of each arm against the time of a step, and the routing by layer."""
+    """Draw the losses of each run against the time of its steps."""
+    for panel, name in ((left, "loss"), (right, "trailing_loss")):
+        for arm in document["arms"]:
+            rows = rows_of(document, arm)
+            times = [milliseconds(row) for row in rows]
+            losses = [row[name] for row in rows]
+            panel.plot(times, losses, "o", color=colour(document, arm), label=arm)
+        panel.set(xlabel="ms a step", ylabel=name.replace("_", " "))
+
+
+def draw_routing(document: Document, panel: "Axes") -> None:
+    """Draw by layer how much of dense attention's weight lies on what arms read."""
     for arm in document["arms"]:
         rows = rows_of(document, arm)
-        times = [milliseconds(row) for row in rows]
-        left.plot(times, [row["loss"] for row in rows], "o", label=arm)
         if rows[0]["routing"]:
             layers = [layer["layer"] for layer in rows[0]["routing"]]
             kept = mean_of(rows, lambda row: [layer["recall"] for layer in row["routing"]])
-            right.plot(layers, kept, "o-", label=arm)
-    left.set(xlabel="ms a step", ylabel="validation loss")
-    right.set(xlabel="layer", ylabel="share of dense attention kept")
+            panel.plot(layers, kept, "o-", color=colour(document, arm))
+            panel.set_xticks(layers)
+    panel.set(xlabel="layer", ylabel="share of dense attention's weight that is read")
+
+
+def routing_table(document: Document) -> str:
+    """Return a table of how each arm's queries choose, as means over layers."""
+    names = ("recall", "entropy", "imbalance")
+    lines = [["arm", *names], ["---"] * 4]
+    for arm in document["arms"]:
+        rows = rows_of(document, arm)
+        if rows[0]["routing"]:
+            values = {
+                name: [statistics.mean(x[name] for x in row["routing"]) for row in rows]
+                for name in names
+            }
+            lines.append([arm, *(spread(values[name], ".3f") for name in names)])
+    return markdown(lines)
 
 
 LOSSES = [(column, True) for column in TEXT_COLUMNS[:2]]
@@ -157,11 +207,44 @@ def verdict(differences: Sequence[float], lower: bool) -> str:
     """Say whether numbers of an arm differ from another's, by their differences per seed."""
     number = len(differences)
     if number < FEWEST:
-        return f"{number} of {FEWEST} seeds: open"
+        return "open"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(number)
-    if abs(mean) <= 2 * error:
+    if abs(mean) <= T[min(number, max(T))] * error:
         return "not told apart"
     return "better" if (mean < 0) == lower else "worse"
+
+
+def differences(document: Document, column: Column, arm: str, other: str) -> list[float]:
+    """Return a number of an arm minus that of another, seed by seed."""
+    rows = zip(rows_of(document, arm), rows_of(document, other), strict=True)
+    values = [(column.read(a), column.read(b)) for a, b in rows]
+    return [a - b for a, b in values if a is not None and b is not None]
+
+
+def controls(document: Document, arm: str) -> list[str]:
+    """Return the fixed patterns that attend to as many keys as an arm, if that is plain MoBA."""
+    kind, _, sizes = arm.partition(" ")
+    return [x for x in document["arms"] if kind == "moba" and x != arm and x.endswith(f" {sizes}")]
+
+
+def falsified(document: Document) -> str:
+    """Say of each plain MoBA whether it is worse than full attention and saves nothing."""
+    loss, step = TEXT_COLUMNS[0], TEXT_COLUMNS[3]
+    lines = []
+    for arm in document["arms"]:
+        others = controls(document, arm)
+        if not others or "full" not in document["arms"]:
+            continue
+        quality = verdict(differences(document, loss, arm, "full"), True)
+        savings = [verdict(differences(document, step, arm, x), True) for x in others]
+        if "open" in (quality, *savings):
+            answer = "open, for there are too few seeds"
+        else:
+            answer = "yes" if quality == "worse" and "better" not in savings else "no"
+        words = ", ".join(f"{x} {saving}" for x, saving in zip(others, savings, strict=True))
+        lines.append(f"- {arm}: {answer}. Loss against full: {quality}; step against {words}.")
+    question = "Is MoBA below full attention without saving compute over fixed patterns?"
+    return "\n".join([question, "", *lines])
 
 
 def comparisons(document: Document, section: Section) -> str:
@@ -172,21 +255,14 @@ def comparisons(document: Document, section: Section) -> str:
     ]
     arms = document["arms"]
     pairs = [(arm, "full") for arm in arms if arm != "full" and "full" in arms]
-    for arm in arms:
-        kind, _, sizes = arm.partition(" ")
-        same = [x for x in arms if kind == "moba" and x != arm and x.endswith(f" {sizes}")]
-        pairs += [(arm, other) for other in same]
+    pairs += [(arm, other) for arm in arms for other in controls(document, arm)]
     for arm, other in pairs:
         cells = []
         for column, lower in section.compare:
-            values = [[column.read(row) for row in rows_of(document, x)] for x in (arm, other)]
-            changes = [
-                a - b for a, b in zip(*values, strict=True) if a is not None and b is not None
-            ]
-            form = f"+{column.form}"
-            cells.append(f"{spread(changes, form)}: {verdict(changes, lower)}")
+            changes, form = differences(document, column, arm, other), f"+{column.form}"
+            cells.append(f"{spread(changes, form)}, {verdict(changes, lower)}")
         lines.append([arm, other, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def describe(document: Document) -> str:
@@ -222,10 +298,14 @@ def tell(name: str, files: Sequence[Path], folder: Path) -> str:
         if section.compare:
             words = "Differences, seed by seed, and what they say about the first arm:"
             parts += [words, comparisons(document, section)]
+        if name == "language":
+            parts.append(falsified(document))
+        parts += [ROUTING, routing_table(document)]
         picture = folder / f"{file.stem}.png"
-        figure = new_figure(12, 4.5)
-        left, right = figure.subplots(1, 2)
+        figure = new_figure(16, 4.5)
+        left, right, routing = figure.subplots(1, 3)
         section.draw(document, left, right)
+        draw_routing(document, routing)
         left.legend(fontsize=7)
         figure.suptitle(f"{section.title}: {file.stem}", fontsize=9)
         figure.savefig(picture, dpi=110)

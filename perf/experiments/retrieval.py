@@ -32,6 +32,7 @@ from perf.experiments.train import IGNORED, Batches, routing_statistics
 KINDS = 128  # of noise, of keys and of values
 DISTANCES = 4  # equal parts of the sequence
 TOP_KS = (2, 4, 8, 16)
+LR = 2e-3
 PRESETS = {
     "tiny": Preset(32, 2, 4, 2, 128, 4, 10, shrink=16, windows=4),
     "small": Preset(256, 4, 4, 2, 2048, 32, 800, shrink=4, windows=64),
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = make_parser("retrieval", __doc__, PRESETS).parse_args(arguments)
     preset, task = preset_of(options, PRESETS), RecallTask()
     arms = pick_arms([preset.fit(arm) for arm in ARMS], options.arms)
-    study = Study("retrieval", options, preset, task, arms)
+    study = Study("retrieval", options, preset, task, arms, LR)
     study.run(lambda model, arm: measure(study, model, arm), COLUMNS)
 
 

@@ -181,7 +181,7 @@ class Study:
 
     def _check_settings(self) -> None:
         before, now = self.document["settings"], json.loads(json.dumps(self.settings))
-        for name in before.keys() | now.keys():
+        for name in dict.fromkeys([*before, *now]):
             if before.get(name) != now.get(name):
                 raise SystemExit(
                     f"{name} must be that of the results in {self.options.out}, "
@@ -354,7 +354,7 @@ def spread(values: Sequence[float | None], form: str = ".4f") -> str:
     if not known or len(known) < len(values):
         return "-"
     text = f"{statistics.mean(known):{form}}"
-    return text if len(known) == 1 else f"{text} ± {statistics.stdev(known):{form}}"
+    return text if len(known) == 1 else f"{text} ± {statistics.stdev(known):{form.lstrip('+')}}"
 
 
 def table(document: Document, columns: Sequence[Column]) -> str:
@@ -367,6 +367,11 @@ def table(document: Document, columns: Sequence[Column]) -> str:
         rows = [x for x in document["runs"] if x["arm"] == arm and x["seed"] in seeds]
         cells = [spread([column.read(row) for row in rows], column.form) for column in columns]
         lines.append([arm, *cells])
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table of cells."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -375,7 +380,7 @@ def key(name: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda row: row.get(name)
 
 
-def milliseconds(row: Mapping[str, Any]) -> float | None:
+def milliseconds(row: Mapping[str, Any]) -> float:
     """Return the time of a training step in ms."""
     return 1e3 * row["step_seconds"]
 

@@ -139,7 +139,14 @@ def train(
 
     model.train()
     clock, since = synced_clock(), start
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=title)
+    bar = tqdm(
+        range(start, recipe.steps),
+        desc=title,
+        initial=start,
+        total=recipe.steps,
+        mininterval=2.0,
+        leave=False,
+    )
     for step in bar:
         if time.monotonic() > deadline:
             save(step)
