@@ -7,7 +7,6 @@ query to its own block and to `top_k - 1` others, or to all there are.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -160,24 +159,18 @@ def _global_local(q: Tensor, block_size: int, top_k: int) -> Routing:
     where few global blocks lie before a query, more local ones are chosen.
     """
     batch, num_heads, length = q.shape[:3]
-    blocks = _global_local_blocks(math.ceil(length / block_size), top_k).to(q.device)
-    own = torch.arange(length, device=q.device) // block_size
-    chosen = blocks[own].expand(batch, num_heads, -1, -1)
+    own = torch.arange(length, device=q.device)[:, None] // block_size
+    others, num_blocks = top_k - 1, math.ceil(length / block_size)
+    every = math.ceil(num_blocks / max(1, round(GLOBAL_SHARE * others)))
+    far = torch.arange(0, num_blocks, every, device=q.device)[:others].expand(length, -1)
+    far = far.masked_fill(far >= own, -1)
+    near = own - torch.arange(1, 2 * others + 1, device=q.device)
+    known = (near < 0) | (near % every == 0)
+    rank = (far >= 0).sum(1, keepdim=True) + (~known).cumsum(1)
+    near = near.masked_fill(known | (rank > others), -1)
+    blocks = torch.cat((far, near), dim=1).sort(dim=1, descending=True).values[:, :others]
+    chosen = blocks.expand(batch, num_heads, -1, -1)
     return Routing(chosen, block_size, length, length, causal=True)
-
-
-@lru_cache
-def _global_local_blocks(num_blocks: int, top_k: int) -> Tensor:
-    """Return for each own block which others are chosen, -1 for none, `[N, top_k - 1]`."""
-    number = max(1, round(GLOBAL_SHARE * (top_k - 1)))
-    every = max(1, math.ceil(num_blocks / number))
-    rows = []
-    for own in range(num_blocks):
-        first = list(range(0, own, every))[: top_k - 1]
-        near = [block for block in range(own - 1, -1, -1) if block not in first]
-        row = (first + near)[: top_k - 1]
-        rows.append(row + [-1] * (top_k - 1 - len(row)))
-    return torch.tensor(rows, dtype=torch.int32).view(num_blocks, top_k - 1)
 
 
 @dataclass(frozen=True)

@@ -271,9 +271,10 @@ def describe(document: Document) -> str:
     where = machine.get("gpu", machine["cpu"])
     seconds = sum(row["train_seconds"] for row in document["runs"])
     facts = ", ".join(f"{name} {value}" for name, value in settings["task"].items())
+    commands = "\n".join(["```sh", *document["commands"], "```"])
     tokens = settings["batch"] * settings["seq_len"]
     return (
-        f"`{document['command']}`\n\n{where}, torch {machine['torch']}, commit "
+        f"{commands}\n\n{where}, torch {machine['torch']}, commit "
         f"{machine['commit']}; {document['runs'][0]['parameters']:,} parameters; "
         f"{settings['steps']} steps of {tokens:,} tokens in sequences of {settings['seq_len']:,}; "
         f"seeds finished by all arms: {len(complete_seeds(document))}; {seconds:,.0f} s of "

@@ -174,8 +174,10 @@ class Study:
         if options.out.exists():
             self.document = json.loads(options.out.read_text())
             self._check_settings()
+        names = [*dict.fromkeys([*self.document.get("arms", ()), *names])]
         self.document |= {"machine": machine_info(self.device), "arms": names}
-        self.document["command"] = command(experiment, options)
+        commands = [*self.document.get("commands", ()), command(experiment, options)]
+        self.document["commands"] = [*dict.fromkeys(commands)]
         self.document |= {"seeds": max(options.seeds, self.document.get("seeds", 0))}
         self.document.setdefault("runs", [])
 
