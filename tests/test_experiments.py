@@ -284,6 +284,7 @@ def tiny_llama(folder: Path) -> str:
     return str(folder / "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", report.EXPERIMENTS)
 def test_every_experiment_runs(name: str, results: Path) -> None:
     document = json.loads((results / f"experiment_{name}.json").read_text())
@@ -295,6 +296,7 @@ def test_every_experiment_runs(name: str, results: Path) -> None:
         assert "loss" not in row or math.isfinite(row["loss"])
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_was_run_and_what_was_not(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "evidence.md"
     report.main(["--results", str(results), "--out", str(page)])

@@ -42,7 +42,8 @@ HEAD = """\
 `python -m perf.experiments.report` writes this page from the JSON beside it. In each experiment
 all arms have equal steps, tokens, first weights and seeds. Losses are in nats a token; numbers are
 means and standard deviations over seeds. Fixed patterns attend to exactly as many keys as the MoBA
-of their block_size and top_k, through the same kernels.
+of their block_size and top_k, through the same kernels. A model that switched to full attention at
+the end of its training is measured with full attention; its step is one before the switch.
 
 Two arms are "not told apart" if zero lies in the 95 % interval of their mean difference over
 seeds (Student's t, not corrected for the number of comparisons). Fewer than three seeds leave the
@@ -97,7 +98,8 @@ def draw_language(document: Document, left: "Axes", right: "Axes") -> None:
     """Draw the loss of training, and the loss by position above that of full attention."""
     length = document["settings"]["seq_len"]
     places = [(part + 0.5) * length / BINS for part in range(BINS)]
-    base = mean_of(rows_of(document, "full"), lambda row: row["loss_by_position"])
+    first = "full" if "full" in document["arms"] else document["arms"][0]
+    base = mean_of(rows_of(document, first), lambda row: row["loss_by_position"])
     for arm in document["arms"]:
         rows = rows_of(document, arm)
         steps = [step for step, _ in rows[0]["curve"]]
@@ -107,7 +109,7 @@ def draw_language(document: Document, left: "Axes", right: "Axes") -> None:
         above = [loss - full for loss, full in zip(losses, base, strict=True)]
         right.plot(places, above, color=colour(document, arm))
     left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="position", ylabel="validation loss above full attention")
+    right.set(xlabel="position", ylabel=f"validation loss above {first}")
 
 
 def draw_retrieval(document: Document, left: "Axes", right: "Axes") -> None:

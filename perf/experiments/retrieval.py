@@ -35,7 +35,7 @@ TOP_KS = (2, 4, 8, 16)
 LR = 2e-3
 PRESETS = {
     "tiny": Preset(32, 2, 4, 2, 128, 4, 10, shrink=16, windows=4),
-    "small": Preset(256, 4, 4, 2, 2048, 32, 800, shrink=4, windows=64),
+    "small": Preset(256, 4, 4, 2, 2048, 32, 500, shrink=4, windows=64),
     "medium": Preset(384, 6, 6, 2, 8192, 16, 1500, windows=64),
 }
 ARMS = (

@@ -82,7 +82,7 @@ PRESETS = {
     "tiny": Preset(32, 2, 4, 2, 128, 2, 10, shrink=16, windows=2),
     "small": Preset(384, 6, 6, 2, 8192, 8, 200),  # 10M parameters
     "medium": Preset(512, 10, 8, 2, 8192, 8, 400),  # 30M
-    "large": Preset(768, 18, 12, 4, 16384, 8, 1000),  # 120M
+    "large": Preset(768, 18, 12, 4, 16384, 4, 1000),  # 120M
     "long": Preset(512, 10, 8, 2, 32768, 2, 60, windows=8),  # for the time of a step
 }
 
