@@ -229,6 +229,31 @@ def test_tables_hold_complete_seeds_alone() -> None:
     assert "No seed was finished" in runs.table(document, [column])
 
 
+def document_of(losses: dict[str, list[float]], times: dict[str, list[float]]) -> dict[str, Any]:
+    rows = [
+        {"arm": arm, "seed": seed, "loss": loss, "step_seconds": times[arm][seed]}
+        for arm, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return {"arms": list(losses), "seeds": 3, "runs": rows}
+
+
+def test_verdicts_need_three_seeds_and_an_interval_without_zero() -> None:
+    assert report.verdict([-0.1, -0.11], lower=True) == "open"
+    assert report.verdict([-0.1, -0.11, -0.12], lower=True) == "better"
+    assert report.verdict([-0.1, -0.11, -0.12], lower=False) == "worse"
+    assert report.verdict([-0.1, 0.1, -0.12], lower=True) == "not told apart"
+
+
+def test_moba_that_loses_and_saves_nothing_is_told() -> None:
+    losses = {"full": [1.0, 1.1, 1.2], "moba 8/4": [1.5, 1.61, 1.7], "window 8/4": [2.0] * 3}
+    slow = {"full": [1.0] * 3, "moba 8/4": [2.0, 2.1, 2.2], "window 8/4": [1.0] * 3}
+    told = report.falsified(document_of(losses, slow))
+    assert "moba 8/4: yes. Loss against full: worse; step against window 8/4 worse." in told
+    told = report.falsified(document_of(losses, slow | {"moba 8/4": [0.5, 0.51, 0.5]}))
+    assert "moba 8/4: no. Loss against full: worse; step against window 8/4 better." in told
+
+
 def test_results_of_other_settings_are_not_mixed(folder: Path, tmp_path: Path) -> None:
     arguments = [*run_arguments(folder, tmp_path / "out.json"), *TEXT]
     blocks.main([*arguments, "--arms", "full"])

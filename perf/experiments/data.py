@@ -34,7 +34,8 @@ class Corpus:
         train: Tokens, `[T]`.
         validation: Tokens, `[T]`.
         vocab_size: Number of different tokens.
-        facts: Tokens, files, packages and a checksum of both, for the results.
+        facts: For the results: tokens, files, packages and a checksum of both parts, and the share
+            of the long lines of validation that occur in training.
     """
 
     train: Tensor
@@ -68,7 +69,7 @@ def load_corpus(
         train, validation = split(read_files(roots or python_roots()), megabytes * 10**6)
         parts = [encode(files, tokens) for files in (train, validation)]
         vocab_size = parts[0][1]
-        facts = {
+        facts: dict[str, Any] = {
             f"{name}_{fact}": value
             for name, files, (ids, _) in zip(
                 ("train", "validation"), (train, validation), parts, strict=True
@@ -80,6 +81,9 @@ def load_corpus(
                 "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
             }.items()
         }
+        lines = known_lines(train)
+        leaked = shared_lines("\n".join(file.text for file in validation), lines)
+        facts["validation_lines_in_train"] = round(leaked, 5)
         folder.mkdir(parents=True, exist_ok=True)
         kept = Corpus(parts[0][0], parts[1][0], vocab_size, {"tokens": tokens, **facts})
         torch.save(vars(kept), path)
@@ -151,7 +155,7 @@ def split(files: list[File], most: int) -> tuple[list[File], list[File]]:
             if taken["train"] + len(file.text) <= most:
                 train.append(file)
                 taken["train"] += len(file.text)
-    known = {line for file in train for line in long_lines(file.text)}
+    known = known_lines(train)
     validation = [file for file in validation if shared_lines(file.text, known) <= SHARED_LINES]
     for name, found in (("train", train), ("validation", validation)):
         if not found:
@@ -162,6 +166,11 @@ def split(files: list[File], most: int) -> tuple[list[File], list[File]]:
 def long_lines(text: str) -> list[str]:
     """Return the lines that say something."""
     return [line for x in text.splitlines() if len(line := x.strip()) >= LONG_LINE]
+
+
+def known_lines(files: Iterable[File]) -> set[str]:
+    """Return the long lines of files."""
+    return {line for file in files for line in long_lines(file.text)}
 
 
 def shared_lines(text: str, known: set[str]) -> float:
