@@ -335,3 +335,9 @@ def test_the_report_tells_what_was_run_and_what_was_not(results: Path, tmp_path:
     told = page.read_text()
     assert told.count("was not run") == len(report.EXPERIMENTS)
     assert "| full |" not in told
+    document = json.loads((results / "experiment_language.json").read_text()) | {"runs": []}
+    (tmp_path / "experiment_language.json").write_text(json.dumps(document))
+    report.main(["--results", str(tmp_path), "--out", str(page)])
+    told = page.read_text()
+    assert told.count("was not run") == len(report.EXPERIMENTS) - 1
+    assert "experiment_language: no seed was finished by all arms" in told

@@ -47,6 +47,7 @@ PAGES = (
     "CHANGELOG.md",
     ".github/ARCHITECTURE.md",
     ".github/CONTRIBUTING.md",
+    "perf/experiments/README.md",
     "perf/results/README.md",
 )
 

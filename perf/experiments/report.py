@@ -289,10 +289,12 @@ def tell(name: str, files: Sequence[Path], folder: Path) -> str:
     section = SECTIONS[name]
     parts = [f"## {section.title}"]
     documents = [(file, json.loads(file.read_text())) for file in files]
-    documents = [(file, x) for file, x in documents if complete_seeds(x)]
     if not documents:
-        return f"{parts[0]}\n\nThis experiment was not run, or no seed was finished by all arms."
+        parts.append("This experiment was not run.")
     for file, document in documents:
+        if not complete_seeds(document):
+            parts.append(f"{file.stem}: no seed was finished by all arms, so there is no table.")
+            continue
         parts += [describe(document), table(document, section.columns)]
         if "before" in document:
             before = document["before"]["at"]
