@@ -643,3 +643,24 @@ def test_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="must contain"):
         plot.update(readme, "text")
     assert readme.read_text() == "no markers"
+
+
+def test_ranks_are_timed_beside_one_process(tmp_path: Path) -> None:
+    sizes = ["--seq-len", "256", "--heads", "8", "--kv-heads", "2", "--dim", "16"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "perf.parallel"]
+    out = tmp_path / "parallel.json"
+    subprocess.run(
+        [sys.executable, *command, *sizes, "--rounds", "1", "--out", str(out)],
+        check=True,
+        timeout=300,
+        cwd=timing.ROOT,
+        capture_output=True,
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["gate"] for row in rows] == ["128/8", "512/3"]
+    for row in rows:
+        assert row["ranks"] == 4
+        for way in ("one", "context parallel", "ulysses", "ulysses, dense"):
+            assert 0 < row[way]["forward"] < row[way]["both"]
+        ours, one = row["context parallel"], row["one"]
+        assert ours["efficiency"]["both"] == pytest.approx(one["both"] / 4 / ours["both"])
