@@ -223,6 +223,32 @@ def _is_context_parallel() -> bool:
     return home.startswith("torch.distributed.")
 
 
+def check_blocks(name: str, routing: Any) -> None:
+    """Raise unless `routing` is one whose parts fit each other.
+
+    Raises:
+        TypeError: It is no routing, or its blocks are no integers.
+        ValueError: Its sizes do not fit.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"{name} must be a Routing, got {type(routing).__name__}")
+    blocks = routing.blocks
+    if not isinstance(blocks, Tensor):
+        raise TypeError(f"{name}.blocks must be a Tensor, got {type(blocks).__name__}")
+    if blocks.dtype == torch.bool or blocks.is_floating_point() or blocks.is_complex():
+        raise TypeError(f"{name}.blocks must have an integer dtype, got {blocks.dtype}")
+    if blocks.dim() != 4:
+        raise ValueError(
+            f"{name}.blocks must have 4 dimensions [B, H, Q, K], got shape {tuple(blocks.shape)}"
+        )
+    check_int(f"{name}.block_size", routing.block_size, 1)
+    check_bool(f"{name}.causal", routing.causal)
+    if routing.q_len != blocks.shape[2]:
+        raise ValueError(
+            f"{name}.q_len must be that of its blocks, {blocks.shape[2]}, got {routing.q_len}"
+        )
+
+
 def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
     """Raise unless a routing fits `q` and `k`.
 
@@ -230,23 +256,8 @@ def check_routing(routing: Routing, q: Tensor, k: Tensor) -> None:
         TypeError: It is no routing, or its blocks are no integers.
         ValueError: Its sizes or its device do not fit.
     """
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    check_blocks("routing", routing)
     blocks = routing.blocks
-    if not isinstance(blocks, Tensor):
-        raise TypeError(f"routing.blocks must be a Tensor, got {type(blocks).__name__}")
-    if blocks.dtype == torch.bool or blocks.is_floating_point() or blocks.is_complex():
-        raise TypeError(f"routing.blocks must have an integer dtype, got {blocks.dtype}")
-    if blocks.dim() != 4:
-        raise ValueError(
-            f"routing.blocks must have 4 dimensions [B, H, Q, K], got shape {tuple(blocks.shape)}"
-        )
-    check_int("routing.block_size", routing.block_size, 1)
-    check_bool("routing.causal", routing.causal)
-    if routing.q_len != blocks.shape[2]:
-        raise ValueError(
-            f"routing.q_len must be that of its blocks, {blocks.shape[2]}, got {routing.q_len}"
-        )
     batch, heads, q_len = blocks.shape[:3]
     shape = batch, q.shape[1] if heads == k.shape[1] else heads, q_len, routing.kv_len
     if shape != (*q.shape[:3], k.shape[2]):

@@ -1,11 +1,12 @@
 """Measures of a routing: how much it attends to, how evenly, how alike, and how much it misses.
 
-All take plain rows, packed documents and padded rows; padding counts nowhere. Averages over no
-queries, or no choices, are NaN. Unless said otherwise a measure looks at the blocks that a query
-chose beside its own.
+All take plain rows, packed documents and padded rows; padding counts nowhere, except as work in
+`tile_fill`. Averages over no queries, or no choices, are NaN, unless a measure says otherwise. It
+looks at the blocks that a query chose beside its own, unless it says otherwise. No gradient flows.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moba_flex.attention import watch
-from moba_flex.masks.checks import check_int, check_qk, check_routing
+from moba_flex.masks._torch.gradients import is_transformed
+from moba_flex.masks.checks import (
+    check_blocks,
+    check_int,
+    check_qk,
+    check_routing,
+    check_scale,
+    check_softcap,
+    is_readable,
+)
 from moba_flex.masks.layout import ceil_div
 from moba_flex.masks.request import Request
 from moba_flex.masks.router import route_request
@@ -44,13 +54,8 @@ def density(routing: Routing) -> float:
         >>> round(density(routing), 3)
         0.667
     """
-    at = _Places.of(routing := _as_set(routing))
-    batch, num_heads = routing.blocks.shape[:2]
-    chosen = _look_up(at.size, routing.blocks).sum(-1).sum(1)
-    own = at.last - at.own_start + 1
-    pairs = (chosen + num_heads * own * at.real).sum()
-    visible = ((at.last_visible - at.first + 1) * at.real).expand(batch, -1).sum()
-    return float(pairs / (num_heads * visible))
+    attended, visible = _pairs(_as_set(routing))
+    return float(attended.sum() / (visible.sum() * attended.shape[1]))
 
 
 def load(routing: Routing) -> Tensor:
@@ -123,18 +128,18 @@ def routing_entropy(routing: Routing, bands: int | None = None) -> Tensor:
     """Return how much the queries of one block disagree about what to attend to, `[B, Hq]`.
 
     For the queries of each block, `H` is the entropy of their choices over blocks, scaled to 0 if
-    all of them chose the same `K - 1` blocks, and to 1 if they chose all `c` candidates equally
-    often:
+    all of them chose the same `n` blocks, and to 1 if they chose all `c` candidates equally often:
 
-        (H - log(K - 1)) / (log(c) - log(K - 1)),  H = -sum_n share_n log(share_n)
+        (H - log(n)) / (log(c) - log(n)),  H = -sum_n share_n log(share_n)
 
-    The result is averaged over the queries with more candidates than choices. A mask in natural
-    order skips much near 0 and nearly nothing near 1. It is 0 if no query may choose any block.
+    where `n` is the mean number of blocks that they chose. The result is averaged over the queries
+    with more candidates than that. A mask in natural order skips much near 0 and nearly nothing
+    near 1. It is 0 if no query may choose any block.
 
     Args:
         routing: The choice of the queries.
         bands: If given, the result is `[B, Hq, bands]`, an average for each of so many equal
-            ranges of queries.
+            ranges of queries; NaN for those without such queries.
 
     Example:
         >>> q, k = torch.randn(2, 1, 1, 1024, 16)
@@ -149,28 +154,31 @@ def routing_entropy(routing: Routing, bands: int | None = None) -> Tensor:
     batch, num_heads = blocks.shape[:2]
     parts = 1 if bands is None else check_int("bands", bands, 1)
     total = torch.zeros(batch, num_heads, parts, device=blocks.device)
-    queries = torch.zeros(at.own.shape[0], 1, parts, device=blocks.device)
-    picks = int((blocks < num_blocks).sum(-1).max()) if blocks.numel() else 0
+    queries = torch.zeros_like(total)
     band = torch.arange(q_len, device=blocks.device) * parts // max(1, q_len)
     step = max(1, _CHUNK // max(1, batch * num_heads * num_blocks))
-    for low in range(0, num_blocks if picks else 0, step):
+    for low in range(0, num_blocks if blocks.numel() else 0, step):
         high = min(low + step, num_blocks)
         here = at.real & (at.own >= low) & (at.own < high)
         idx = here.any(0).nonzero().flatten()
         # Queries of other blocks count in one row more.
         own = torch.where(here[:, idx], at.own[:, idx] - low, high - low)
         counts = _histogram(blocks[:, :, idx], own, high - low + 1, num_blocks)
-        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        chosen = counts.sum(-1)
+        share = counts / chosen.unsqueeze(-1).clamp(min=1)
         entropy = -share.xlogy(share).sum(-1)
-        most = at.candidates[:, idx].clamp(min=picks + 1).log()
-        free = here[:, idx] & (at.candidates[:, idx] > picks)
-        scaled = (_look_up_rows(entropy, own) - math.log(picks)) / (most - math.log(picks))[
-            :, None
-        ]
-        total.index_add_(2, band[idx], (scaled * free[:, None]).float())
-        queries.index_add_(2, band[idx], free[:, None].float())
-    mean = total / queries.clamp(min=1)
-    return mean[..., 0] if bands is None else mean
+        rows = own.new_zeros(own.shape[0], chosen.shape[2])
+        rows.scatter_add_(1, own, torch.ones_like(own))
+        mean = _look_up_rows((chosen / rows.clamp(min=1)[:, None]).clamp(min=1), own)
+        most = at.candidates[:, None, idx]
+        free = here[:, None, idx] & (most > mean) & (_look_up_rows(chosen, own) > 0)
+        least, most = mean.log(), torch.maximum(most, mean + 1).log()
+        scaled = (_look_up_rows(entropy, own) - least) / (most - least)
+        total.index_add_(2, band[idx], (scaled * free).float())
+        queries.index_add_(2, band[idx], free.float())
+    if bands is None:
+        return (total / queries.clamp(min=1))[..., 0]
+    return total / queries
 
 
 def choice_distance(routing: Routing) -> Tensor:
@@ -226,6 +234,8 @@ def tile_fill(routing: Routing, tile: int = 128) -> Tensor:
 
         fill = sum_i |blocks of query i| / sum over tiles of queries * |blocks of any of them|
 
+    Padding that lies in a tile with other queries is work as they are.
+
     Args:
         routing: The choice of the queries.
         tile: Queries in a tile.
@@ -259,13 +269,16 @@ def choice_change(before: Routing, after: Routing) -> Tensor:
         >>> choice_change(routing, route(-q, k, block_size=64, top_k=3)).item() > 0.5
         True
     """
-    before, after = _as_set(before), _as_set(after)
-    shapes = [(*x.blocks.shape[:3], x.num_blocks, x.block_size) for x in (before, after)]
-    if shapes[0] != shapes[1]:
+    before, after = _as_set(before, "before"), _as_set(after, "after")
+    sizes = [(*x.blocks.shape[:3], x.kv_len, x.block_size, x.causal) for x in (before, after)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            "after must have [B, Hq, Q], blocks and block_size of before, "
-            f"{shapes[0]}, got {shapes[1]}"
+            "after must have [B, Hq, Q], kv_len, block_size and causal of before, "
+            f"{sizes[0]}, got {sizes[1]}"
         )
+    places = [x.layout.coordinates(x.blocks.device) for x in (before, after)]
+    if not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(*places, strict=True)):
+        raise ValueError("after must be of the same documents or padding as before, got others")
     none = after.num_blocks
     both = torch.cat((before.blocks, after.blocks), -1).sort(-1).values
     same = ((both[..., 1:] == both[..., :-1]) & (both[..., 1:] < none)).sum((2, 3))
@@ -274,7 +287,13 @@ def choice_change(before: Routing, after: Routing) -> Tensor:
 
 
 def attention_recall(
-    q: Tensor, k: Tensor, routing: Routing, *, scale: float | None = None, rows: int = 256
+    q: Tensor,
+    k: Tensor,
+    routing: Routing,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rows: int = 256,
 ) -> Tensor:
     """Return the share of dense attention's weight that lies on the chosen tokens, `[B, Hq]`.
 
@@ -288,6 +307,7 @@ def attention_recall(
         k: Keys, `[B, Hkv, KV, D]`, with `Hq` a multiple of `Hkv`.
         routing: The choice of the queries.
         scale: Factor on the scores; `1 / sqrt(D)` if None.
+        softcap: Scores become `softcap * tanh(score / softcap)`; None for no change.
         rows: Number of sampled queries; all if there are fewer.
 
     Example:
@@ -299,11 +319,17 @@ def attention_recall(
         >>> attention_recall(x, x, routing)
         tensor([[0.7744]])
     """
-    return _recall_and_best(q, k, routing, scale, rows)[0]
+    return _recall_and_best(q, k, routing, scale, softcap, rows)[0]
 
 
 def attention_regret(
-    q: Tensor, k: Tensor, routing: Routing, *, scale: float | None = None, rows: int = 256
+    q: Tensor,
+    k: Tensor,
+    routing: Routing,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rows: int = 256,
 ) -> Tensor:
     """Return how much more of dense attention's weight the best blocks would hold, `[B, Hq]`.
 
@@ -318,7 +344,7 @@ def attention_regret(
         >>> attention_regret(x, x, routing).abs().item() < 1e-6
         True
     """
-    recall, best = _recall_and_best(q, k, routing, scale, rows)
+    recall, best = _recall_and_best(q, k, routing, scale, softcap, rows)
     return best - recall
 
 
@@ -343,7 +369,7 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
                 [0., 0., 1., 1.]])
     """
     listed = _listed(routing := _as_set(routing))
-    buckets = min(buckets, routing.q_len)
+    buckets = min(check_int("buckets", buckets, 1), routing.q_len)
     rows = torch.arange(routing.q_len, device=listed.device) * buckets // max(1, routing.q_len)
     counts = _histogram(listed, rows[None], buckets, routing.num_blocks)
     real = _Places.of(routing).real.long()
@@ -365,21 +391,27 @@ MEASURES: dict[str, str] = {
 """What `collect` measures, and what it means."""
 
 
+_OF_SEVERAL = {"entropy", "imbalance", "gini", "tile fill"}
+"""Measures that compare queries, and say nothing of one alone."""
+
+
 @dataclass
 class LayerMeasures:
-    """Measures of the routing of one layer, summed over its calls.
+    """Measures of the routing of one layer, summed over the queries of its calls.
 
     Attributes:
         calls: Calls that were measured.
         sums: By the names of `MEASURES`, float64 `[Hq]`, or `[Hkv]` for "union".
+        weights: Queries that they are sums over, likewise.
     """
 
     calls: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def means(self) -> dict[str, Tensor]:
-        """Return the averages over calls."""
-        return {name: total / self.calls for name, total in self.sums.items()}
+        """Return the averages over queries; NaN where there are none."""
+        return {name: total / self.weights[name] for name, total in self.sums.items()}
 
     def add(self, request: Request, rows: int) -> None:
         """Measure one more call.
@@ -389,14 +421,11 @@ class LayerMeasures:
             rows: Queries to sample for recall.
         """
         request = request.joined()
-        q, k, scale = request.q.detach(), request.k.detach(), request.scale
-        routing = route_request(request)
-        recall, best = _recall_and_best(q, k, routing, scale, rows)
-        routing = routing.as_set(q.shape[1])
+        q, k, mods = request.q, request.k, request.mods
+        routing = route_request(request).as_set(q.shape[1])
+        attended, visible = _pairs(routing)
         found = {
-            "density": torch.full((1, q.shape[1]), density(routing)),
-            "recall": recall,
-            "regret": best - recall,
+            "density": attended / visible[:, None],
             "entropy": routing_entropy(routing),
             "imbalance": load_imbalance(routing),
             "gini": load_gini(routing),
@@ -404,8 +433,17 @@ class LayerMeasures:
             "union": group_union(routing, k.shape[1]),
             "tile fill": tile_fill(routing),
         }
+        if not mods.ask:  # functions of positions change weights in ways not known here
+            recall, best = _recall_and_best(q, k, routing, request.scale, mods.softcap, rows)
+            found |= {"recall": recall, "regret": best - recall}
+        queries = _Places.of(routing).real.sum(1).double().expand(q.shape[0])
         for name, x in found.items():
-            self.sums[name] = self.sums.get(name, 0) + x.double().mean(0).cpu()
+            weight = queries[:, None] * x.isfinite()
+            if name in _OF_SEVERAL:
+                weight = weight * (queries > 1)[:, None]
+            total = (x.double().nan_to_num() * weight).sum(0).cpu()
+            self.sums[name] = self.sums.get(name, 0) + total
+            self.weights[name] = self.weights.get(name, 0) + weight.sum(0).cpu()
         self.calls += 1
 
 
@@ -415,9 +453,12 @@ def collect(
 ) -> Iterator[dict[str, LayerMeasures]]:
     """Measure the routing of each layer of a model, in each call within the `with` block.
 
-    It holds sums alone, `Hq` numbers for each measure and layer, whatever the number of calls. A
-    call that attends to all keys, and one in a compiled graph, is not measured. Prefill, training
-    and calls with a cache are.
+    It holds sums alone, `Hq` numbers for each measure and layer, whatever the number of calls.
+    Prefill, training and calls with a cache are measured, and weigh as many as their queries; a
+    call of one query says nothing of how queries differ. What attends to all keys is left out, and
+    so are compiled graphs, transforms of `torch.func` and tensors without contents. Layers that
+    are computed again for gradients count again. Soft caps are part of recall and regret; calls
+    with a `score_mod` or `mask_mod` have neither, and learned sinks are not part of them.
 
     Args:
         model: A model with `MoBAAttention` modules, or one of transformers under
@@ -438,32 +479,47 @@ def collect(
         (1, torch.Size([2]))
     """
     check_int("rows", rows, 1)
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model must be a Module or None, got {type(model).__name__}")
     layers: dict[str, LayerMeasures] = {}
-    running: list[str] = []
+    running, lock = _Running(), threading.Lock()
 
     def measure(request: Request) -> None:
-        name = running[-1] if running else "attention"
-        if model is not None and not running:
-            return  # of another model
-        with torch.no_grad():
-            layers.setdefault(name, LayerMeasures()).add(request, rows)
+        q, names = request.q, running.names
+        if (model is not None and not names) or not is_readable(q) or is_transformed():
+            return
+        name = names[-1] if names else "attention"
+        with torch.no_grad(), lock:
+            layer = layers.setdefault(name, LayerMeasures())
+            if "density" in layer.sums and len(layer.sums["density"]) != q.shape[1]:
+                name = f"{name} of {q.shape[1]} heads"
+                layer = layers.setdefault(name, LayerMeasures())
+            layer.add(request, rows)
 
     def enter(name: str, *_: Any) -> None:
-        running.append(name)
+        running.names.append(name)
 
-    def leave(*_: Any) -> None:
-        running.pop()
+    def leave(name: str, *_: Any) -> None:
+        if running.names[-1:] == [name]:  # else a hook before `enter` raised
+            running.names.pop()
 
     with ExitStack() as stack:
         for name, module in () if model is None else model.named_modules():
             if isinstance(module, MoBAAttention) or hasattr(module, "layer_idx"):
                 for handle in (
                     module.register_forward_pre_hook(partial(enter, name)),
-                    module.register_forward_hook(leave, always_call=True),
+                    module.register_forward_hook(partial(leave, name), always_call=True),
                 ):
                     stack.callback(handle.remove)
         stack.enter_context(watch(measure))
         yield layers
+
+
+class _Running(threading.local):
+    """Names of the layers that run in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -521,10 +577,9 @@ class _Places:
         )
 
 
-def _as_set(routing: Routing) -> Routing:
+def _as_set(routing: Routing, name: str = "routing") -> Routing:
     """Return the routing as a set: each chosen block once, without the own block."""
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    check_blocks(name, routing)
     return routing.as_set()
 
 
@@ -544,6 +599,15 @@ def _look_up(table: Tensor, blocks: Tensor) -> Tensor:
 def _look_up_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Return the entries of a table `[B, Hq, n]` in rows `[R, Q]`: `[B, Hq, Q]`."""
     return table.gather(2, rows[:, None].expand(*table.shape[:2], -1))
+
+
+def _pairs(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Return how many pairs each head attends to, and how many it could, `[B, Hq]` and `[B]`."""
+    at, (batch, num_heads) = _Places.of(routing), routing.blocks.shape[:2]
+    chosen = _look_up(at.size, routing.blocks).sum((2, 3))
+    own = ((at.last - at.own_start + 1) * at.real).sum(1, keepdim=True)
+    visible = ((at.last_visible - at.first + 1) * at.real).sum(1)
+    return chosen + own.expand(batch, num_heads), visible.expand(batch)
 
 
 def _expected_load(routing: Routing) -> Tensor:
@@ -585,11 +649,14 @@ def _sample(real: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _recall_and_best(
-    q: Tensor, k: Tensor, routing: Routing, scale: float | None, rows: int
+    q: Tensor, k: Tensor, routing: Routing, scale: float | None, softcap: float | None, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Return the recall of the chosen blocks, and of the best ones, `[B, Hq]` each."""
     check_qk(q, k)
     check_routing(routing, q, k)
+    scale, softcap = check_scale(scale), check_softcap(softcap)
+    check_int("rows", rows, 1)
+    q, k = q.detach(), k.detach()
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
     routing = routing.as_set(num_heads)
@@ -598,11 +665,12 @@ def _recall_and_best(
     at, key = _Places.of(routing), torch.arange(kv_len, device=q.device)
     block = torch.arange(num_blocks, device=q.device)
     # Keys of each block, and one key of weight 0 for what lies behind its end.
-    keys = at.start[:, :, None] + torch.arange(routing.block_size, device=q.device)
+    width = int(at.size.max()) if at.size.numel() else 0
+    keys = at.start[:, :, None] + torch.arange(width, device=q.device)
     keys = keys.where(keys < (at.start + at.size)[:, :, None], kv_len).flatten(1)
     sample, exists = _sample(at.real, rows)
     sums = torch.zeros(2, batch, num_heads, device=q.device)
-    step = max(1, _CHUNK // max(1, batch * num_heads * kv_len))
+    step = max(1, _CHUNK // max(1, batch * num_heads * max(kv_len, num_blocks * width)))
     for idx, real in zip(sample.split(step, 1), exists.split(step, 1), strict=True):
 
         def of(x: Tensor, idx: Tensor = idx) -> Tensor:
@@ -614,12 +682,14 @@ def _recall_and_best(
 
         grouped = rows_of(q).unflatten(1, (num_kv_heads, -1)).float()
         scores = (grouped @ k.float().unsqueeze(2).mT).flatten(1, 2) * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         seen = (key >= of(at.first)) & (key <= of(at.last_visible)) & real[:, None, :, None]
         weight = scores.masked_fill(~seen, -math.inf).softmax(-1).where(seen, 0.0)
         by_block = F.pad(weight, (0, 1)).gather(
             -1, keys[:, None, None].expand(*weight.shape[:3], -1)
         )
-        mass = F.pad(by_block.unflatten(-1, (num_blocks, routing.block_size)).sum(-1), (0, 1))
+        mass = F.pad(by_block.unflatten(-1, (num_blocks, width)).sum(-1), (0, 1))
         own, chosen = of(at.own).expand(*mass.shape[:3], 1), rows_of(routing.blocks).long()
         in_own = mass.gather(-1, own).squeeze(-1)
         may = (block >= of(at.oldest)) & (block <= of(at.newest)) & (block != of(at.own))

@@ -130,6 +130,20 @@ def test_inspect_measures_each_layer_and_head(
     assert routed["recall"] == pytest.approx(mean, rel=1e-6)
 
 
+def test_inspect_tells_layers_by_their_numbers(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And writes null where there is nothing to measure: without a choice, no distance."""
+    gate = ("--top-k", 1, "--sink-blocks", 0, "--dense-layers", 0)
+    assert inspect_tiny(home, *gate) == 0
+    *_, layer, _, mean = capsys.readouterr().out.split("\ndensity")[0].splitlines()[:-1]
+    assert [line.split()[0] for line in (layer, mean)] == ["1", "mean"]
+    text = (home / "inspected" / "moba_inspect.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert found["layers"] == ["model.layers.1.self_attn"]
+    assert found["measures"]["distance"] == [[None] * 4]
+
+
 def test_inspect_refuses_to_attend_to_all(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_tiny(home, "--top-k", 13) == 2
     message = "--top-k must leave out some of --seq-len = 200 tokens, got 13 blocks of 16"

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,7 +50,10 @@ def cases(draw: st.DrawFn) -> Case:
         tables = make_tables(q_len, kv_len, size, causal, key_mask=mask)
     q = torch.randn(2, num_kv_heads * group, q_len, 4, generator=generator)
     k = torch.randn(2, num_kv_heads, kv_len, 4, generator=generator)
-    return q, k, route(q, k, block_size=size, top_k=top_k, causal=causal, tables=tables)
+    by_head = draw(st.none() | st.lists(st.integers(1, top_k), min_size=4, max_size=4))
+    numbers = None if by_head is None else torch.tensor(by_head[: q.shape[1]])
+    gate: Any = {"block_size": size, "top_k": top_k, "causal": causal, "head_top_k": numbers}
+    return q, k, route(q, k, tables=tables, **gate)
 
 
 class Query(NamedTuple):
@@ -173,24 +177,30 @@ def test_load_is_compared_to_the_expected(case: Case) -> None:
 @given(cases(), st.sampled_from([None, 1, 3]))
 def test_routing_entropy_measures_each_query_block(case: Case, bands: int | None) -> None:
     *_, routing = case
-    picks = max([len(query.chosen) for query in queries(routing)], default=0)
 
     def measure(found: list[Query]) -> Any:
         choices: dict[int, Counter[int]] = defaultdict(Counter)
+        sizes = Counter(query.own for query in found)
         for query in found:
             choices[query.own].update(query.chosen)
         values: list[list[float]] = [[] for _ in range(bands or 1)]
         for query in found:
-            if not 0 < picks < len(query.candidates):
+            total = choices[query.own].total()
+            mean = max(1, total / sizes[query.own])
+            if not total or mean >= len(query.candidates):
                 continue
-            counts = torch.tensor([*choices[query.own].values()]).float()
+            counts = torch.tensor([*choices[query.own].values()]).double()
             entropy = torch.distributions.Categorical(probs=counts).entropy()
-            least = math.log(picks)
-            scaled = (entropy - least) / (math.log(len(query.candidates)) - least)
+            scaled = (entropy - math.log(mean)) / (
+                math.log(len(query.candidates)) - math.log(mean)
+            )
             values[query.number * (bands or 1) // routing.q_len].append(float(scaled))
-        means = [sum(x) / max(1, len(x)) for x in values]
-        return means[0] if bands is None else means
+        if bands is None:
+            return sum(values[0]) / max(1, len(values[0]))
+        return [ratio(sum(x), len(x)) for x in values]
 
+    got = diagnostics.routing_entropy(routing, bands).nan_to_num()
+    assert bool(((got > -1e-5) & (got < 1 + 1e-5)).all())
     check(routing, diagnostics.routing_entropy(routing, bands), measure)
 
 
@@ -385,6 +395,7 @@ def test_collected_measures_are_those_of_the_calls() -> None:
     means = layers["attention.0"].means()
     assert means.keys() == diagnostics.MEASURES.keys()
     for name, measure in (
+        ("density", lambda x: torch.full((1, 4), diagnostics.density(x))),
         ("entropy", diagnostics.routing_entropy),
         ("gini", diagnostics.load_gini),
         ("recall", lambda x: diagnostics.attention_recall(q, k, x)),
@@ -420,6 +431,85 @@ def test_calls_with_a_cache_are_collected(in_one_call: bool) -> None:
     torch.testing.assert_close(layers["attention"].means()["recall"], want[0].double())
 
 
+def test_calls_weigh_as_many_as_their_queries() -> None:
+    """One of a single query says nothing of how queries differ; a row of padding says nothing."""
+    q, k = torch.randn(2, 4, 50, 4), torch.randn(2, 2, 50, 4)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1] = False
+    gate: Any = {"block_size": 8, "top_k": 3}
+    with diagnostics.collect() as layers:
+        moba_attention(q, k, k, key_mask=mask, **gate)
+        moba_attention(q[:1, :, -1:], k[:1], k[:1], **gate)
+        moba_attention(q[:0], k[:0], k[:0], **gate)
+    means = layers["attention"].means()
+    whole, last = route(q[:1], k[:1], **gate), route(q[:1, :, -1:], k[:1], **gate)
+    want = diagnostics.load_imbalance(whole)[0].double()
+    torch.testing.assert_close(means["imbalance"], want)
+    recall = [
+        n * diagnostics.attention_recall(q[:1, :, -n:], k[:1], x)[0].double()
+        for n, x in ((50, whole), (1, last))
+    ]
+    torch.testing.assert_close(means["recall"], (recall[0] + recall[1]) / 51)
+
+
+def test_soft_caps_are_part_of_recall_and_functions_are_not() -> None:
+    q, k = 9 * torch.randn(1, 2, 50, 4), torch.randn(1, 2, 50, 4)
+    gate: Any = {"block_size": 8, "top_k": 3}
+    routing = route(q, k, **gate)
+    with diagnostics.collect() as layers:
+        moba_attention(q, k, k, softcap=0.5, **gate)
+        moba_attention(q, k, k, score_mod=lambda score, *_: -score, **gate)
+    want = diagnostics.attention_recall(q, k, routing, softcap=0.5)
+    assert (want - diagnostics.attention_recall(q, k, routing)).abs().max() > 1e-3
+    torch.testing.assert_close(layers["attention"].means()["recall"], want[0].double())
+    assert layers["attention"].calls == 2
+
+
+def test_threads_and_other_models_do_not_mix() -> None:
+    models = [Layers(3) for _ in range(2)]
+    q, k = torch.randn(1, 4, 50, 4), torch.randn(1, 2, 50, 4)
+    with diagnostics.collect(models[0]) as layers, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: models[n % 2](q, k), range(20)))
+    assert {name: x.calls for name, x in layers.items()} == {"attention.0": 10, "attention.1": 10}
+
+
+def test_what_cannot_be_measured_runs_as_without() -> None:
+    q, k = torch.randn(1, 4, 50, 4), torch.randn(1, 2, 50, 4)
+    attention = MoBAAttention(block_size=8, top_k=3)
+    with diagnostics.collect() as layers:
+        attention(*(x.to("meta") for x in (q, k, k)))
+        torch.func.grad(lambda x: attention(x, k, k).sum())(q)
+        assert not layers
+        attention(q, k, k)
+        attention(q[:, :2], k, k)  # of other heads
+    assert {name: x.calls for name, x in layers.items()} == {
+        "attention": 1,
+        "attention of 2 heads": 1,
+    }
+
+
+def test_a_hook_that_raises_leaves_names_as_they_are() -> None:
+    model = Layers(3)
+    q, k = torch.randn(1, 4, 50, 4), torch.randn(1, 2, 50, 4)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("not today")
+
+    handle = model.attention[1].register_forward_pre_hook(fail)
+    with diagnostics.collect(model) as layers:
+        with pytest.raises(RuntimeError, match="not today"):
+            model(q, k)
+        handle.remove()
+        model(q, k)
+    assert {name: x.calls for name, x in layers.items()} == {"attention.0": 2, "attention.1": 1}
+
+
+def test_long_blocks_take_no_memory() -> None:
+    q = torch.randn(1, 1, 9, 4)
+    routing = Routing(torch.zeros(1, 1, 9, 1).int(), 2**30, 9, 9, causal=True)
+    torch.testing.assert_close(diagnostics.attention_recall(q, q, routing), torch.ones(1, 1))
+
+
 def test_gradients_do_not_flow_into_measures() -> None:
     q = torch.randn(1, 2, 40, 4, requires_grad=True)
     with diagnostics.collect() as layers:
@@ -431,6 +521,13 @@ def test_changes_are_of_the_same_queries() -> None:
     x = torch.randn(1, 1, 16, 4)
     one, other = (patterns.sliding_window(x, x, block_size=n, local_blocks=1) for n in (2, 4))
     with pytest.raises(ValueError, match="after must have"):
+        diagnostics.choice_change(one, other)
+    documents = [torch.tensor([0, n, 16]) for n in (4, 8)]
+    one, other = (
+        patterns.sliding_window(x, x, block_size=2, local_blocks=1, cu_seqlens=docs)
+        for docs in documents
+    )
+    with pytest.raises(ValueError, match="after must be of the same documents"):
         diagnostics.choice_change(one, other)
     with pytest.raises(ValueError, match="num_kv_heads must divide"):
         diagnostics.group_union(one, 2)

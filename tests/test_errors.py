@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -1051,8 +1051,26 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
             patterns.sliding_window(x(), x(), block_size=8, local_blocks=1),
         ),
         ValueError,
-        "after must have [B, Hq, Q], blocks and block_size of before, (1, 2, 8, 2, 4), "
-        "got (1, 2, 8, 1, 8)",
+        "after must have [B, Hq, Q], kv_len, block_size and causal of before, "
+        "(1, 2, 8, 8, 4, True), got (1, 2, 8, 8, 8, True)",
+    ),
+    (
+        lambda: diagnostics.choice_change(
+            *(
+                patterns.sliding_window(
+                    x(), x(), block_size=4, local_blocks=1, cu_seqlens=torch.tensor([0, n, 8])
+                )
+                for n in (2, 4)
+            )
+        ),
+        ValueError,
+        "after must be of the same documents or padding as before, got others",
+    ),
+    (lambda: collected(3), TypeError, "model must be a Module or None, got int"),
+    (
+        lambda: diagnostics.density(cast(Any, None)),
+        TypeError,
+        "routing must be a Routing, got NoneType",
     ),
     (
         lambda: diagnostics.group_union(
@@ -1062,6 +1080,7 @@ DOOR_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "num_kv_heads must divide the 2 query heads, got 3",
     ),
 ]
+
 # Raised where a test needs more than a call: below, and in the file that is named.
 MORE_MESSAGES = {
     "here": [
@@ -1230,6 +1249,11 @@ MORE_MESSAGES = {
         'the default model needs gguf: pip install "moba-flex[hf]", or give --model',
     ],
 }
+
+
+def collected(model: Any) -> None:
+    with diagnostics.collect(model):
+        pass
 
 
 def identify(value: Any) -> str | None:

@@ -39,14 +39,7 @@ def add_command(commands: Any) -> None:
     gate = job.add_argument_group("gate")
     for option, least, default, meaning in runs.GATE:
         gate.add_argument(option, type=integer(least), metavar="N", default=default, help=meaning)
-    gate.add_argument(
-        "--dense-layers",
-        type=integer(-MOST_TOKENS, MOST_TOKENS),  # no model has more layers
-        nargs="+",
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="layers that keep dense attention; -1 is the last (default: none)",
-    )
+    runs.add_dense_layers(gate)
     gate.add_argument(
         "--layer-top-k",
         type=integer(1),

@@ -26,6 +26,7 @@ def add_command(commands: Any) -> None:
     gate = job.add_argument_group("gate")
     for option, least, default, meaning in runs.GATE:
         gate.add_argument(option, type=integer(least), metavar="N", default=default, help=meaning)
+    runs.add_dense_layers(gate)
     runs.add_place(job)
 
 
@@ -36,7 +37,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from moba_flex.config import MoBAConfig
 
     config = MoBAConfig(
-        arguments.block_size, arguments.top_k, arguments.sink_blocks, arguments.local_blocks
+        arguments.block_size,
+        arguments.top_k,
+        arguments.sink_blocks,
+        arguments.local_blocks,
+        dense_layers=tuple(vars(arguments).get("dense_layers", ())),
     )
     if config.block_size * config.top_k >= arguments.seq_len:
         raise ValueError(

@@ -1,5 +1,7 @@
 """What `moba-flex inspect` measures, as a table and a picture."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -7,6 +9,7 @@ from textwrap import fill
 import torch
 
 from moba_flex.cli.evaluate import check_tokens, setting_of
+from moba_flex.cli.report import save_figure
 from moba_flex.cli.runs import Loaded
 from moba_flex.config import MoBAConfig
 from moba_flex.diagnostics import MEASURES, collect
@@ -28,7 +31,7 @@ class Inspection:
         config: The gate.
         layers: Names of the layers.
         measures: By the names of `moba_flex.diagnostics.MEASURES`: for each layer a figure of each
-            head, or of each group of heads for "union".
+            head, or of each group of heads for "union"; NaN where there is nothing to measure.
     """
 
     model: str
@@ -79,14 +82,25 @@ def table(found: Inspection) -> str:
         f"layer{names}",
         rule,
     ]
-    columns = [[sum(x) / len(x) for x in layers] for layers in found.measures.values()]
-    rows = [*zip(*columns, strict=True), [sum(x) / len(x) for x in columns]]
-    for number, row in enumerate(rows):
-        name = "mean" if number == len(found.layers) else str(number)
+    columns = [[_mean(x) for x in layers] for layers in found.measures.values()]
+    rows = [*zip(*columns, strict=True), [_mean(x) for x in columns]]
+    for name, row in zip([*_numbers(found.layers), "mean"], rows, strict=True):
         cells = "".join(f"{x:.{1 if x >= 10 else 3}f}".rjust(_WIDTH) for x in row)
         lines += [rule] * (name == "mean") + [name.rjust(len("layer")) + cells]
     meanings = [f"{name:11} {meaning}" for name, meaning in MEASURES.items()]
     return "\n".join([*lines, rule, *meanings])
+
+
+def _mean(figures: Sequence[float]) -> float:
+    """Return the mean of those that exist."""
+    exist = [x for x in figures if not math.isnan(x)]
+    return sum(exist) / len(exist) if exist else math.nan
+
+
+def _numbers(names: Sequence[str]) -> list[str]:
+    """Return the numbers of layers, which are parts of their names; else their places."""
+    numbers = [[part for part in name.split(".") if part.isdecimal()] for name in names]
+    return [x[0] if x else str(place) for place, x in enumerate(numbers)]
 
 
 def save_plot(found: Inspection, path: Path) -> None:
@@ -96,13 +110,17 @@ def save_plot(found: Inspection, path: Path) -> None:
 
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes, numbers = figure.subplots(2, 3), _numbers(found.layers)
     for ax, name in zip(axes.flat, _DRAWN, strict=True):
-        image = ax.imshow(found.measures[name], aspect="auto", interpolation="nearest")
+        rows = found.measures[name]
+        width = max(map(len, rows))  # layers may have different numbers of heads
+        padded = [[*row, *[math.nan] * (width - len(row))] for row in rows]
+        image = ax.imshow(padded, aspect="auto", interpolation="nearest")
         ax.set_title(f"{name}\n{fill(MEASURES[name], 46)}", size=8)
         ax.set(xlabel="group of heads" if name == "union" else "head", ylabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.yaxis.get_major_locator().set_params(integer=True)
+        some = range(0, len(rows), max(1, len(rows) // 10))
+        ax.set_yticks(list(some), [numbers[place] for place in some])
         figure.colorbar(image, ax=ax)
     config = found.config
     title = (
@@ -111,4 +129,4 @@ def save_plot(found: Inspection, path: Path) -> None:
     )
     # The name of a model must not be parsed as a formula, and may hold bytes that are not UTF-8.
     figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -1,16 +1,19 @@
 """The report of `moba-flex eval` as a table, a JSON file and a picture."""
 
 import json
+import math
+import warnings
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moba_flex.cli.evaluate import Report, Run
 from moba_flex.config import MoBAConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from matplotlib.figure import Figure
 
 _COLUMNS = {
     "block": 6,
@@ -51,8 +54,25 @@ def table(report: Report) -> str:
 
 
 def save_json(report: "DataclassInstance", path: Path) -> None:
-    """Write the report with all its figures."""
-    path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    """Write the report with all its figures; null for those that do not exist."""
+    text = json.dumps(_without_nan(asdict(report)), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """Return lists and dicts of figures with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _without_nan(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(x) for x in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Save a figure, without warnings of letters that its font does not know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(path, dpi=150)
 
 
 def save_plot(report: Report, path: Path) -> None:
@@ -102,7 +122,7 @@ def save_plot(report: Report, path: Path) -> None:
     right.yaxis.set_minor_locator(NullLocator())
     right.legend()
     right.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _group(config: MoBAConfig | None) -> str:

@@ -50,6 +50,18 @@ def add_model(group: Any) -> None:
     )
 
 
+def add_dense_layers(group: Any) -> None:
+    """Add the argument that names layers with dense attention."""
+    group.add_argument(
+        "--dense-layers",
+        type=integer(-MOST_TOKENS, MOST_TOKENS),  # no model has more layers
+        nargs="+",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="layers that keep dense attention; -1 is the last (default: none)",
+    )
+
+
 def add_text(job: argparse.ArgumentParser) -> None:
     """Add the arguments that name a model and a text."""
     source = job.add_argument_group("model and text")
