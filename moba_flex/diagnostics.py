@@ -399,6 +399,13 @@ _OF_SEVERAL = {"entropy", "imbalance", "gini", "tile fill"}
 class LayerMeasures:
     """Measures of the routing of one layer, summed over the queries of its calls.
 
+    Example:
+        >>> q = torch.randn(1, 2, 256, 8)
+        >>> with collect() as layers:
+        ...     out = moba_attention(q, q, q, block_size=16, top_k=2)
+        >>> layers["attention"].means()["union"]
+        tensor([1., 1.], dtype=torch.float64)
+
     Attributes:
         calls: Calls that were measured.
         sums: By the names of `MEASURES`, float64 `[Hq]`, or `[Hkv]` for "union".

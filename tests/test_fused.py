@@ -28,7 +28,7 @@ def seed() -> int:
 
 
 @pytest.mark.usefixtures("poison")
-@settings(max_examples=settings().max_examples // 3 + 1)
+@settings(max_examples=settings().max_examples // 5 + 1)
 @given(case=cases(max_len=90, min_block=5, groups=(1, 3), dtypes=DTYPES))
 def test_fused_is_the_oracle(case: Case) -> None:
     assert_matches_oracle("fused, interpreted", case, attention(case, "fused"))
