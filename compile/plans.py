@@ -56,6 +56,7 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FUSED_HEAD_DIM = 256
 
 _FEW_QUERIES = 64
+_MOST_BLOCKS = 2**20  # more would overflow counters of the kernel that chooses and attends
 
 
 class Plan:
@@ -310,8 +311,10 @@ def _chooses_in_kernel(request: Request) -> bool:
     """Whether one op can choose and attend, which reads on the device where keys lie."""
     if request.gate is None or (request.slots is None and not request.is_plain):
         return False
+    gate, kv_len = request.gate, request.k.shape[2]
+    small = _rows(request) <= MOST_ROWS and kv_len <= _MOST_BLOCKS * gate.block_size
     # The gate must see queries as they are: see `_scaled_up`.
-    return request.scale > 0 and _rows(request) <= MOST_ROWS
+    return small and request.scale > 0
 
 
 def _decode_few(request: Request, softcap: float) -> Result:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from moba_flex import make_tables, moba_attention, moba_attention_reference, route
 from moba_flex.cache import BlockCache, PagedCache, cached_attention
+from moba_flex.compile import plans
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks.append import append
 from moba_flex.masks.layout import LONGEST, Layout, Slots, ceil_div, locate_slots
 from moba_flex.masks.pool import pool
-from moba_flex.masks.request import Gate
+from moba_flex.masks.request import Gate, gated_request
 from moba_flex.masks.router import choose, numbers_of
 from tests.case import Case
 from tests.helpers import DEVICES, cases, needs_interpreter
@@ -574,6 +575,12 @@ def test_a_step_appends_and_then_decodes(seed: int) -> None:
             for x, y in zip((*got, *cache), (*want, *other), strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
             assert not any(x.any() for x in counters)
+
+
+def test_the_kernel_that_chooses_has_counters_for_so_many_blocks() -> None:
+    q, k = (torch.empty(1, 1, n, 16, device="meta") for n in (1, 2**21))
+    asked = [gated_request(q, k, k, block_size=size, top_k=3) for size in (1, 2)]
+    assert [plans._chooses_in_kernel(x) for x in asked] == [False, True]
 
 
 def test_kernel_appends_as_cpu_does() -> None:
