@@ -416,7 +416,7 @@ def test_kernel_decodes_as_cpu_does(case: Case, q_len: int, left: int, softcap: 
 
 
 @pytest.mark.usefixtures("poison")
-@settings(max_examples=settings().max_examples // 2 + 1)
+@settings(max_examples=settings().max_examples // 4 + 1)
 @given(
     case=cases(max_len=90, min_block=6, dtypes=[torch.float32, torch.float16]),
     q_len=st.integers(1, 4),
