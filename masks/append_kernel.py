@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moba_flex.masks._torch.exporting import is_traced
 from moba_flex.masks._torch.kernel_op import kernel_op, launch, power_of_2, wrap_triton
+from moba_flex.masks.pool_kernel import add_keys
 
 # The most keys that are loaded at a time.
 _MOST_AHEAD = 64
@@ -15,17 +16,6 @@ _SIZES = [
     "num_heads", "num_new", "touched", "num_blocks", "block_size", "num_slots", "page_size",
     "num_pages", "table_width", "stride_counter",
 ]  # fmt: skip
-
-
-@triton.jit
-def _add_up(total, ptrs, stride, start, stop, within, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add the keys from `start` to `stop` to a sum, in their order."""
-    for at in range(start, stop, AHEAD):
-        for i in tl.static_range(AHEAD):
-            place = tl.cast(at + i, tl.int64) * stride
-            key = tl.load(ptrs + place, mask=within & (at + i < stop), other=0.0)
-            total += key.to(tl.float32)
-    return total
 
 
 @triton.jit
@@ -73,11 +63,11 @@ def append_block(  # type: ignore[no-untyped-def]
     total = tl.load(sums_ptr + dim, mask=going_on & (dim < HEAD_DIM), other=0.0)
     added = tl.load(sums_ptr + HEAD_DIM, mask=going_on, other=0.0)
     if going_on & (added != (from_slot - begin).to(tl.float32)):  # lengths were changed since
-        total = _add_up(
+        total = add_keys(
             tl.zeros_like(total), keys_ptr + dim * stride_keys_d, stride_keys_n, begin - moved,
             from_slot - moved, dim < HEAD_DIM, AHEAD,
         )  # fmt: skip
-    total = _add_up(
+    total = add_keys(
         total, k_ptr + dim * stride_kd, stride_kn, from_slot - low, to_slot - low, dim < HEAD_DIM,
         AHEAD,
     )  # fmt: skip

@@ -14,6 +14,17 @@ _AHEAD = 16
 _SIZES = ["num_heads", "kv_len", "num_blocks", "block_size", "table_rows"]
 
 
+@triton.jit
+def add_keys(total, ptrs, stride, start, stop, within, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add the keys from `start` to `stop` to a sum, in their order, `AHEAD` loads at a time."""
+    for at in range(start, stop, AHEAD):
+        for i in tl.static_range(AHEAD):
+            place = tl.cast(at + i, tl.int64) * stride
+            key = tl.load(ptrs + place, mask=within & (at + i < stop), other=0.0)
+            total += key.to(tl.float32)
+    return total
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def pool_kernel(  # type: ignore[no-untyped-def]
     k_ptr,
@@ -45,12 +56,7 @@ def pool_kernel(  # type: ignore[no-untyped-def]
     k_ptr += (head % num_heads).to(tl.int64) * stride_kh
     k_ptrs = k_ptr + dim.to(tl.int64) * stride_kd
     total = tl.zeros([HEAD_DIM_PADDED], tl.float32)
-    for at in range(start, stop, AHEAD):
-        for i in tl.static_range(AHEAD):
-            key = at + i
-            exists = (key < stop) & (dim < HEAD_DIM)
-            k = tl.load(k_ptrs + key.to(tl.int64) * stride_kn, mask=exists, other=0.0)
-            total += k.to(tl.float32)
+    total = add_keys(total, k_ptrs, stride_kn, start, stop, dim < HEAD_DIM, AHEAD)
     # Triton's own division of float32 is approximate.
     mean = tl.div_rn(total, tl.maximum(stop - start, 1).to(tl.float32) + tl.zeros_like(total))
     out_ptrs = out_ptr + (head.to(tl.int64) * num_blocks + block) * HEAD_DIM + dim
