@@ -133,14 +133,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     if json is not None:
         check_output("--json", json)
 
-    import torch
-    import transformers
+    from moba_flex.cli import generate, pretrained, report
 
-    from moba_flex.cli import evaluate, generate, pretrained, report
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    device = evaluate.check_device(options["device"])
-    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
+    device, dtype = runs.find_machine(options)
     name: str | None = options["model"]
     model_config = pretrained.load_config(name)
     if config.dense_layers or config.layer_top_k:
@@ -150,14 +145,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     ids = generate.read_prompt(tokenizer, prompt)
     generate.check_length(model_config, ids.shape[1], arguments.max_new_tokens)
     found = generate.generate(
-        pretrained.load_model(name, dtype=getattr(torch, dtype)).to(device),
+        pretrained.load_model(name, dtype=dtype).to(device),
         tokenizer,
         ids.to(device),
         [None, config] if options["compare"] else [config],
         generate.Settings(
             arguments.max_new_tokens, options["chunk"], options["temperature"], arguments.seed
         ),
-        model_name=pretrained.NAME if name is None else Path(name).resolve().name,
+        model_name=runs.short_name(name),
     )
     print(f"\n{generate.table(found)}", file=sys.stderr)
     if json is not None:

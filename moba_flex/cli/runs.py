@@ -1,9 +1,9 @@
-"""What the commands that run a model over a text have in common: arguments, loading, files."""
+"""Arguments, loading and files, which the commands that run a model over a text share."""
 
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ from moba_flex.compile.outside import check_output, reason, whole_file
 from moba_flex.compile.package import MOST_TOKENS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -123,6 +124,30 @@ def check_files(arguments: argparse.Namespace, name: str) -> tuple[Path, Path]:
     return files
 
 
+def find_machine(options: Mapping[str, Any]) -> "tuple[torch.device, torch.dtype]":
+    """Return where a model is to run, and in which dtype; transformers reports errors alone.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+    import transformers
+
+    from moba_flex.cli.evaluate import check_device
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    device = check_device(options["device"])
+    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
+    return device, getattr(torch, dtype)
+
+
+def short_name(model: str | None) -> str:
+    """Return what reports call a model; None is the default one."""
+    from moba_flex.cli.pretrained import NAME
+
+    return NAME if model is None else Path(model).resolve().name
+
+
 def load(arguments: argparse.Namespace, configs: "Sequence[MoBAConfig]") -> Loaded:
     """Load the model and the text that the arguments name.
 
@@ -130,24 +155,20 @@ def load(arguments: argparse.Namespace, configs: "Sequence[MoBAConfig]") -> Load
         ValueError: They do not fit each other or the gates, or cannot be loaded.
     """
     import huggingface_hub
-    import torch
-    import transformers
 
     from moba_flex.cli import evaluate, pretrained
 
     options = {**_ABSENT, **vars(arguments)}
     # Only main reports errors.
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    device = evaluate.check_device(options["device"])
-    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
+    device, dtype = find_machine(options)
     name, text = options["model"], options["text"]
     evaluate.check_sizes(pretrained.load_config(name), arguments.seq_len, configs)
     ids = evaluate.read_tokens(pretrained.load_tokenizer(name), text, arguments.seq_len)
     return Loaded(
-        pretrained.load_model(name, dtype=getattr(torch, dtype)).to(device),
+        pretrained.load_model(name, dtype=dtype).to(device),
         ids.to(device),
-        pretrained.NAME if name is None else Path(name).resolve().name,
+        short_name(name),
         "Python's help topics" if text is None else text.name,
     )
 
