@@ -36,13 +36,13 @@ _TILE_PARTS = 32
 _MOST_AFFINITIES = 1024
 _MOST_PICKS = 16
 _MOST_CHOOSING = 128  # rows
-# What such a program holds: affinities at a time, and the best of each of so many lanes.
+# Such a program holds so many affinities at a time, and the best of each of so many lanes.
 _HELD = 2048
 _LANES = 256
 
 # The log-sum-exp of a part in which a row sees no key; that of infinite scores is -inf.
 NO_KEYS = tl.constexpr(-3.4028234663852886e38)
-# What an append adds to the counter of a list; a tile of scores, or the choice of a row, adds 1.
+# An append adds this to the counter of a list; a tile of scores, or the choice of a row, adds 1.
 _APPENDED = tl.constexpr(1 << 16)
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
@@ -135,9 +135,9 @@ def _score(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _find_best(affinity, number, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the affinity and the block of a row that `number - 1` others exceed.
+    """Return the affinity and the number of a row's block that `number - 1` others exceed.
 
-    The later of equal blocks is better.
+    The later of two equal blocks exceeds the other.
     """
     # Maxima of 32-bit integers are single instructions of a warp.
     at = tl.arange(0, WIDTH)

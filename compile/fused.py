@@ -68,7 +68,7 @@ _TILES_LONG = {
     "dkv": {64: _Tiles(64, 64, 4, 5)},
 }
 _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)}
-# Where blocks have few pairs each, as in a chunk of a long prompt: less of the last tile is empty.
+# For blocks with few pairs each, as in a chunk of a long prompt: small tiles are fuller.
 _TILES_FEW = {"pair_forward": {128: _Tiles(64, 32, 4, 3)}}
 _FEW_PAIRS = 512
 _STATS_ROWS = 64

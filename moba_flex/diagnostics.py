@@ -1,8 +1,8 @@
 """Measures of a routing: how much it attends to, how evenly, how alike, and how much it misses.
 
 All take plain rows, packed documents and padded rows; padding counts nowhere, except as work in
-`tile_fill`. Averages over no queries, or no choices, are NaN, unless a measure says otherwise. It
-looks at the blocks that a query chose beside its own, unless it says otherwise. No gradient flows.
+`tile_fill`. Unless a measure says otherwise, it looks at the blocks that a query chose beside its
+own, and is NaN where there are no queries or no choices. No gradient flows.
 """
 
 import math
@@ -380,7 +380,7 @@ def routing_map(routing: Routing, buckets: int = 64) -> Tensor:
 MEASURES: dict[str, str] = {
     "density": "share of query-key pairs attended to",
     "recall": "share of dense attention's weight that lies on the chosen tokens",
-    "regret": "what more the best blocks would hold of that weight",
+    "regret": "weight that the best blocks would hold beyond that",
     "entropy": "0: the queries of a block choose the same blocks, 1: any block alike",
     "imbalance": "load of the most chosen block; 1: as if blocks were chosen at random",
     "gini": "inequality of loads; 0: as if blocks were chosen at random",
@@ -388,7 +388,7 @@ MEASURES: dict[str, str] = {
     "union": "distinct blocks of a group of heads over all that they attend to",
     "tile fill": "share of the work of a mask in natural order that is needed",
 }
-"""What `collect` measures, and what it means."""
+"""The measures of `collect` by name, and their meanings."""
 
 
 _OF_SEVERAL = {"entropy", "imbalance", "gini", "tile fill"}
@@ -429,7 +429,7 @@ class LayerMeasures:
         """
         request = request.joined()
         q, k, mods = request.q, request.k, request.mods
-        routing = route_request(request).as_set(q.shape[1])
+        routing = route_request(request)
         attended, visible = _pairs(routing)
         found = {
             "density": attended / visible[:, None],
@@ -462,10 +462,10 @@ def collect(
 
     It holds sums alone, `Hq` numbers for each measure and layer, whatever the number of calls.
     Prefill, training and calls with a cache are measured, and weigh as many as their queries; a
-    call of one query says nothing of how queries differ. What attends to all keys is left out, and
-    so are compiled graphs, transforms of `torch.func` and tensors without contents. Layers that
-    are computed again for gradients count again. Soft caps are part of recall and regret; calls
-    with a `score_mod` or `mask_mod` have neither, and learned sinks are not part of them.
+    call of one query says nothing of how queries differ. Calls that attend to all keys are left
+    out, and so are compiled graphs, transforms of `torch.func` and tensors without contents. A
+    layer that is computed again for gradients counts again. Recall and regret include soft caps
+    but no learned sinks, and leave out calls with a `score_mod` or `mask_mod`.
 
     Args:
         model: A model with `MoBAAttention` modules, or one of transformers under
@@ -542,6 +542,7 @@ class _Places:
         last_visible: Last key that the query sees.
         oldest: First block that the query may choose.
         newest: Last block that it may choose.
+        inside: Whether the own block lies between these two.
         candidates: How many blocks it may choose.
         start: First key of each block, `[R, N]`.
         size: Keys of each block, `[R, N]`.
@@ -555,6 +556,7 @@ class _Places:
     last_visible: Tensor
     oldest: Tensor
     newest: Tensor
+    inside: Tensor
     candidates: Tensor
     start: Tensor
     size: Tensor
@@ -578,6 +580,7 @@ class _Places:
             last_visible=position if causal else stops.gather(1, newest.clamp(min=0)) - 1,
             oldest=oldest,
             newest=newest,
+            inside=inside,
             candidates=(newest - oldest + 1 - inside.long()).clamp(min=0) * real,
             start=start,
             size=stop - start,
@@ -623,13 +626,8 @@ def _expected_load(routing: Routing) -> Tensor:
     rate = (routing.blocks < num_blocks).sum(-1).double() / at.candidates.clamp(min=1)[:, None]
     # Each query adds its rate to all blocks from `oldest` to `newest`, but not to its own.
     edges = rate.new_zeros(*rate.shape[:2], num_blocks + 2)
-    inside = (at.own >= at.oldest) & (at.own <= at.newest)
-    for place, sign in (
-        (at.oldest, 1),
-        (at.newest + 1, -1),
-        (at.own.where(inside, num_blocks), -1),
-        (at.own.where(inside, num_blocks) + 1, 1),
-    ):
+    own = at.own.where(at.inside, num_blocks)
+    for place, sign in ((at.oldest, 1), (at.newest + 1, -1), (own, -1), (own + 1, 1)):
         edges.scatter_add_(2, place[:, None].expand_as(rate), sign * rate)
     expected = edges.cumsum(-1)[..., :num_blocks]
     return expected.where(expected > 1e-9, 0.0)  # what rounding left

@@ -57,7 +57,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 class Query(NamedTuple):
-    """What a query of one head sees and chooses."""
+    """The keys that a query of one head sees, and the blocks that it chooses."""
 
     head: tuple[int, int]
     number: int

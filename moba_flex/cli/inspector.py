@@ -1,4 +1,4 @@
-"""What `moba-flex inspect` measures, as a table and a picture."""
+"""The measures of `moba-flex inspect`, as a table and a picture."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _WIDTH = 10
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the gate of a model chose, in one run over a text.
+    """The choices of a model's gate, in one run over a text.
 
     Attributes:
         model: Name of the model.

@@ -1,4 +1,4 @@
-"""What all experiments share: presets, arguments, the loop over seeds and arms, and the table.
+"""Presets, arguments, the loop over seeds and arms, and the table, which all experiments share.
 
 Every arm of an experiment is trained for equally many steps on the same tokens, from the same
 weights. When the minutes are over, the run at hand is kept as a checkpoint; the same command goes
@@ -35,7 +35,7 @@ Measure = Callable[[nn.Module, Arm], dict[str, Any]]
 """Called with a trained model and its arm; returns numbers for the results."""
 
 Document = dict[str, Any]
-"""What an experiment writes: `experiment`, `settings`, `machine`, `arms`, `seeds`, `runs`, ..."""
+"""Results of an experiment: `experiment`, `settings`, `machine`, `arms`, `seeds`, `runs`, ..."""
 
 CURVE = 60  # lines of the log that go into the results
 BINS = 16  # of positions
@@ -88,7 +88,7 @@ PRESETS = {
 
 
 class Task(Protocol):
-    """What models learn."""
+    """A task that models learn."""
 
     facts: dict[str, Any]
 
