@@ -213,6 +213,7 @@ class BlockCache:
         else:
             *tensors, self.start, self.stop, self._counters = new
             self._memory = _Memory(*tensors)
+            self._stay()
 
     def repeat(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one copy beside the other.
@@ -344,6 +345,15 @@ class BlockCache:
                 self._counters = count_programs(self.stop, self._filled().keys.shape[1])
         return self._counters
 
+    def _stay(self) -> None:
+        """Tell PyTorch that the tensors of a cache with `max_len` stay where they are.
+
+        Mode "reduce-overhead" makes no CUDA graph of code that writes to other tensors.
+        """
+        if self.max_len is not None and not is_traced():
+            for x in self.tensors:
+                torch._dynamo.mark_static_address(x)
+
     def allocate(self, k: Tensor, v: Tensor) -> None:
         """Allocate the memory for tensors like `k` and `v`; check them if there is some already.
 
@@ -366,6 +376,7 @@ class BlockCache:
             )
         if self._memory is None:
             self._memory = self._make(k, v)
+            self._stay()
         memory, batch = self._memory, self.start.shape[0]
         for name, x, kept in (("k", k, memory.keys), ("v", v, memory.values)):
             same = x.dtype == kept.dtype and x.device == kept.device

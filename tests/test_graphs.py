@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import (
 from torch.utils.checkpoint import checkpoint
 
 from moba_flex import MoBAAttention, create_moba_block_mask, moba_attention
+from moba_flex.cache import BlockCache, PagedCache, cached_attention
 from moba_flex.compile import cpu
 from moba_flex.compile.decode import decode_cpu
 from moba_flex.masks import router
@@ -195,6 +196,35 @@ def test_reduce_overhead_on_cuda(plan: Any) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["inductor"]["cudagraph_skips"]
     assert not counters["inductor"]["cudagraph_partitions"]  # counted where there are several
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # PyTorch opens a pool
+@pytest.mark.parametrize("paged", [False, True])
+@torch.no_grad()
+def test_reduce_overhead_of_decode_steps_on_cuda(paged: bool) -> None:
+    """One CUDA graph appends to the cache and attends, while lengths grow."""
+    k, v = torch.randn(2, 2, 2, 100, 32, device="cuda")
+    cache = BlockCache(16, max_len=100)
+    if paged:
+        table = torch.randperm(8, device="cuda").int().view(2, 4)
+        cache = PagedCache(8, 32, 16).rows(table, torch.zeros(2, device="cuda").int())
+    cache.append(k[:, :, :40], v[:, :, :40])
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(k, v)
+        return cached_attention(q, cache, top_k=3)
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for at in range(40, 100):
+        torch.compiler.cudagraph_mark_step_begin()
+        q, new = torch.randn(2, 4, 1, 32, device="cuda"), slice(at, at + 1)
+        got = compiled(q, k[:, :, new].clone(), v[:, :, new].clone())
+        k_now, v_now = k[:, :, : at + 1], v[:, :, : at + 1]
+        want = moba_attention(q, k_now, v_now, block_size=16, top_k=3)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -144,8 +144,7 @@ class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
         self.keys.zero_()
         self.values.zero_()
         if not is_traced():
-            for x in (self.cumulative_length, *self.blocks.tensors):
-                torch._dynamo.mark_static_address(x)
+            torch._dynamo.mark_static_address(self.cumulative_length)
         self.is_initialized = True
 
     def update(
