@@ -7,7 +7,8 @@ dv of a block are sums over the pairs that chose it and the queries inside it, a
 parts. Every sum has a fixed order.
 
 The parts of all heads would take as much memory as q for each chosen block. So they are made and
-merged for some lists (key/value heads) at a time.
+merged for some lists (key/value heads) at a time: as many as fit into the memory of a few copies
+of q and, in backward, as keep the device busy.
 """
 
 import math
@@ -72,7 +73,13 @@ _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Til
 _TILES_FEW = {"pair_forward": {128: _Tiles(64, 32, 4, 3)}}
 _FEW_PAIRS = 512
 _STATS_ROWS = 64
-_SMALL_PARTS = 2**28  # bytes of parts that are made at once in any case
+_SMALL_PARTS = 2**28  # bytes of parts that forward makes at once in any case
+_MOST_PARTS = 2**30  # the same of backward, if the device is not busy with less
+# Of dk and dv: programs that keep the device busy in a launch; how many shares of pairs a launch
+# is cut into at most; and the fewest pairs of a share, because its sums cost as much as some.
+_BUSY = 2048
+_SHARES = 512
+_LEAST_SHARE = 3072
 
 
 def _padded(head_dim: int) -> int:
@@ -125,16 +132,19 @@ def _are_few(pairs: int, num_blocks: int) -> bool:
     return pairs < _FEW_PAIRS * num_blocks
 
 
-def _share(group: int, block_size: int, picks: int) -> int:
-    """Return the most pairs for one program of dk and dv: eight times those of an average block.
+def _share(pairs: int) -> int:
+    """Return the most pairs for one program of dk and dv, in a launch of so many.
 
-    The limit keeps a block that many queries chose from delaying the kernel.
+    The limit keeps a block that many queries chose from delaying the launch.
     """
-    return 8 * group * block_size * max(1, picks)
+    share = ceil_div(pairs, _SHARES)
+    if isinstance(share, torch.SymInt):
+        return torch.sym_max(_LEAST_SHARE, share)
+    return max(_LEAST_SHARE, share)
 
 
 def _lists_at_once(lists: int, picks: int, part_bytes: int) -> int:
-    """Return how many lists to launch at a time.
+    """Return how many lists forward attends with at a time.
 
     Their parts hold three times q, or few bytes, or they are those of one list.
     """
@@ -143,6 +153,18 @@ def _lists_at_once(lists: int, picks: int, part_bytes: int) -> int:
     if not isinstance(part_bytes, torch.SymInt) and lists * part_bytes <= _SMALL_PARTS:
         return lists
     return max(1, min(lists, 3 * lists // max(1, picks)))
+
+
+def _lists_at_once_backward(lists: int, picks: int, part_bytes: int, programs: int) -> int:
+    """Return how many lists backward handles at a time.
+
+    They keep the device busy, with `programs` of dk and dv each; or their parts hold three times
+    q, or 1 GiB.
+    """
+    if any(isinstance(x, torch.SymInt) for x in (lists, part_bytes, programs)):
+        return _lists_at_once(lists, picks, part_bytes)
+    most = max(3 * lists // max(1, picks), _MOST_PARTS // max(1, part_bytes))
+    return max(1, min(lists, most, ceil_div(_BUSY, programs)))
 
 
 def _first_lists(lists: int, at_once: int, picks: int) -> Sequence[int]:
@@ -196,6 +218,7 @@ class _Problem(NamedTuple):
     softcap: float
     table_rows: int
     at_once: int
+    part_bytes: int
 
     @classmethod
     def of(
@@ -240,7 +263,19 @@ class _Problem(NamedTuple):
             softcap=softcap,
             table_rows=1 if extents is None else extents.shape[1],
             at_once=_lists_at_once(lists, picks, part_bytes),
+            part_bytes=part_bytes,
         )
+
+    def backward(self) -> "_Problem":
+        """Return the problem with the lists at a time of backward."""
+        programs = self.num_blocks * self.tiles_per_block
+        at_once = _lists_at_once_backward(self.lists, self.picks, self.part_bytes, programs)
+        return self._replace(at_once=at_once)
+
+    @property
+    def tiles_per_block(self) -> int:
+        """Programs of dk and dv for the keys of a block."""
+        return ceil_div(self.block_size, self.tiles("dkv").n)
 
     @property
     def scale_log2(self) -> float:
@@ -302,8 +337,7 @@ def _backward(
     rank, first = kept
     queries, extents, block_size = layout.queries, layout.extents, layout.block_size
     grad, q, k, v = dense_vectors(grad, q, k, v)
-    problem = _Problem.of(q, k, v, rank.shape[3], layout, scale, softcap)
-    stats = _stats(problem, out, grad, lse, grad_lse, rank)
+    problem = _Problem.of(q, k, v, rank.shape[3], layout, scale, softcap).backward()
     if queries is None or extents is None:
         queries = extents = owners = rank  # placeholders, not read
         dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -315,19 +349,34 @@ def _backward(
     num_blocks, head_dim, value_dim = problem.num_blocks, *problem.kind[1:3]
     q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
     key_tile = problem.tiles("dkv").n
-    tiles_per_block = ceil_div(block_size, key_tile)
+    tiles_per_block = problem.tiles_per_block
     write_dq = tiles_per_block == 1  # then one program alone handles each pair
     gather_dq = problem.picks > 0 and not write_dq
-    share = _share(problem.group, block_size, problem.picks)
+    share = _share(problem.at_once * problem.num_pairs * tiles_per_block)
     spill_block, first_spill = tile_blocks(first, problem.num_pairs, share, skip=1)
     num_spills = spill_block.shape[1]
     slots = problem.at_once * 2 * num_spills  # see `_spill_places`
     width = _padded(head_dim) + _padded(value_dim)
     spill = lse.new_empty(slots * tiles_per_block * key_tile * width)
 
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    rows = problem.group * problem.q_len
+    stats = lse.new_empty((problem.at_once, rows + problem.num_pairs, 4), dtype=torch.int32)
     part = problem.parts(q, head_dim)
     tiles = None
     for lists, sizes in problem.launches():
+        launch(
+            wrap_triton(stats_kernel),
+            (ceil_div(problem.q_len, _STATS_ROWS), lists * problem.group),
+            *(out, grad, lse, lse if grad_lse is None else grad_lse, rank, stats),
+            *_strides(out, grad),
+            *(sizes[0], problem.num_kv_heads, problem.group, problem.q_len, problem.picks),
+            LSE=grad_lse is not None,
+            HEAD_DIM=value_dim,
+            D=_padded(value_dim),
+            TILE_M=_STATS_ROWS,
+        )
         launch(
             wrap_triton(dkv_kernel),
             ((num_spills + num_blocks) * tiles_per_block, lists),
@@ -398,36 +447,6 @@ def _owners(own: Tensor, num_blocks: int) -> Tensor:
     first = first.scatter_reduce(1, own.long(), query, "amin")
     after = torch.zeros_like(first).scatter_reduce(1, own.long(), query + 1, "amax")
     return torch.stack((first, after))[..., :-1].contiguous()
-
-
-def _stats(
-    problem: _Problem,
-    out: Tensor,
-    grad: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None,
-    rank: Tensor,
-) -> Tensor:
-    """Return the stats of each row and each pair, four int32 each; see `stats_kernel`."""
-    rows = problem.group * problem.q_len
-    stats = lse.new_empty((problem.lists, rows + problem.num_pairs, 4), dtype=torch.int32)
-    heads = problem.lists * problem.group
-    launch(
-        wrap_triton(stats_kernel),
-        (ceil_div(problem.q_len, _STATS_ROWS), heads),
-        *(out, grad, lse, lse if grad_lse is None else grad_lse.contiguous()),
-        *(rank, stats),
-        *_strides(out, grad),
-        problem.num_kv_heads * problem.group,
-        problem.group,
-        problem.q_len,
-        problem.picks,
-        LSE=grad_lse is not None,
-        HEAD_DIM=problem.kind.value_dim,
-        D=_padded(problem.kind.value_dim),
-        TILE_M=_STATS_ROWS,
-    )
-    return stats
 
 
 def _forward(

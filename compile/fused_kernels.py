@@ -427,7 +427,7 @@ def _unpack(stats):  # type: ignore[no-untyped-def]
 def stats_kernel(  # type: ignore[no-untyped-def]
     out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, stats_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
-    num_heads, group, q_len, picks,
+    first_list, num_kv_heads, group, q_len, picks,
     LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Write the stats of each row, and after those of all rows a copy for each pair.
@@ -435,7 +435,8 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     The stats are log-sum-exp, delta and row. Delta is subtracted from the gradient of each weight:
     `out @ grad - grad_lse`. With the copies, kernels that walk the pairs read stats in order.
     """
-    head = tl.program_id(1)
+    head = first_list * group + tl.program_id(1)
+    num_heads = num_kv_heads * group
     batch, h = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
     query, dim = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, D)
     exists = query < q_len
@@ -452,7 +453,7 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     lse = tl.load(lse_ptr + place, mask=exists, other=0.0) * LOG2_E
     rows, row = group * q_len, head % group * q_len + query
     stats, field = _stats(lse, delta, row), tl.arange(0, 4)[None, :]
-    stats_ptr += (head // group).to(tl.int64) * rows * (picks + 1) * 4
+    stats_ptr += (tl.program_id(1) // group).to(tl.int64) * rows * (picks + 1) * 4
     tl.store(stats_ptr + row[:, None].to(tl.int64) * 4 + field, stats, mask=exists[:, None])
     for pick in range(picks):
         rank = tl.load(rank_ptr + place * picks + pick, mask=exists, other=-1)[:, None]
@@ -482,7 +483,7 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
     exists = pair < tl.load(first_pair_ptr + entry + 1)
     rows = group * q_len
-    place = list_id.to(tl.int64) * (rows + num_pairs) + rows + pair
+    place = tl.program_id(1).to(tl.int64) * (rows + num_pairs) + rows + pair
     stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
     lse, delta, row = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     batch = (list_id // num_kv_heads).to(tl.int64)
@@ -553,7 +554,7 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad = tl.load(g_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
     row = (head_in_group * q_len + query).to(tl.int64)
-    place = list_id.to(tl.int64) * (group * q_len + num_pairs) + row
+    place = local_list.to(tl.int64) * (group * q_len + num_pairs) + row
     stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
     lse, delta, _ = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     k_ptr += batch * stride_kb + head * stride_kh
@@ -738,7 +739,7 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     v = _load_keys(v_ptr, stride_vn, start, block_stop, VALUE_DIM, DV, TILE_N, True)
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
-    stats_ptr += list_id.to(tl.int64) * (group * q_len + num_pairs) * 4
+    stats_ptr += tl.program_id(1).to(tl.int64) * (group * q_len + num_pairs) * 4
     part_ptr += tl.program_id(1).to(tl.int64) * num_pairs * HEAD_DIM
 
     dk = tl.zeros([TILE_N, D], tl.float32)

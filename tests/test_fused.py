@@ -75,7 +75,8 @@ def test_fewer_lists_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     expected = run()
     # The last: two launches do the same lists, as in a graph for any batch size.
     for number, starts in ((1, range(4)), (3, (0, 3)), (3, (0, 1))):
-        monkeypatch.setattr(fused, "_lists_at_once", lambda *_, number=number: number)
+        for at_once in ("_lists_at_once", "_lists_at_once_backward"):
+            monkeypatch.setattr(fused, at_once, lambda *_, number=number: number)
         monkeypatch.setattr(fused, "_first_lists", lambda *_, starts=starts: starts)
         for x, y in zip(run(), expected, strict=True):
             assert torch.equal(x, y)
