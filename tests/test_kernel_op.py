@@ -1,5 +1,6 @@
 """Functions that launch kernels: what sees an op, and what is remembered of a launch."""
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from threading import Barrier, Event, get_ident
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -40,7 +42,7 @@ class Kernel:
         compile: Called with the tile to compile for.
     """
 
-    arg_names = ("x", "out", "number", "TILE")
+    arg_names = ("x", "out", "x_place", "out_place", "number", "TILE")
     compiled: dict[int, Any]
     compile: Callable[[int], Any]
 
@@ -64,8 +66,8 @@ class Kernel:
         return Compiled()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*args: Any, **options: Any) -> None:
-            Compiled()[grid](*args, options["TILE"])
+        def run(x: Tensor, out: Tensor, *args: Any, **options: Any) -> None:
+            torch.add(x, args[-1], out=out)  # as an op that fakes have too
 
         return run
 
@@ -80,9 +82,17 @@ class Compiled:
         return lambda *args: self.run(*grid, *6 * [None], *args)
 
     def run(self, *args: Any) -> None:
-        x, out, number, tile = args[9:]
+        x, out, x_place, out_place, number, tile = args[9:]
         LAUNCHED.append((*args[:3], number, tile))
-        torch.add(x, number, out=out)
+        numbers_at(out, *out_place)[:] = numbers_at(x, *x_place) + number
+
+
+def numbers_at(x: Tensor | int, size: int, stride: int, item: int) -> Any:
+    """Return the numbers of a tensor, or at an address, seen by no op."""
+    address = x if isinstance(x, int) else x.data_ptr()
+    memory: Any = (ctypes.c_char * (((size - 1) * stride + 1) * item)).from_address(address)
+    numbers: Any = np.frombuffer(memory, dtype=f"f{item}")
+    return numbers[::stride]
 
 
 KERNEL = Kernel()
@@ -131,10 +141,15 @@ def filled(x: Tensor, number: int) -> Tensor:
 
 @kernel_op("moba_flex_test::add_twice")
 def add_twice(x: Tensor, number: int) -> Tensor:
-    out = torch.empty_like(x)
-    launch(KERNEL, (1, 1, 1), x, out, number, TILE=number + 1, num_warps=4)
-    launch(KERNEL, (2, 1, 1), out, out, number, TILE=number + 2, num_warps=4)
+    between, out = torch.empty_like(x), torch.empty_like(x)
+    add(x, between, number, (1, 1, 1), number + 1)
+    add(between, out, number, (2, 1, 1), number + 2)
     return out
+
+
+def add(x: Tensor, out: Tensor, number: int, grid: tuple[int, ...], tile: int) -> None:
+    places = [(*y.shape, *y.stride(), y.element_size()) for y in (x, out)]
+    launch(KERNEL, grid, x, out, *places, number, TILE=tile, num_warps=4)
 
 
 @kernel_op("moba_flex_test::add_four_times")
@@ -192,6 +207,68 @@ def test_the_second_call_looks_nothing_up() -> None:
         torch.testing.assert_close(add_twice(x, 3), x + 6)
         assert len(LOOKED_UP) == 2
         assert LAUNCHED[2 * number :] == [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5)]
+
+
+def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return y + 2 and x + 8, by way of memory of its own."""
+    total, more = torch.empty_like(x), torch.empty(3, *x.shape)
+    add(x, more[1], 1, (1, 1, 1), 1)
+    add(y, total, 2, (1, 1, 1), 1)
+    add(more[1], more[2], 3, (1, 1, 1), 1)
+    out = torch.empty_like(x)
+    add(more[2], out, 4, (1, 1, 1), 1)
+    return total, None, out
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_replay_runs_no_python_of_the_function(apart: bool) -> None:
+    """Arguments may lie in one tensor in the first call, and in two later, or the reverse."""
+    runs = []
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        runs.append(x)
+        return both(x, y)
+
+    call = module._remember_launches(function)
+    for turn in range(4):
+        together = torch.randn(2, 8)
+        x, y = together if (turn == 0) != apart else (x.clone() for x in together)
+        total, none, out = call(x, y)
+        assert none is None
+        torch.testing.assert_close(total, y + 2)
+        torch.testing.assert_close(out, x + 8)
+        kept = [z.clone() for z in (total, out)]
+        call(torch.randn(8), torch.randn(8))  # writes to other memory
+        torch.testing.assert_close([total, out], kept)
+    assert len(runs) == 1
+
+
+def view_of_an_argument(x: Tensor, y: Tensor) -> Tensor:
+    add(x, x, 1, (1, 1, 1), 1)
+    return x[1:]
+
+
+def sum_of_torch(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(x + y, out, 1, (1, 1, 1), 1)
+    return out
+
+
+def views_of_arguments(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(y[:], out, 1, (1, 1, 1), 1)
+    return out
+
+
+@pytest.mark.parametrize("function", [view_of_an_argument, sum_of_torch, views_of_arguments])
+def test_what_addresses_do_not_tell_is_run_again(function: Callable[..., Tensor]) -> None:
+    call = module._remember_launches(function)
+    for turn in range(4):
+        together = torch.randn(2, 8)
+        x, y = together if turn == 0 else (x.clone() for x in together)
+        want = {view_of_an_argument: x[1:] + 1, sum_of_torch: x + y + 1}.get(function, y + 1)
+        torch.testing.assert_close(call(x, y), want)
+    assert len(LOOKED_UP) == 1
 
 
 @pytest.mark.parametrize(

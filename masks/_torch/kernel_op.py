@@ -2,9 +2,11 @@
 
 A graph, a dispatch mode or a tensor subclass must see an op. Eager code on plain tensors needs
 none, and the overhead of an op would exceed the time of a short sequence on a GPU. Triton, too,
-spends time: it looks up a kernel by all arguments of each launch. So a plain call records its
-compiled kernels and reuses them for tensors of the same shapes, strides and dtypes. The kernels of
-a first call are compiled and loaded in parallel.
+spends time: it looks up a kernel by all arguments of each launch, and asks each tensor for its
+address. So a plain call records its compiled kernels, and calls with tensors of the same shapes,
+strides and dtypes reuse them. If the function only allocates and launches, they do not even run
+it: a `_Program` launches the kernels with addresses in one workspace. The kernels of a first call
+are compiled and loaded in parallel.
 """
 
 import threading
@@ -13,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
 from types import NoneType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import TraceableTritonKernelWrapper
 from torch._library.custom_ops import CustomOpDef
 from torch.library import triton_op
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime._async_compile import active_mode
 
 from moba_flex.masks._torch.exporting import is_traced
@@ -30,10 +33,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 _Launch = tuple[Callable[..., None], tuple[Any, ...]]
 """The launcher of a compiled kernel over a grid, and the kernel's compile-time arguments."""
 
+aten = torch.ops.aten
+# Ops that launch nothing: a function that calls no others only allocates.
+_ALLOCATE = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+
 # Types of arguments that no op must see.
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, tuple, NoneType}
 _MOST_LAYOUTS = 16384
-_known: dict[tuple[Any, ...], list[_Launch]] = {}  # by function and `_layout` of its arguments
+_ALIGNED = 512  # bytes, as PyTorch's allocator aligns
+# By function and `_layout` of its arguments: what to run instead.
+_known: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]] = {}
 
 
 class _Call:
@@ -42,6 +57,7 @@ class _Call:
     Attributes:
         replay: The recorded launches that are still to come; None if none were recorded.
         record: The launches of this call, if none were recorded before.
+        given: The arguments of these launches.
         awaited: Kernels that are being compiled. Once there is one, the call launches nothing
             more, and only goes on in order to find the other kernels to compile.
     """
@@ -49,6 +65,7 @@ class _Call:
     def __init__(self, replay: Iterator[_Launch] | None = None) -> None:
         self.replay = replay
         self.record: list[_Launch] = []
+        self.given: list[tuple[Any, ...]] = []
         self.awaited: list[Any] = []
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -76,6 +93,7 @@ class _Call:
             constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
             run(*args, *constants)
             self.record.append((run, constants))
+            self.given.append(args)
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -169,6 +187,8 @@ def kernel_op(
 
         @wraps(function)
         def call(*args: Any) -> Any:
+            if not is_traced() and _running.call is not None:  # part of the call that runs
+                return function(*args)
             if _is_watched(args):
                 return watched(*args)
             return differentiable(*args) if _wants_gradient(args) else plain(*args)
@@ -198,37 +218,151 @@ def _remember_launches(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function as a plain call, which records its kernels and then replays them."""
 
     def run(*args: Any) -> Any:
-        if _running.call is not None:  # nested: the outer call records the launches
-            return function(*args)
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return run(*args)
         layout = function, device, _layout(args)
-        launches = _known.get(layout)
-        if launches is not None:
-            return _Call(iter(launches)).run(function, args)
-        result, launches = _first_call(function, args)
-        if launches:
+        known = _known.get(layout)
+        if known is not None:
+            return known(args)
+        result, replay = _first_call(function, args)
+        if replay is not None:
             if len(_known) >= _MOST_LAYOUTS:
                 _known.clear()
-            _known[layout] = launches
+            _known[layout] = replay
         return result
 
     return run
 
 
-def _first_call(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, list[_Launch]]:
-    """Return the result of a plain call that has no recorded launches, and its launches."""
+def _first_call(
+    function: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Any, Callable[[tuple[Any, ...]], Any] | None]:
+    """Return the result of a plain call that has no recorded launches, and what replays it."""
     call = _Call()
-    with _compiling_side_by_side(args[0]):
+    with _compiling_side_by_side(args[0]), _Ops() as ops:
         result = call.run(function, args)
     while call.awaited:
         for kernel in call.awaited:
             kernel.result()  # raises what failed in a caller's own threads
         call = _Call()
-        result = call.run(function, args)
-    return result, call.record
+        with _Ops() as ops:
+            result = call.run(function, args)
+    launches = call.record
+    if not launches:  # the kernels are interpreted
+        return result, None
+    program = _Program.of(call, args, result) if ops.only_allocates else None
+    if program is not None:
+        return result, program.run
+    return result, lambda args: _Call(iter(launches)).run(function, args)
+
+
+class _Ops(TorchDispatchMode):
+    """Sees whether a function calls ops that do more than allocate."""
+
+    only_allocates = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.only_allocates &= func in _ALLOCATE or func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class _Place(NamedTuple):
+    """Where an address comes from: the number of a base, and bytes from there on."""
+
+    base: int
+    offset: int
+
+
+class _Program(NamedTuple):
+    """The launches of a plain call, with holes for addresses.
+
+    Bases are the tensors among the arguments, the results, and a workspace for everything else.
+
+    Attributes:
+        inputs: Places of tensors among the arguments.
+        outputs: Size, stride and dtype of each result; None for one that is None.
+        single: Whether the result is one tensor, and no tuple.
+        workspace: Bytes of the workspace.
+        device: Where all is.
+        launches: Each launch: its launcher, its arguments, and which of these are addresses.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[Any, ...] | None, ...]
+    single: bool
+    workspace: int
+    device: torch.device
+    launches: tuple[tuple[Callable[..., None], list[Any], tuple[tuple[int, _Place], ...]], ...]
+
+    @classmethod
+    def of(cls, call: _Call, args: tuple[Any, ...], result: Any) -> "_Program | None":
+        """Return the program of a call; None if other arguments may need another one."""
+        results = (result,) if isinstance(result, Tensor) else result
+        inputs = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
+        bases = [*inputs.values(), *(x for x in results if x is not None)]
+        by_storage: dict[int, int] = {}
+        for number, x in enumerate(bases):
+            shared = by_storage.setdefault(_storage(x), number) != number
+            if number >= len(inputs) and x.numel() and (shared or x.storage_offset()):
+                return None  # a result that is a view
+            if shared:  # where two arguments lie in one tensor, others may lie in two
+                by_storage[_storage(x)] = -1
+        begins = [x.data_ptr() for x in bases]
+        workspace, launches, within = 0, [], {}
+        for (run, constants), given in zip(call.record, call.given, strict=True):
+            template, holes = [*given, *constants], []
+            for place, x in enumerate(given):
+                if not isinstance(x, Tensor):
+                    continue
+                storage = _storage(x)
+                base = next((i for i, y in enumerate(bases) if x is y), by_storage.get(storage))
+                if base == -1:
+                    return None
+                if base is None:
+                    base = len(bases)
+                    if storage not in within:
+                        within[storage] = workspace
+                        nbytes = x.untyped_storage().nbytes()
+                        workspace += -(-nbytes // _ALIGNED) * _ALIGNED
+                    offset = within[storage] + x.data_ptr() - storage
+                else:
+                    offset = x.data_ptr() - begins[base]
+                template[place] = None
+                holes.append((place, _Place(base, offset)))
+            launches.append((run, template, tuple(holes)))
+        shapes = (x if x is None else (x.shape, x.stride(), x.dtype) for x in results)
+        single, device = isinstance(result, Tensor), args[0].device
+        return cls(tuple(inputs), tuple(shapes), single, workspace, device, tuple(launches))
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """Launch the kernels for other arguments of the same layout."""
+        device = self.device
+        results = [
+            x if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device)
+            for x in self.outputs
+        ]
+        bases = [args[i].data_ptr() for i in self.inputs]
+        bases += [x.data_ptr() for x in results if x is not None]
+        # Freed when this returns: what reuses the memory comes later on the stream.
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+        bases.append(workspace.data_ptr())
+        for run, given, holes in self.launches:
+            filled = given[:]
+            for place, (base, offset) in holes:
+                filled[place] = bases[base] + offset
+            run(*filled)
+        return results[0] if self.single else tuple(results)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 class _Loaders(ThreadPoolExecutor):
