@@ -13,6 +13,7 @@ from moba_flex.masks.layout import ceil_div
 _TILE = 32
 _BLOCKS_PER_TILE = 16
 _WIDTH = 128
+_SUM_WIDTH = 16
 
 # Arguments that vary with lengths: Triton would compile anew where 16 divides them.
 _SIZES = ["num_pairs", "num_blocks", "picks", "chunks", "chunk_size", "tile", "skip", "num_tiles"]
@@ -20,37 +21,61 @@ _SIZES = ["num_pairs", "num_blocks", "picks", "chunks", "chunk_size", "tile", "s
 
 @triton.jit(do_not_specialize=_SIZES)
 def count_kernel(  # type: ignore[no-untyped-def]
-    block_ptr, count_ptr, num_pairs, num_blocks, chunks, chunk_size, WIDTH: tl.constexpr
+    block_ptr, count_ptr, done_ptr, num_pairs, num_blocks, chunks, chunk_size, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Count the pairs of a chunk for each block, and for no block."""
     chunk, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if chunk == 0:
+        tl.store(done_ptr + list_id, 0)
     block_ptr += list_id * num_pairs
-    count_ptr += list_id * (num_blocks + 1) * chunks + chunk
+    count_ptr += (list_id * chunks + chunk) * (num_blocks + 1)
+    for at in range(0, num_blocks + 1, WIDTH):
+        block = at + tl.arange(0, WIDTH)
+        tl.store(count_ptr + block, 0, mask=block <= num_blocks)
+    tl.debug_barrier()  # all zeros are there before the first pair is counted
     stop = tl.minimum((chunk + 1) * chunk_size, num_pairs)
     for at in range(chunk * chunk_size, stop, WIDTH):
         pair = at + tl.arange(0, WIDTH)
         exists = pair < stop
-        block = tl.load(block_ptr + pair, mask=exists, other=0).to(tl.int64)
-        tl.atomic_add(count_ptr + block * chunks, 1, mask=exists, sem="relaxed")
+        block = tl.load(block_ptr + pair, mask=exists, other=0)
+        tl.atomic_add(count_ptr + block, 1, mask=exists, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def sum_kernel(  # type: ignore[no-untyped-def]
-    count_ptr, total_ptr, num_blocks, chunks, WIDTH: tl.constexpr
+    count_ptr, total_ptr, done_ptr, first_ptr, num_blocks, chunks, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Turn the counts of a block into those before each chunk; write their total to block + 1."""
-    block, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    total_ptr += list_id * (num_blocks + 1) + block
-    if block == 0:
-        tl.store(total_ptr, 0)
-    count_ptr += (list_id * (num_blocks + 1) + block) * chunks
-    total = 0
-    for at in range(0, chunks, WIDTH):
-        chunk = at + tl.arange(0, WIDTH)
-        count = tl.load(count_ptr + chunk, mask=chunk < chunks, other=0)
-        tl.store(count_ptr + chunk, total + tl.cumsum(count) - count, mask=chunk < chunks)
-        total += tl.sum(count)
-    tl.store(total_ptr + 1, total, mask=block < num_blocks)
+    """Turn the counts of `WIDTH` blocks into those before each chunk.
+
+    The last program of a list adds up the totals, for the first pair of each block.
+    """
+    list_id = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    exists = block <= num_blocks
+    count_ptr += list_id * chunks * (num_blocks + 1) + block[None, :]
+    total_ptr += list_id * (num_blocks + 1)
+    first_ptr += list_id * (num_blocks + 1)
+    total = tl.zeros([WIDTH], tl.int32)
+    for at in range(0, chunks, TILE):
+        chunk = at + tl.arange(0, TILE)[:, None]
+        inside = (chunk < chunks) & exists[None, :]
+        count_ptrs = count_ptr + chunk.to(tl.int64) * (num_blocks + 1)
+        count = tl.load(count_ptrs, mask=inside, other=0)
+        tl.store(count_ptrs, total[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+        total += tl.sum(count, 0)
+    tl.store(total_ptr + block, total, mask=exists)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    if tl.atomic_add(done_ptr + list_id, 1) == tl.num_programs(0) - 1:
+        before = 0
+        tl.store(first_ptr, 0)
+        for at in range(0, num_blocks, ROOM):
+            block = at + tl.arange(0, ROOM)
+            exists = block < num_blocks
+            # Past the L1 cache, which does not see what other programs write.
+            total = tl.load(total_ptr + block, mask=exists, other=0, cache_modifier=".cg")
+            tl.store(first_ptr + 1 + block, before + tl.cumsum(total), mask=exists)
+            before += tl.sum(total)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -62,7 +87,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
     chunk, list_id = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_pair, entry = list_id * num_pairs, list_id * (num_blocks + 1)
     first_ptr += entry
-    next_ptr += entry * chunks + chunk
+    next_ptr += (list_id * chunks + chunk) * (num_blocks + 1)
     index = tl.arange(0, TILE)
     stop = tl.minimum((chunk + 1) * chunk_size, num_pairs)
     for at in range(chunk * chunk_size, stop, TILE):
@@ -75,7 +100,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
         same = tl.sum(tl.where(block[:, None] == block[None, :], weight, 0), 0)
         earlier = same >> 16
         is_last = earlier + 1 == same & 0xFFFF
-        next_ptrs = next_ptr + block.to(tl.int64) * chunks
+        next_ptrs = next_ptr + block
         # Barriers, since one thread writes numbers that others read in the next step.
         tl.debug_barrier()
         number = tl.load(next_ptrs, mask=exists, other=0) + earlier
@@ -99,29 +124,29 @@ def sort_pairs_triton(
     chunk_size = ceil_div(num_blocks + 1, _BLOCKS_PER_TILE) * _TILE
     chunks = ceil_div(pairs, chunk_size)
     # First the pairs of each block in each chunk, then those of the block before each chunk.
-    count = blocks.new_zeros(lists, num_blocks + 1, chunks)
+    count = blocks.new_empty(lists, chunks, num_blocks + 1)
+    done = blocks.new_empty(lists)
     launch(
         wrap_triton(count_kernel),
         (chunks, lists),
-        blocks,
-        count,
+        *(blocks, count, done),
         pairs,
         num_blocks,
         chunks,
         chunk_size,
         WIDTH=_WIDTH,
     )
-    total = blocks.new_empty(batch, num_kv_heads, num_blocks + 1)
+    first = blocks.new_empty(batch, num_kv_heads, num_blocks + 1)
     launch(
         wrap_triton(sum_kernel),
-        (num_blocks + 1, lists),
-        count,
-        total,
+        (ceil_div(num_blocks + 1, _SUM_WIDTH), lists),
+        *(count, torch.empty_like(first), done, first),
         num_blocks,
         chunks,
-        WIDTH=1024,
+        TILE=64,
+        WIDTH=_SUM_WIDTH,
+        ROOM=1024,
     )
-    first = total.cumsum(2, dtype=torch.int32)
     row = blocks.new_empty(batch, num_kv_heads, pairs)
     rank = blocks.new_empty(batch, num_kv_heads, rows, picks)
     launch(

@@ -395,8 +395,8 @@ def test_fused_plan_is_one_graph_for_any_length() -> None:
     done = run_script("trace_fused.py")
     assert done["graphs"] == [2, 1, 2, 1]
     assert done["written"] == {
-        "count_kernel": ["count_ptr"],
-        "sum_kernel": ["count_ptr", "total_ptr"],
+        "count_kernel": ["count_ptr", "done_ptr"],
+        "sum_kernel": ["count_ptr", "done_ptr", "first_ptr", "total_ptr"],
         "place_kernel": ["next_ptr", "rank_ptr", "row_ptr"],
         "tile_kernel": ["first_tile_ptr", "tile_block_ptr"],
         "pair_forward_kernel": ["part_lse_ptr", "part_ptr"],
