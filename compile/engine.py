@@ -42,7 +42,7 @@ def attention_op(
 
     Returns:
         A differentiable function of q, k, v, the `parts` of a routing, scale and softcap. Its
-        attributes `op` and `backward_op` are the ops.
+        attributes `op` and `backward_op` are the ops, `save` and `gradients` those of autograd.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -113,6 +113,7 @@ def attention_op(
         call_op = with_gradient(op, setup_context=save, backward=gradients)
 
     call_op.op, call_op.backward_op = op, backward_op
+    call_op.save, call_op.gradients = save, gradients
     return cast(Callable[..., tuple[Tensor, ...]], call_op)
 
 

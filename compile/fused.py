@@ -30,9 +30,11 @@ from moba_flex.compile.fused_kernels import (
     stats_kernel,
 )
 from moba_flex.masks._torch.inputs import dense_vectors
-from moba_flex.masks._torch.kernel_op import launch, power_of_2, wrap_triton
+from moba_flex.masks._torch.kernel_op import launch, one_call, power_of_2, wrap_triton
 from moba_flex.masks.layout import Layout, ceil_div
+from moba_flex.masks.pool import pool
 from moba_flex.masks.regroup import sort_pairs, tile_blocks
+from moba_flex.masks.router import choose_by_numbers
 from moba_flex.masks.routing import Routing
 
 
@@ -503,4 +505,54 @@ def _forward(
     return out, lse, pairs.rank, pairs.first
 
 
-attend_fused = attention_op("attend_fused", _forward, _backward, kept=2, kernels=True)
+attend_fused: Any = attention_op("attend_fused", _forward, _backward, kept=2, kernels=True)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *qkv, _, _, queries, extents, numbers, causal, scale, softcap = inputs
+    place = queries, extents, numbers[1], causal, scale, softcap
+    attend_fused.save(ctx, (*qkv, None, *place), output)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *attend_fused.gradients(ctx, *grads)[:3], *(None,) * 8
+
+
+@one_call(_save, _gradients)
+def choose_and_attend_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_keys: Tensor | None,
+    head_top_k: Tensor | None,
+    queries: Tensor | None,
+    extents: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, ...]:
+    """Choose blocks and attend to them, in eager code by one replay of all launches.
+
+    Args:
+        q: Queries, `[B, Hq, Q, D]`, for the gate too.
+        k: Keys, `[B, Hkv, KV, D]`.
+        v: Values, `[B, Hkv, KV, Dv]`.
+        block_keys: Mean keys, `[B, Hkv, N, D]`; None to pool them here.
+        head_top_k: That of the gate.
+        queries: Those of `Layout`.
+        extents: Those of `Layout`.
+        numbers: Those of `numbers_of`.
+        causal: Whether a query sees only keys at its position and before.
+        scale: Factor on scores, not negative.
+        softcap: Soft cap on scores; 0 for none.
+
+    Returns:
+        Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and what backward keeps.
+    """
+    layout = Layout(q.shape[2], k.shape[2], numbers[1], causal, queries, extents)
+    block_keys = pool(k, layout) if block_keys is None else block_keys
+    blocks = choose_by_numbers(q, block_keys, numbers, head_top_k, layout)
+    routing = Routing.over(layout, blocks)
+    result: tuple[Tensor, ...] = attend_fused(q, k, v, *routing.parts, scale, softcap)
+    return result

@@ -44,7 +44,7 @@ if _HAS_TRITON:
         decode_step_triton,
         decode_triton,
     )
-    from moba_flex.compile.fused import attend_fused
+    from moba_flex.compile.fused import attend_fused, choose_and_attend_fused
 
 Result = tuple[Tensor, Tensor | None]
 """Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` or, if not asked for, possibly None."""
@@ -218,9 +218,17 @@ class Fused(Plan):
 
     @override
     def __call__(self, request: Request) -> Result:
-        routing = route_request(request)
-        (q, scale), softcap = _scaled_up(request), float(request.mods.softcap or 0.0)
-        out, lse, *_ = attend_fused(q, request.k, request.v, *routing.parts, scale, softcap)
+        q, k, v, gate = request.q, request.k, request.v, request.gate
+        softcap = float(request.mods.softcap or 0.0)
+        # The gate must see queries as they are: see `_scaled_up`.
+        if gate is not None and gate.top_k > 1 and request.scale > 0:
+            layout = request.find_layout()
+            place = layout.queries, layout.extents, numbers_of(gate, layout), gate.causal
+            given = request.block_keys, gate.head_top_k, *place, request.scale, softcap
+            out, lse, *_ = choose_and_attend_fused(q, k, v, *given)
+            return out, lse
+        routing, (q, scale) = route_request(request), _scaled_up(request)
+        out, lse, *_ = attend_fused(q, k, v, *routing.parts, scale, softcap)
         return out, lse
 
 

@@ -93,16 +93,24 @@ def choose(q: Tensor, block_keys: Tensor, gate: Gate, layout: Layout) -> Routing
         gate: How many blocks to choose.
         layout: Where queries and blocks lie.
     """
-    with torch.no_grad():
-        exporting = is_exporting()
-        numbers = numbers_of(gate, layout)
-        if exporting and not q.is_cuda:  # rows are plain: see compile/plans.py
-            blocks = choose_portable(q, block_keys, layout, numbers)
-        else:
-            choose_here = choose_triton if q.is_cuda else choose_cpu
-            place = layout.q_offset, layout.queries
-            blocks = choose_here(q, block_keys, numbers, gate.causal, gate.head_top_k, *place)
+    blocks = choose_by_numbers(q, block_keys, numbers_of(gate, layout), gate.head_top_k, layout)
     return Routing.over(layout, blocks)
+
+
+def choose_by_numbers(
+    q: Tensor,
+    block_keys: Tensor,
+    numbers: tuple[int, int, int, int],
+    head_top_k: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """Return the `blocks` of `choose`; `numbers` are those of `numbers_of`."""
+    with torch.no_grad():
+        if is_exporting() and not q.is_cuda:  # rows are plain: see compile/plans.py
+            return choose_portable(q, block_keys, layout, numbers)
+        choose_here = choose_triton if q.is_cuda else choose_cpu
+        place = layout.q_offset, layout.queries
+        return choose_here(q, block_keys, numbers, layout.causal, head_top_k, *place)
 
 
 def numbers_of(gate: Gate, layout: Layout) -> tuple[int, int, int, int]:

@@ -180,23 +180,47 @@ def kernel_op(
     def decorate(function: F) -> F:
         op = cast(CustomOpDef, triton_op(name, function, mutates_args=mutates))
         watched: Callable[..., Any] = op
-        plain = differentiable = _remember_launches(function)
         if backward is not None and setup_context is not None:
             watched = with_gradient(op, setup_context=setup_context, backward=backward)
-            differentiable = _differentiable(plain, setup_context, backward)
-
-        @wraps(function)
-        def call(*args: Any) -> Any:
-            if not is_traced() and _running.call is not None:  # part of the call that runs
-                return function(*args)
-            if _is_watched(args):
-                return watched(*args)
-            return differentiable(*args) if _wants_gradient(args) else plain(*args)
-
+        call = _plain_or(watched, function, setup_context, backward)
         call.op = op  # type: ignore[attr-defined]
-        return cast(F, call)
+        return call
 
     return decorate
+
+
+def one_call(setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[[F], F]:
+    """Make a function that calls functions of `kernel_op` one plain call, where that will do.
+
+    It is no op: where PyTorch must see ops, it sees those within.
+
+    Args:
+        setup_context: Saves tensors for backward, as of `kernel_op`.
+        backward: The formula of the gradient, as of `kernel_op`.
+    """
+    return lambda function: _plain_or(function, function, setup_context, backward)
+
+
+def _plain_or(
+    watched: Callable[..., Any],
+    function: F,
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> F:
+    """Return what calls `function` plainly where that will do, and else `watched`."""
+    plain = differentiable = _remember_launches(function)
+    if backward is not None and setup_context is not None:
+        differentiable = _differentiable(plain, setup_context, backward)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if not is_traced() and _running.call is not None:  # part of the call that runs
+            return function(*args)
+        if _is_watched(args):
+            return watched(*args)
+        return differentiable(*args) if _wants_gradient(args) else plain(*args)
+
+    return cast(F, call)
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
