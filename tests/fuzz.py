@@ -439,11 +439,15 @@ def fuzz(
     plans: Sequence[str],
     shrink_for: float = 60.0,
     graph: bool = False,
+    until: float = math.inf,
 ) -> Tally:
-    """Run the cases of these numbers."""
-    tally = Tally(cases=len(numbers))
+    """Run the cases of these numbers; begin none past a time of `time.time`."""
+    tally = Tally()
     WORST.clear()
     for number in numbers:
+        if time.time() > until:
+            break
+        tally.cases += 1
         case = draw(Random(f"{seed} {number}"), device, plans)
         case = in_graph(case) if graph else case
         start = time.monotonic()
@@ -527,9 +531,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(found not in (None, "refused"))
 
     start, tally = time.monotonic(), Tally()
+    until = time.time() + 60 * options.minutes
     step = max(1, min(50, options.cases // (4 * options.jobs)))
     chunks = [range(i, min(i + step, options.cases)) for i in range(0, options.cases, step)]
-    what = options.seed, options.device, options.plan, options.shrink, options.graph
+    what = options.seed, options.device, options.plan, options.shrink, options.graph, until
     for part in _spread(fuzz, chunks, options.jobs, *what):
         for found, drawn, small in part.failures:
             print(
@@ -538,8 +543,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tally.add(part)
         if sys.stderr.isatty():
             print(f"\r{tally.cases}", end=" ", file=sys.stderr, flush=True)
-        if time.monotonic() - start > 60 * options.minutes:
-            break
     print(report(tally, time.monotonic() - start))
     return int(bool(tally.failures))
 
