@@ -59,10 +59,10 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([WIDTH], tl.int32)
     for at in range(0, chunks, TILE):
         chunk = at + tl.arange(0, TILE)[:, None]
-        inside = (chunk < chunks) & exists[None, :]
+        some = (chunk < chunks) & exists[None, :]
         count_ptrs = count_ptr + chunk.to(tl.int64) * (num_blocks + 1)
-        count = tl.load(count_ptrs, mask=inside, other=0)
-        tl.store(count_ptrs, total[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+        count = tl.load(count_ptrs, mask=some, other=0)
+        tl.store(count_ptrs, total[None, :] + tl.cumsum(count, 0) - count, mask=some)
         total += tl.sum(count, 0)
     tl.store(total_ptr + block, total, mask=exists)
     tl.debug_barrier()  # all threads have written before one of them says so
@@ -70,12 +70,12 @@ def sum_kernel(  # type: ignore[no-untyped-def]
         before = 0
         tl.store(first_ptr, 0)
         for at in range(0, num_blocks, ROOM):
-            block = at + tl.arange(0, ROOM)
-            exists = block < num_blocks
+            place = at + tl.arange(0, ROOM)
+            inside = place < num_blocks
             # Past the L1 cache, which does not see what other programs write.
-            total = tl.load(total_ptr + block, mask=exists, other=0, cache_modifier=".cg")
-            tl.store(first_ptr + 1 + block, before + tl.cumsum(total), mask=exists)
-            before += tl.sum(total)
+            pairs = tl.load(total_ptr + place, mask=inside, other=0, cache_modifier=".cg")
+            tl.store(first_ptr + 1 + place, before + tl.cumsum(pairs), mask=inside)
+            before += tl.sum(pairs)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -22,7 +22,7 @@ from moba_flex.masks.layout import Layout
 INTS = (
     *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
     *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
-    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter"),
+    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter", "done_ptr"),
 )
 FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -101,11 +101,16 @@ def pool(dtype: torch.dtype, head_dim: int, tables: bool) -> dict[str, Any]:
 
 def sorting() -> list[dict[str, Any]]:
     """Compile the kernels that sort pairs by block."""
-    constants = {"TILE": regroup_kernel._TILE, "WIDTH": regroup_kernel._WIDTH, "ROOM": 16}
-    kernels = [("count", 4), ("sum", 4), ("place", 1), ("tile", 4)]
+    tile, width = regroup_kernel._TILE, regroup_kernel._WIDTH
+    kernels = {
+        "count": ({"WIDTH": width}, 4),
+        "sum": ({"TILE": 64, "WIDTH": regroup_kernel._SUM_WIDTH, "ROOM": 1024}, 4),
+        "place": ({"TILE": tile}, 1),
+        "tile": ({"WIDTH": width, "ROOM": 16}, 4),
+    }
     return [
         compile_kernel(getattr(regroup_kernel, f"{name}_kernel"), torch.int32, constants, warps, 1)
-        for name, warps in kernels
+        for name, (constants, warps) in kernels.items()
     ]
 
 
