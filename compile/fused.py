@@ -1,10 +1,13 @@
 """The fused plan: routed attention whose kernels gather the queries of a block inside the load.
 
-Pairs of a query and a chosen block are sorted by block. A first kernel attends with each tile of
-pairs to its block and writes their partial outputs (*parts*). A second kernel attends with the
-queries, in natural order, to their own blocks and merges the parts. Backward mirrors them: dk and
-dv of a block are sums over the pairs that chose it and the queries inside it, and dq is a sum of
-parts. Every sum has a fixed order.
+Pairs of a query and a chosen block are sorted by block. A first kernel attends with tiles of pairs
+to their block and writes their partial outputs (*parts*). A second kernel attends with the
+queries, in natural order, to their own blocks, and the parts are merged. Backward mirrors them: dk
+and dv of a block are sums over the pairs that chose it and the queries inside it, and dq is a sum
+of parts. Every sum has a fixed order.
+
+Heads of a group may share one choice. Then the pairs are sorted once for all of them, and each
+stands for the rows of the whole group.
 
 The parts of all heads would take as much memory as q for each chosen block. So they are made and
 merged for some lists (key/value heads) at a time: as many as fit into the memory of a few copies
@@ -21,8 +24,11 @@ from torch import Tensor
 
 from moba_flex.compile.engine import attention_op
 from moba_flex.compile.fused_kernels import (
+    block_forward_kernel,
     dkv_kernel,
     dkv_sum_kernel,
+    merge_dq_kernel,
+    merge_forward_kernel,
     own_dq_kernel,
     own_forward_kernel,
     pair_dq_kernel,
@@ -60,6 +66,12 @@ _TILES = {
         256: _Tiles(64, 32, 4, 2),
     },
     "pair_dq": {64: _Tiles(64, 64, 4, 3), 128: _Tiles(128, 64, 8, 3), 256: _Tiles(128, 32, 8, 2)},
+    # For blocks of at most one tile of keys, which stay loaded.
+    "block_forward": {
+        64: _Tiles(64, 128, 4, 4),
+        128: _Tiles(64, 128, 4, 4),
+        256: _Tiles(64, 64, 8, 3),
+    },
     "own_dq": {64: _Tiles(64, 32, 4, 3), 128: _Tiles(64, 32, 4, 3), 256: _Tiles(128, 32, 8, 2)},
     # Five stages: the queries of a step are loaded two steps ahead, and the stats that say which
     # queries these are two steps before that.
@@ -75,6 +87,11 @@ _TILES_FLOAT32 = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Til
 _TILES_FEW = {"pair_forward": {128: _Tiles(64, 32, 4, 3)}}
 _FEW_PAIRS = 512
 _STATS_ROWS = 64
+# Parts are merged in kernels of their own: in tiles of so many rows, unless forward has few.
+_MERGE_ROWS = 16
+_MERGE_WARPS = 4
+_FEW_PICKS = 2
+_BLOCK_SHARE = 1024  # pairs of a program that keeps its block
 _SMALL_PARTS = 2**28  # bytes of parts that forward makes at once in any case
 _MOST_PARTS = 2**30  # the same of backward, if the device is not busy with less
 # Of dk and dv: programs that keep the device busy in a launch; how many shares of pairs a launch
@@ -117,13 +134,16 @@ def _options(kernel: str, kind: "_Kind") -> dict[str, Any]:
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
-    if kernel.startswith("pair"):  # a chosen block may be short if it is the last one
+    if not kernel.startswith("own"):
+        options["GROUPED"] = kind.grouped
+    options["SHARED"] = kind.shared
+    if kernel == "own_forward":
+        options["MERGE"] = kind.few_picks
+    if kernel.startswith(("pair", "block")):  # a chosen block may be short if it is the last one
         short = not kind.causal or kind.tables
         options["TAIL"] = short or kind.block_size % tiles.n != 0
     else:
         options["CAUSAL"] = kind.causal
-    if not kernel.startswith("own"):
-        options["GROUPED"] = kind.grouped
     return options
 
 
@@ -202,6 +222,8 @@ class _Kind(NamedTuple):
     softcap: bool
     tables: bool
     few_pairs: bool
+    few_picks: bool
+    shared: bool
 
 
 class _Problem(NamedTuple):
@@ -232,6 +254,7 @@ class _Problem(NamedTuple):
         layout: Layout,
         scale: float,
         softcap: float,
+        shared: bool = False,
     ) -> "_Problem":
         """Return the problem of queries, keys, values and a layout."""
         block_size, extents = layout.block_size, layout.extents
@@ -250,6 +273,8 @@ class _Problem(NamedTuple):
             softcap=bool(softcap > 0),
             tables=extents is not None,
             few_pairs=_are_few(pairs, layout.num_blocks),
+            few_picks=bool(picks <= _FEW_PICKS),
+            shared=shared,
         )
         return cls(
             kind=kind,
@@ -309,6 +334,17 @@ class _Problem(NamedTuple):
             lists = self.at_once if any_batch else min(self.at_once, self.lists - first_list)
             yield lists, (first_list, *sizes)
 
+    @property
+    def block_stays(self) -> bool:
+        """Whether a program keeps one whole block while it attends with tile after tile."""
+        return self.kind.block_size <= self.tiles("block_forward").n
+
+    def own_grid(self, tile: int, lists: int) -> tuple[int, int]:
+        """Return the grid of a kernel that takes `tile` rows at a time, in natural order."""
+        if self.kind.shared:
+            return ceil_div(self.q_len * self.group, tile), lists
+        return ceil_div(self.q_len, tile), lists * self.group
+
     def parts(self, like: Tensor, values: int) -> Tensor:
         """Allocate `values` values for each pair of the lists of a launch."""
         return like.new_empty(self.at_once * self.num_pairs * values)
@@ -339,7 +375,9 @@ def _backward(
     rank, first = kept
     queries, extents, block_size = layout.queries, layout.extents, layout.block_size
     grad, q, k, v = dense_vectors(grad, q, k, v)
-    problem = _Problem.of(q, k, v, rank.shape[3], layout, scale, softcap).backward()
+    shared = rank.ndim == 5
+    problem = _Problem.of(q, k, v, rank.shape[-1], layout, scale, softcap, shared).backward()
+    first = first * problem.group if shared else first
     if queries is None or extents is None:
         queries = extents = owners = rank  # placeholders, not read
         dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -349,7 +387,6 @@ def _backward(
     dq = torch.empty_like(q)
 
     num_blocks, head_dim, value_dim = problem.num_blocks, *problem.kind[1:3]
-    q_tiles = ceil_div(problem.q_len, problem.tiles("own_dq").m)
     key_tile = problem.tiles("dkv").n
     tiles_per_block = problem.tiles_per_block
     write_dq = tiles_per_block == 1  # then one program alone handles each pair
@@ -370,11 +407,12 @@ def _backward(
     for lists, sizes in problem.launches():
         launch(
             wrap_triton(stats_kernel),
-            (ceil_div(problem.q_len, _STATS_ROWS), lists * problem.group),
+            problem.own_grid(_STATS_ROWS, lists),
             *(out, grad, lse, lse if grad_lse is None else grad_lse, rank, stats),
             *_strides(out, grad),
             *(sizes[0], problem.num_kv_heads, problem.group, problem.q_len, problem.picks),
             LSE=grad_lse is not None,
+            SHARED=shared,
             HEAD_DIM=value_dim,
             D=_padded(value_dim),
             TILE_M=_STATS_ROWS,
@@ -424,12 +462,26 @@ def _backward(
             )
         launch(
             wrap_triton(own_dq_kernel),
-            (q_tiles, lists * problem.group),
-            *(q, k, v, grad, stats, part, rank, queries, extents, dq),
+            problem.own_grid(problem.tiles("own_dq").m, lists),
+            *(q, k, v, grad, stats, queries, extents, dq),
             *_strides(q, k, v, grad, dq),
             *sizes,
             **problem.options("own_dq"),
         )
+        if problem.picks:
+            launch(
+                wrap_triton(merge_dq_kernel),
+                problem.own_grid(_MERGE_ROWS, lists),
+                *(part, rank, dq),
+                *_strides(dq),
+                *(sizes[0], problem.num_kv_heads, problem.group, problem.q_len),
+                *(problem.num_pairs, problem.picks, problem.scale_log2),
+                SHARED=problem.kind.shared,
+                HEAD_DIM=head_dim,
+                D=_padded(head_dim),
+                TILE_M=_MERGE_ROWS,
+                num_warps=_MERGE_WARPS,
+            )
     return dq, dk, dv
 
 
@@ -461,22 +513,24 @@ def _forward(
 
     Returns:
         Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and `rank` and `first` of the
-        `Pairs`, for backward.
+        `Pairs`, for backward; `rank` has a dimension more, `[B, Hkv, 1, Q, K - 1]`, if the heads
+        of a group share their choice.
     """
     q, k, v = dense_vectors(q, k, v)
     layout = routing.layout
-    problem = _Problem.of(q, k, v, routing.blocks.shape[3], layout, scale, softcap)
+    shared = routing.blocks.shape[1] != q.shape[1]
+    problem = _Problem.of(q, k, v, routing.blocks.shape[3], layout, scale, softcap, shared)
     pairs = sort_pairs(routing, problem.num_kv_heads)
     queries, extents = layout.queries, layout.extents
     # Placeholders, which kernels without TABLES do not read.
     if queries is None or extents is None:
         queries = extents = pairs.first
+    stays = problem.block_stays
     if problem.picks:
-        tile_block, first_tile = tile_blocks(
-            pairs.first, problem.num_pairs, problem.tiles("pair_forward").m
-        )
+        first = pairs.first * problem.group if shared else pairs.first
+        tile = _BLOCK_SHARE if stays else problem.tiles("pair_forward").m
+        tile_block, first_tile = tile_blocks(first, problem.num_pairs, tile)
         num_tiles = tile_block.shape[1]
-    q_tiles = ceil_div(problem.q_len, problem.tiles("own_forward").m)
 
     value_dim = problem.kind.value_dim
     out = torch.empty_like(q) if value_dim == q.shape[3] else q.new_empty(*q.shape[:3], value_dim)
@@ -485,24 +539,40 @@ def _forward(
     for lists, sizes in problem.launches():
         if problem.picks:
             launch(
-                wrap_triton(pair_forward_kernel),
+                wrap_triton(block_forward_kernel if stays else pair_forward_kernel),
                 (num_tiles, lists),
-                *(q, k, v, part, part_lse, pairs.row, pairs.first, tile_block, first_tile),
+                *(q, k, v, part, part_lse, pairs.row, first, tile_block, first_tile),
                 extents,
                 *_strides(q, k, v),
                 *sizes,
                 num_tiles,
-                **problem.options("pair_forward"),
+                tile,
+                **problem.options("block_forward" if stays else "pair_forward"),
             )
         launch(
             wrap_triton(own_forward_kernel),
-            (q_tiles, lists * problem.group),
+            problem.own_grid(problem.tiles("own_forward").m, lists),
             *(q, k, v, part, part_lse, pairs.rank, queries, extents, out, lse),
             *_strides(q, k, v, out),
             *sizes,
             **problem.options("own_forward"),
         )
-    return out, lse, pairs.rank, pairs.first
+        if not problem.kind.few_picks:
+            launch(
+                wrap_triton(merge_forward_kernel),
+                problem.own_grid(_MERGE_ROWS, lists),
+                *(part, part_lse, pairs.rank, out, lse),
+                *_strides(out),
+                *(sizes[0], problem.num_kv_heads, problem.group, problem.q_len),
+                *(problem.num_pairs, problem.picks),
+                SHARED=problem.kind.shared,
+                VALUE_DIM=value_dim,
+                DV=_padded(value_dim),
+                TILE_M=_MERGE_ROWS,
+                PICKS=power_of_2(problem.picks),
+                num_warps=_MERGE_WARPS,
+            )
+    return out, lse, pairs.rank.unsqueeze(2) if shared else pairs.rank, pairs.first
 
 
 attend_fused: Any = attention_op("attend_fused", _forward, _backward, kept=2, kernels=True)

@@ -31,6 +31,7 @@ _SIZES = [
     "q_len",
     "share",
     "table_rows",
+    "tile",
     "tiles_per_block",
 ]
 
@@ -56,15 +57,66 @@ def _load_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows_to_ptrs(  # type: ignore[no-untyped-def]
-    ptr, row, q_len, stride_h, stride_m, GROUPED: tl.constexpr, D: tl.constexpr
-):
+    ptr, row, group, q_len, stride_h, stride_m, GROUPED: tl.constexpr, SHARED: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
     """Return pointers to the vectors of some rows of a list; `ptr` points to its first vector."""
     if GROUPED:
-        head, query = row // q_len, row % q_len
+        if SHARED:
+            head, query = row % group, row // group
+        else:
+            head, query = row // q_len, row % q_len
         start = head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_m
     else:
         start = row.to(tl.int64) * stride_m
     return ptr + start[:, None] + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def _load_vectors(ptrs, HEAD_DIM: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load vectors, without a mask where none is needed."""
+    if HEAD_DIM == D:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_rows(  # type: ignore[no-untyped-def]
+    row_ptr, list_id, pair, exists, group, num_pairs, SHARED: tl.constexpr
+):
+    """Return the rows of some pairs of a list."""
+    row_ptr += list_id.to(tl.int64) * _num_entries(num_pairs, group, SHARED)
+    if SHARED:  # one entry for the whole group: the query
+        return tl.load(row_ptr + pair // group, exists) * group + pair % group
+    return tl.load(row_ptr + pair, exists)
+
+
+@triton.jit
+def _own_rows(group, q_len, picks, SHARED: tl.constexpr, TILE_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the local list, heads, queries and rows of a program, and their first entries."""
+    at = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    if SHARED:  # all heads of a few queries
+        local_list, head_in_group, query, row = tl.program_id(1), at % group, at // group, at
+        entry = query.to(tl.int64) * picks
+    else:
+        local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
+        query, row = at, head_in_group * q_len + at
+        entry = row.to(tl.int64) * picks
+    return local_list, head_in_group, query, row, entry
+
+
+@triton.jit
+def _num_entries(num_pairs, group, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+    return num_pairs // group if SHARED else num_pairs
+
+
+@triton.jit
+def _load_ranks(ptrs, exists, head_in_group, group, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the ranks of pairs, -1 for none; those of a group follow each other."""
+    rank = tl.load(ptrs, mask=exists, other=-1)
+    if SHARED:
+        rank = tl.where(rank >= 0, rank * group + head_in_group, -1)
+    return rank
 
 
 @triton.jit
@@ -224,10 +276,11 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale, cap, table_rows, num_tiles,
-    TAIL: tl.constexpr, GROUPED: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    scale, cap, table_rows, num_tiles, tile,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, SHARED: tl.constexpr, TABLES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend with a tile of pairs to the block that they chose, and write their parts."""
     scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
@@ -239,12 +292,12 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
     pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
     exists = pair < tl.load(first_pair_ptr + entry + 1)
-    row = tl.load(row_ptr + list_id.to(tl.int64) * num_pairs + pair, mask=exists, other=0)
+    row = _load_rows(row_ptr, list_id, pair, exists, group, num_pairs, SHARED)
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     dim = tl.arange(0, D)
     q_ptr += batch * stride_qb + head * group * stride_qh
-    q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
+    q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
     q = tl.load(q_ptrs, mask=exists[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
@@ -281,10 +334,75 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(part_lse_ptr + place, top + tl.log2(total), mask=exists)
 
 
+@triton.jit(do_not_specialize=_SIZES)
+def block_forward_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, row_ptr, first_pair_ptr, tile_block_ptr,
+    first_tile_ptr, extents_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn,
+    first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
+    scale, cap, table_rows, num_tiles, share,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, SHARED: tl.constexpr, TABLES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend with up to `share` pairs to a block of at most `TILE_N` keys, which stays loaded."""
+    scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
+    list_id = first_list + tl.program_id(1)
+    block = tl.load(tile_block_ptr + list_id * num_tiles + tl.program_id(0))
+    if block >= num_blocks:
+        return
+    entry = list_id * (num_blocks + 1) + block
+    within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
+    first = tl.load(first_pair_ptr + entry) + within * share
+    last = tl.minimum(first + share, tl.load(first_pair_ptr + entry + 1)) - 1
+    batch = (list_id // num_kv_heads).to(tl.int64)
+    head = (list_id % num_kv_heads).to(tl.int64)
+    q_ptr += batch * stride_qb + head * group * stride_qh
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    start = block * block_size
+    stop = tl.minimum(start + block_size, kv_len)
+    if TABLES:
+        extents_ptr += batch % table_rows * num_blocks + block
+        start, stop = tl.load(extents_ptr), tl.load(extents_ptr + table_rows * num_blocks)
+    k = _load_keys(k_ptr, stride_kn, start, stop, HEAD_DIM, D, TILE_N, TAIL)
+    v = _load_keys(v_ptr, stride_vn, start, stop, VALUE_DIM, DV, TILE_N, TAIL)
+    value_dim = tl.arange(0, DV)[None, :]
+    seen = (start + tl.arange(0, TILE_N) < stop)[None, :]
+    place = tl.program_id(1).to(tl.int64) * num_pairs
+    for at in tl.range(first, last + 1, TILE_M, num_stages=STAGES):
+        # Past the end the last pair is done again: the same values are written once more.
+        pair = tl.minimum(at + tl.arange(0, TILE_M), last)
+        row = _load_rows(row_ptr, list_id, pair, None, group, num_pairs, SHARED)
+        q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
+        q = _load_vectors(q_ptrs, HEAD_DIM, D)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        if SOFTCAP:
+            score, _ = _cap(score, scale, cap, PRECISION)
+        else:
+            score *= scale
+        if TAIL:
+            score = tl.where(seen, score, -float("inf"))
+        top = tl.max(score, 1)
+        weight = tl.exp2(score - top[:, None])
+        total = tl.sum(weight, 1)
+        part = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        part_ptrs = part_ptr + (place + pair)[:, None] * VALUE_DIM + value_dim
+        part = part.to(part_ptr.dtype.element_ty)
+        if VALUE_DIM == DV:
+            tl.store(part_ptrs, part)
+        else:
+            tl.store(part_ptrs, part, mask=value_dim < VALUE_DIM)
+        tl.store(part_lse_ptr + place + pair, top + tl.log2(total))
+
+
 @triton.jit
 def _own_keys(  # type: ignore[no-untyped-def]
     query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size, table_rows,
-    TILE_N: tl.constexpr, TABLES: tl.constexpr, CAUSAL: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, TABLES: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
+    TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Return `low, high, start, whole, stop`: the keys of own blocks that a tile of queries sees.
 
@@ -311,7 +429,7 @@ def _own_keys(  # type: ignore[no-untyped-def]
         low = position // block_size * block_size
         high = position + 1 if CAUSAL else tl.minimum(low + block_size, kv_len)
         first = tl.min(position)
-        last = tl.minimum(first + TILE_M, kv_len) - 1
+        last = tl.max(position) if SHARED else tl.minimum(first + TILE_M, kv_len) - 1
         start = first // block_size * block_size
         last_start = last // block_size * block_size
         stop = last + 1 if CAUSAL else tl.minimum(last_start + block_size, kv_len)
@@ -328,21 +446,23 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     stride_vn, stride_ob, stride_oh, stride_om,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale, cap, table_rows,
-    CAUSAL: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, SHARED: tl.constexpr, MERGE: tl.constexpr, TABLES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend with a tile of queries to their own blocks, and merge the parts of their pairs."""
+    """Attend with a tile of queries to their own blocks; with MERGE, merge the parts of pairs."""
     scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
-    local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
+    local_list, head_in_group, query, _, entry = _own_rows(group, q_len, picks, SHARED, TILE_M)
     list_id = first_list + local_list
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     q_head = head * group + head_in_group
-    query, dim = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, D)
+    dim = tl.arange(0, D)
     inside = (query < q_len)[:, None] & (dim < HEAD_DIM)[None, :]
     offset = query[:, None].to(tl.int64)
-    q_ptrs = q_ptr + batch * stride_qb + q_head * stride_qh + offset * stride_qm + dim[None, :]
+    q_heads = q_head[:, None] if SHARED else q_head
+    q_ptrs = q_ptr + batch * stride_qb + q_heads * stride_qh + offset * stride_qm + dim[None, :]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
@@ -352,7 +472,7 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([TILE_M], tl.float32)
     low, high, start, whole, stop = _own_keys(
         query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size,
-        table_rows, TILE_N, TABLES, CAUSAL, TILE_M,
+        table_rows, TILE_N, TABLES, CAUSAL, SHARED, TILE_M,
     )  # fmt: skip
     acc, top, total = _attend(
         q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
@@ -371,32 +491,34 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
             cap, True, True, True, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
         )  # fmt: skip
 
-    row = (head_in_group * q_len + query).to(tl.int64)
-    rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
-    part_start = local_list.to(tl.int64) * num_pairs
     value_dim = tl.arange(0, DV)[None, :]
-    # The merged maximum comes first, so that `acc` is scaled only once.
     highest = top
-    for pick in range(picks):
-        rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
-        part_lse = tl.load(part_lse_ptr + part_start + rank, mask=rank >= 0, other=-float("inf"))
-        highest = tl.maximum(highest, part_lse)
-    shift = highest
-    if TABLES:  # a row may see no key
-        shift = tl.where(highest == -float("inf"), 0.0, highest)
-    decay = tl.exp2(top - shift)
-    acc, total = acc * decay[:, None], total * decay
-    for pick in range(picks):
-        rank = tl.load(rank_ptr + pick, mask=query < q_len, other=-1)
-        exists, place = rank >= 0, part_start + rank
-        part_lse = tl.load(part_lse_ptr + place, mask=exists, other=-float("inf"))
-        part_ptrs = part_ptr + place[:, None] * VALUE_DIM + value_dim
-        part = tl.load(part_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
-        weight = tl.exp2(part_lse - shift)
-        acc += part.to(tl.float32) * weight[:, None]
-        total += weight
+    if MERGE:
+        rank_ptr += list_id.to(tl.int64) * _num_entries(num_pairs, group, SHARED) + entry
+        part_start = local_list.to(tl.int64) * num_pairs
+        # The merged maximum comes first, so that `acc` is scaled only once.
+        for pick in range(picks):
+            rank = _load_ranks(rank_ptr + pick, query < q_len, head_in_group, group, SHARED)
+            part_lse = tl.load(
+                part_lse_ptr + part_start + rank, mask=rank >= 0, other=-float("inf")
+            )
+            highest = tl.maximum(highest, part_lse)
+        shift = highest
+        if TABLES:  # a row may see no key
+            shift = tl.where(highest == -float("inf"), 0.0, highest)
+        decay = tl.exp2(top - shift)
+        acc, total = acc * decay[:, None], total * decay
+        for pick in range(picks):
+            rank = _load_ranks(rank_ptr + pick, query < q_len, head_in_group, group, SHARED)
+            exists, place = rank >= 0, part_start + rank
+            part_lse = tl.load(part_lse_ptr + place, mask=exists, other=-float("inf"))
+            part_ptrs = part_ptr + place[:, None] * VALUE_DIM + value_dim
+            part = tl.load(part_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
+            weight = tl.exp2(part_lse - shift)
+            acc += part.to(tl.float32) * weight[:, None]
+            total += weight
 
-    out_ptrs = out_ptr + batch * stride_ob + q_head * stride_oh + offset * stride_om + value_dim
+    out_ptrs = out_ptr + batch * stride_ob + q_heads * stride_oh + offset * stride_om + value_dim
     out = acc / total[:, None]
     if TABLES:
         out = tl.where(total[:, None] == 0, 0.0, out)
@@ -404,6 +526,83 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
     lse_ptrs = lse_ptr + (batch * num_kv_heads * group + q_head) * q_len + query
     tl.store(lse_ptrs, (highest + tl.log2(total)) * LN_2, mask=query < q_len)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def merge_forward_kernel(  # type: ignore[no-untyped-def]
+    part_ptr, part_lse_ptr, rank_ptr, out_ptr, lse_ptr, stride_ob, stride_oh, stride_om,
+    first_list, num_kv_heads, group, q_len, num_pairs, picks,
+    SHARED: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
+    PICKS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of a tile of rows with the output of their own blocks.
+
+    Apart from `own_forward_kernel` it needs few registers, so that many loads are on their way.
+    """
+    local_list, head_in_group, query, _, entry = _own_rows(group, q_len, picks, SHARED, TILE_M)
+    list_id = first_list + local_list
+    batch = (list_id // num_kv_heads).to(tl.int64)
+    q_head = (list_id % num_kv_heads).to(tl.int64) * group + head_in_group
+    exists, pick = query < q_len, tl.arange(0, PICKS)
+    rank_ptr += list_id.to(tl.int64) * _num_entries(num_pairs, group, SHARED) + entry
+    part_start = local_list.to(tl.int64) * num_pairs
+    listed = exists[:, None] & (pick < picks)[None, :]
+    ranks = tl.load(rank_ptr[:, None] + pick[None, :], mask=listed, other=-1)
+    places = ranks * group + head_in_group[:, None] if SHARED else ranks
+    ptrs = part_lse_ptr + part_start + places
+    part_lses = tl.load(ptrs, mask=ranks >= 0, other=-float("inf"))
+    lse_ptrs = lse_ptr + (batch * num_kv_heads * group + q_head) * q_len + query
+    lse = tl.load(lse_ptrs, mask=exists, other=0.0) * LOG2_E
+    highest = tl.maximum(lse, tl.max(part_lses, 1))
+    shift = tl.where(highest == -float("inf"), 0.0, highest)  # a row may see no key
+    own_weight = tl.exp2(lse - shift)
+    total = own_weight + tl.sum(tl.exp2(part_lses - shift[:, None]), 1)
+    scale = 1.0 / tl.where(total == 0, 1.0, total)
+
+    value_dim = tl.arange(0, DV)[None, :]
+    q_heads = q_head[:, None] if SHARED else q_head
+    out_ptrs = out_ptr + batch * stride_ob + q_heads * stride_oh
+    out_ptrs += query[:, None].to(tl.int64) * stride_om + value_dim
+    inside = exists[:, None] & (value_dim < VALUE_DIM)
+    out = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32) * (own_weight * scale)[:, None]
+    for number in range(picks):
+        rank = _load_ranks(rank_ptr + number, exists, head_in_group, group, SHARED)
+        found, place = rank >= 0, part_start + rank
+        part_lse = tl.load(part_lse_ptr + place, mask=found, other=-float("inf"))
+        part_ptrs = part_ptr + place[:, None] * VALUE_DIM + value_dim
+        part = tl.load(part_ptrs, mask=found[:, None] & (value_dim < VALUE_DIM), other=0.0)
+        out += part.to(tl.float32) * (tl.exp2(part_lse - shift) * scale)[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptrs, (highest + tl.log2(total)) * LN_2, mask=exists)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def merge_dq_kernel(  # type: ignore[no-untyped-def]
+    part_ptr, rank_ptr, dq_ptr, stride_dqb, stride_dqh, stride_dqm,
+    first_list, num_kv_heads, group, q_len, num_pairs, picks, scale,
+    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of a tile of rows to the dq of their own blocks."""
+    scale = tl.cast(scale, tl.float32)  # float64 if traced
+    local_list, head_in_group, query, _, entry = _own_rows(group, q_len, picks, SHARED, TILE_M)
+    list_id = first_list + local_list
+    batch = (list_id // num_kv_heads).to(tl.int64)
+    q_head = (list_id % num_kv_heads).to(tl.int64) * group + head_in_group
+    exists, dim = query < q_len, tl.arange(0, D)[None, :]
+    rank_ptr += list_id.to(tl.int64) * _num_entries(num_pairs, group, SHARED) + entry
+    part_start = local_list.to(tl.int64) * num_pairs
+    total = tl.zeros([TILE_M, D], tl.float32)
+    for number in range(picks):
+        rank = _load_ranks(rank_ptr + number, exists, head_in_group, group, SHARED)
+        part_ptrs = part_ptr + (part_start + rank)[:, None] * HEAD_DIM + dim
+        found = (rank >= 0)[:, None] & (dim < HEAD_DIM)
+        total += tl.load(part_ptrs, mask=found, other=0.0).to(tl.float32)
+    q_heads = q_head[:, None] if SHARED else q_head
+    dq_ptrs = dq_ptr + batch * stride_dqb + q_heads * stride_dqh
+    dq_ptrs += query[:, None].to(tl.int64) * stride_dqm + dim
+    inside = exists[:, None] & (dim < HEAD_DIM)
+    dq = tl.load(dq_ptrs, mask=inside, other=0.0).to(tl.float32) + total * (scale * LN_2)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -428,35 +627,42 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rank_ptr, stats_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
     first_list, num_kv_heads, group, q_len, picks,
-    LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE_M: tl.constexpr,
+    LSE: tl.constexpr, SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Write the stats of each row, and after those of all rows a copy for each pair.
 
     The stats are log-sum-exp, delta and row. Delta is subtracted from the gradient of each weight:
     `out @ grad - grad_lse`. With the copies, kernels that walk the pairs read stats in order.
     """
-    head = first_list * group + tl.program_id(1)
+    local_list, head_in_group, query, row, entry = _own_rows(group, q_len, picks, SHARED, TILE_M)
+    list_id = first_list + local_list
+    batch = (list_id // num_kv_heads).to(tl.int64)
+    h = (list_id % num_kv_heads * group + head_in_group).to(tl.int64)
     num_heads = num_kv_heads * group
-    batch, h = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
-    query, dim = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, D)
+    heads, dim = h[:, None] if SHARED else h, tl.arange(0, D)
     exists = query < q_len
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
     offset = query[:, None].to(tl.int64)
-    out_ptrs = out_ptr + batch * stride_ob + h * stride_oh + offset * stride_om + dim[None, :]
-    grad_ptrs = grad_ptr + batch * stride_gb + h * stride_gh + offset * stride_gm + dim[None, :]
+    out_ptrs = out_ptr + batch * stride_ob + heads * stride_oh + offset * stride_om + dim[None, :]
+    grad_ptrs = grad_ptr + batch * stride_gb + heads * stride_gh + offset * stride_gm
+    grad_ptrs += dim[None, :]
     out = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptrs, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(out * grad, 1)
-    place = head.to(tl.int64) * q_len + query
+    place = (batch * num_heads + h) * q_len + query
     if LSE:
         delta -= tl.load(grad_lse_ptr + place, mask=exists, other=0.0)
     lse = tl.load(lse_ptr + place, mask=exists, other=0.0) * LOG2_E
-    rows, row = group * q_len, head % group * q_len + query
+    rows = group * q_len
     stats, field = _stats(lse, delta, row), tl.arange(0, 4)[None, :]
-    stats_ptr += (tl.program_id(1) // group).to(tl.int64) * rows * (picks + 1) * 4
+    stats_ptr += local_list.to(tl.int64) * rows * (picks + 1) * 4
+    rank_ptr += list_id.to(tl.int64) * _num_entries(rows, group, SHARED) * picks + entry
     tl.store(stats_ptr + row[:, None].to(tl.int64) * 4 + field, stats, mask=exists[:, None])
     for pick in range(picks):
-        rank = tl.load(rank_ptr + place * picks + pick, mask=exists, other=-1)[:, None]
+        rank = tl.load(rank_ptr + pick, mask=exists, other=-1)[:, None]
+        if SHARED:
+            rank = tl.where(rank >= 0, rank * group + head_in_group[:, None], -1)
         tl.store(stats_ptr + (rows + rank).to(tl.int64) * 4 + field, stats, mask=rank >= 0)
 
 
@@ -468,9 +674,10 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     stride_vn, stride_gb, stride_gh, stride_gm,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale, cap, table_rows, num_tiles,
-    TAIL: tl.constexpr, GROUPED: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TAIL: tl.constexpr, GROUPED: tl.constexpr, SHARED: tl.constexpr, TABLES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write each pair's part of dq / scale."""
     scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
@@ -492,8 +699,10 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
-    q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
-    grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, DV)
+    q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
+    grad_ptrs = _rows_to_ptrs(
+        grad_ptr, row, group, q_len, stride_gh, stride_gm, GROUPED, SHARED, DV
+    )  # fmt: skip
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad_inside = exists[:, None] & (tl.arange(0, DV) < VALUE_DIM)[None, :]
     grad = tl.load(grad_ptrs, mask=grad_inside, other=0.0)
@@ -527,33 +736,32 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def own_dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, part_ptr, rank_ptr, queries_ptr, extents_ptr,
-    dq_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, queries_ptr, extents_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_gb, stride_gh, stride_gm, stride_dqb, stride_dqh, stride_dqm,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale, cap, table_rows,
-    CAUSAL: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, SHARED: tl.constexpr, TABLES: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of a tile of queries: that of their own blocks plus the parts of their pairs."""
+    """Write dq of a tile of queries for their own blocks; `merge_dq_kernel` adds that of pairs."""
     scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)  # float64 if traced
-    local_list, head_in_group = tl.program_id(1) // group, tl.program_id(1) % group
+    local_list, head_in_group, query, row, _ = _own_rows(group, q_len, picks, SHARED, TILE_M)
     list_id = first_list + local_list
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     q_head = head * group + head_in_group
-    query, dim = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, D)
+    dim = tl.arange(0, D)
     exists = query < q_len
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
     offset = query[:, None].to(tl.int64)
-    q_ptrs = q_ptr + batch * stride_qb + q_head * stride_qh + offset * stride_qm + dim[None, :]
+    q_heads = q_head[:, None] if SHARED else q_head
+    q_ptrs = q_ptr + batch * stride_qb + q_heads * stride_qh + offset * stride_qm + dim[None, :]
     value_dim = tl.arange(0, DV)[None, :]
-    g_ptrs = grad_ptr + batch * stride_gb + q_head * stride_gh + offset * stride_gm + value_dim
+    g_ptrs = grad_ptr + batch * stride_gb + q_heads * stride_gh + offset * stride_gm + value_dim
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad = tl.load(g_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
-    row = (head_in_group * q_len + query).to(tl.int64)
     place = local_list.to(tl.int64) * (group * q_len + num_pairs) + row
     stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
     lse, delta, _ = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
@@ -563,7 +771,7 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     dq = tl.zeros([TILE_M, D], tl.float32)
     low, high, start, whole, stop = _own_keys(
         query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size,
-        table_rows, TILE_N, TABLES, CAUSAL, TILE_M,
+        table_rows, TILE_N, TABLES, CAUSAL, SHARED, TILE_M,
     )  # fmt: skip
     dq = _attend_backward(
         q, grad, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high,
@@ -582,15 +790,7 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
             VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
         )  # fmt: skip
 
-    rank_ptr += list_id.to(tl.int64) * num_pairs + row * picks
-    part_start = local_list.to(tl.int64) * num_pairs
-    for pick in range(picks):
-        rank = tl.load(rank_ptr + pick, mask=exists, other=-1)
-        part_ptrs = part_ptr + (part_start + rank)[:, None] * HEAD_DIM + dim[None, :]
-        found = (rank >= 0)[:, None] & (dim < HEAD_DIM)[None, :]
-        dq += tl.load(part_ptrs, mask=found, other=0.0).to(tl.float32)
-
-    dq_ptrs = dq_ptr + batch * stride_dqb + q_head * stride_dqh + offset * stride_dqm
+    dq_ptrs = dq_ptr + batch * stride_dqb + q_heads * stride_dqh + offset * stride_dqm
     dq = dq * (scale * LN_2)
     tl.store(dq_ptrs + dim[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
@@ -599,9 +799,9 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
 def _add_rows(  # type: ignore[no-untyped-def]
     dk, dv, k, v, first, stop, own_start, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
     stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, cap, key, offset,
-    MASKED: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
-    TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, SHARED: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DV: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the contributions of pairs and of own rows to dk / scale and dv.
 
@@ -610,12 +810,15 @@ def _add_rows(  # type: ignore[no-untyped-def]
     up to its query's position. With WRITE_DQ, each pair's part of dq is written.
     """
     dim, rows = tl.arange(0, D), group * q_len
+    heads = group
+    if SHARED:  # rows of a few queries follow each other
+        own_start, own_stop, heads = own_start * group, own_stop * group, 1
     pair_steps, own_steps = tl.cdiv(stop - first, TILE_M), tl.cdiv(own_stop - own_start, TILE_M)
-    for step in tl.range(0, pair_steps + group * own_steps, num_stages=STAGES):
+    for step in tl.range(0, pair_steps + heads * own_steps, num_stages=STAGES):
         is_pair = step < pair_steps
         own_step = step - pair_steps
         start, end = own_start, own_stop
-        if GROUPED:
+        if GROUPED and not SHARED:
             head = own_step // tl.maximum(own_steps, 1)
             own_step -= head * own_steps
             start, end = start + head * q_len, end + head * q_len
@@ -629,17 +832,12 @@ def _add_rows(  # type: ignore[no-untyped-def]
         stats_ptrs = stats_ptr + tl.minimum(place, end - 1)[:, None].to(tl.int64) * 4
         lse, delta, row = _unpack(tl.load(stats_ptrs + tl.arange(0, 4)[None, :]))
         lse = tl.where(exists, lse, float("inf"))
-        q_ptrs = _rows_to_ptrs(q_ptr, row, q_len, stride_qh, stride_qm, GROUPED, D)
-        grad_ptrs = _rows_to_ptrs(grad_ptr, row, q_len, stride_gh, stride_gm, GROUPED, DV)
-        if HEAD_DIM == D:
-            q = tl.load(q_ptrs)
-        else:
-            q = tl.load(q_ptrs, mask=(dim < HEAD_DIM)[None, :], other=0.0)
-        if VALUE_DIM == DV:
-            grad = tl.load(grad_ptrs)
-        else:
-            inside = (tl.arange(0, DV) < VALUE_DIM)[None, :]
-            grad = tl.load(grad_ptrs, mask=inside, other=0.0)
+        q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
+        grad_ptrs = _rows_to_ptrs(
+        grad_ptr, row, group, q_len, stride_gh, stride_gm, GROUPED, SHARED, DV
+    )  # fmt: skip
+        q = _load_vectors(q_ptrs, HEAD_DIM, D)
+        grad = _load_vectors(grad_ptrs, VALUE_DIM, DV)
         score = tl.dot(k, q.T, input_precision=PRECISION)
         dweight = tl.dot(v, grad.T, input_precision=PRECISION)
         if SOFTCAP:
@@ -648,7 +846,8 @@ def _add_rows(  # type: ignore[no-untyped-def]
             score, slope = score * scale, 1.0
         weight = tl.exp2(score - lse[None, :])
         if MASKED:
-            weight = tl.where(key[:, None] <= (row % q_len + offset)[None, :], weight, 0.0)
+            query = row // group if SHARED else row % q_len
+            weight = tl.where(key[:, None] <= (query + offset)[None, :], weight, 0.0)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dscore = (weight * (dweight - delta[None, :]) * slope).to(q.dtype)
         dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
@@ -688,10 +887,10 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
     stride_dvh, stride_dvn,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
     scale, cap, table_rows, num_spills, tiles_per_block, share,
-    CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, TABLES: tl.constexpr,
-    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
-    DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, WRITE_DQ: tl.constexpr, GROUPED: tl.constexpr, SHARED: tl.constexpr,
+    TABLES: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys, which lies within one block.
 
@@ -757,12 +956,13 @@ def dkv_kernel(  # type: ignore[no-untyped-def]
         dk, dv = _add_rows(
             dk, dv, k, v, 0, 0, own_start, see_all, q_ptr, grad_ptr, stats_ptr, part_ptr,
             stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, cap, key, offset,
-            True, False, GROUPED, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_M, PRECISION, STAGES,
+            True, False, GROUPED, SHARED, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_M, PRECISION,
+            STAGES,
         )  # fmt: skip
     dk, dv = _add_rows(
         dk, dv, k, v, first, stop, see_all, own_stop, q_ptr, grad_ptr, stats_ptr, part_ptr,
         stride_qh, stride_qm, stride_gh, stride_gm, group, q_len, scale, cap, key, offset, False,
-        WRITE_DQ, GROUPED, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_M, PRECISION, STAGES,
+        WRITE_DQ, GROUPED, SHARED, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_M, PRECISION, STAGES,
     )  # fmt: skip
 
     if shared:

@@ -227,7 +227,8 @@ class Fused(Plan):
             given = request.block_keys, gate.head_top_k, *place, request.scale, softcap
             out, lse, *_ = choose_and_attend_fused(q, k, v, *given)
             return out, lse
-        routing, (q, scale) = route_request(request), _scaled_up(request)
+        # One list for a whole group stays one list.
+        routing, (q, scale) = request.routing or route_request(request), _scaled_up(request)
         out, lse, *_ = attend_fused(q, k, v, *routing.parts, scale, softcap)
         return out, lse
 

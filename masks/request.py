@@ -138,7 +138,8 @@ class Request:
         v: Values, `[B, Hkv, KV, Dv]`.
         scale: Factor on the scores.
         gate: How blocks are chosen; None if `routing` says which.
-        routing: The blocks that were chosen, as a set; None if the gate chooses.
+        routing: The blocks that were chosen, as a set, for each query head or key/value head;
+            None if the gate chooses.
         rows: What the rows of the batch hold.
         layout: Where queries and blocks lie, if that is known already.
         slots: Where keys and queries lie in a cache; None if `k` and `v` are no cache.
@@ -315,7 +316,7 @@ def given_request(
     scale, mods = _check_scores(q, k, v, **scores)
     lse = check_aux(return_aux)
     check_routing(routing, q, k)
-    routing = routing.as_set(q.shape[1])
+    routing = routing.as_set()
     given = None, routing, None, routing.layout, slots
     return Request(q, k, v, scale, *given, mods=mods, lse=lse)
 

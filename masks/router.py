@@ -71,9 +71,9 @@ def route(
 
 
 def route_request(request: Request) -> Routing:
-    """Return which blocks a request attends to: those that it names, or those of its gate."""
+    """Return which blocks each head attends to: those that are named, or those of the gate."""
     if request.routing is not None:
-        return request.routing
+        return request.routing.for_heads(request.q.shape[1])
     q, gate, layout = request.q, request.gate, request.find_layout()
     assert gate is not None
     if gate.top_k == 1:  # own blocks alone

@@ -98,6 +98,12 @@ class Routing:
         most = ceil_div(self.kv_len, self.block_size)
         if isinstance(most, int):  # else nobody knows yet how many blocks there are
             blocks = blocks[..., : max(most - 1, 0)]
-        if num_heads is not None and num_heads != blocks.shape[1]:
-            blocks = blocks.repeat_interleave(num_heads // blocks.shape[1], dim=1)
-        return Routing.over(self.layout, blocks)
+        routing = Routing.over(self.layout, blocks)
+        return routing if num_heads is None else routing.for_heads(num_heads)
+
+    def for_heads(self, num_heads: int) -> "Routing":
+        """Return the same choice with a list for each of `Hq` query heads."""
+        group = num_heads // self.blocks.shape[1]
+        if group == 1:
+            return self
+        return Routing.over(self.layout, self.blocks.repeat_interleave(group, dim=1))

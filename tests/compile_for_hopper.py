@@ -123,13 +123,18 @@ def attention(
     if everything:
         v, softcap = k[..., : head_dim // 2], 30.0
         layout = layout.with_tables(*(torch.empty(n, 1, 8, dtype=torch.int32) for n in (4, 2)))
-    problem = fused._Problem.of(q, k, v, 2, layout, 1.0, softcap)
+    problem = fused._Problem.of(q, k, v, 2, layout, 1.0, softcap, shared=everything)
     found = []
     for name in fused._TILES:
+        if name == "block_forward" and not problem.block_stays:
+            continue
         tiles, constants = problem.tiles(name), problem.options(name)
         constants |= {"WRITE_DQ": block_size <= tiles.n}
         kernel = getattr(fused_kernels, f"{name}_kernel")
         found.append(compile_kernel(kernel, dtype, constants, tiles.warps, tiles.stages))
+    constants = problem.options("own_dq") | {"TILE_M": fused._MERGE_ROWS, "PICKS": 8}
+    for kernel in (fused_kernels.merge_forward_kernel, fused_kernels.merge_dq_kernel):
+        found.append(compile_kernel(kernel, dtype, constants, fused._MERGE_WARPS, 1))
     return found
 
 

@@ -57,6 +57,26 @@ def test_whole_tiles(block_size: int, kv_len: int, seed: int) -> None:
     assert_matches_oracle("fused, whole tiles", case, attention(case, "fused"))
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero .*:RuntimeWarning")  # rows that see no key
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 2, 3, 60, 60, 16, 7, 3),
+        Case(2, 1, 4, 40, 70, 24, 16, 3, causal=False, softcap=3.0),
+        Case(1, 1, 2, 50, 50, 16, 40, 2),  # more than a tile of keys
+        Case(1, 1, 2, 1, 1, 16, 8, 3, docs=(20, 1, 30)),
+        Case(2, 1, 2, 50, 50, 16, 8, 3, pads=((3, 2), (0, 9))),
+    ],
+)
+@pytest.mark.parametrize("share", [9, 1024])
+def test_one_list_for_a_group(
+    case: Case, share: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_BLOCK_SHARE", share)
+    case = replace(case, pattern="shared:3", seed=seed)
+    assert_matches_oracle("fused, shared", case, attention(case, "fused"))
+
+
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
 def test_scales_that_are_not_positive(scale: float, seed: int) -> None:
     case = Case(1, 2, 2, 60, 90, 16, 20, 3, scale=scale, seed=seed)

@@ -59,11 +59,11 @@ def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., list
     return run
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
-    return moba_attention(q, k, v, block_size=block_size, top_k=3, plan="fused")
+def attend(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> Tensor:
+    return moba_attention(q, k, v, block_size=block_size, top_k=top_k, plan="fused")
 
 
-def count_graphs(block_size: int, dynamic: bool | None) -> int:
+def count_graphs(block_size: int, top_k: int, dynamic: bool | None) -> int:
     """Trace calls of many lengths and return how many graphs they make.
 
     Of a dynamic one all sizes are symbols, what kernels are compiled for too.
@@ -74,7 +74,7 @@ def count_graphs(block_size: int, dynamic: bool | None) -> int:
     compiled = torch.compile(attend, fullgraph=True, backend=backend, dynamic=dynamic)
     for length in (1024, 700, 1999, 2048, 1100, 5000):
         q, k, v = (torch.zeros(1, heads, length, 64, requires_grad=True) for heads in (4, 1, 1))
-        compiled(q, k, v, block_size)
+        compiled(q, k, v, block_size, top_k)
     return int(counters["stats"]["unique_graphs"])
 
 
@@ -101,9 +101,9 @@ if __name__ == "__main__":
         patch("moba_flex.compile.plans.interpreted", lambda: True),
         patch("moba_flex.masks.regroup._has_kernels", lambda device: True),
     ):
-        graphs = [  # one tile and several
-            count_graphs(block_size, dynamic)
-            for block_size in (128, 256)
+        graphs = [  # one tile and several; many picks, whose parts are merged apart, and few
+            count_graphs(block_size, top_k, dynamic)
+            for block_size, top_k in ((32, 4), (256, 3))
             for dynamic in (None, True)
         ]
     trace_a_step()
