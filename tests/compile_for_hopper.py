@@ -25,6 +25,7 @@ INTS = (
     *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter", "done_ptr"),
 )
 FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
+GATES = (router_kernel.gate_kernel, router_kernel.sift_kernel)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -42,7 +43,7 @@ def compile_kernel(
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        if name.startswith(INTS) or (name == "out_ptr" and kernel is router_kernel.gate_kernel):
+        if name.startswith(INTS) or (name == "out_ptr" and kernel in GATES):
             return "*i32"
         return "*fp32" if any(word in name for word in FLOATS) else f"*{DTYPES[dtype]}"
 
@@ -83,8 +84,34 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
         "TILE_Q": router_kernel._TILE_Q,
         "TILE_N": router_kernel._TILE_N,
+        "LISTED": everything,
     }
     return compile_kernel(router_kernel.gate_kernel, dtype, constants, router_kernel._WARPS, 2)
+
+
+def sift(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
+    """Compile the gate's first pass over all queries, plain or with all that it can do."""
+    constants = {
+        "stride_qd": 1,
+        "stride_kd": 1,
+        "CAUSAL": True,
+        "FORCED": everything,
+        "BY_HEAD": everything,
+        "TABLES": everything,
+        "SLOTS": max(2, triton.next_power_of_2(picks)),
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
+        "TILE_Q": router_kernel._SIFT_TILE_Q,
+        "TILE_N": router_kernel._SIFT_TILE_N,
+        "GROUPS": router_kernel._GROUPS,
+        "DEPTH": 3 if everything else 2,
+        "FULL": not everything,
+        "PAIRED": everything,
+        "INDEX_MASK": router_kernel._INDEX_MASK,
+        "ASM": True,
+    }
+    warps, stages = router_kernel._SIFT_WARPS, router_kernel._SIFT_STAGES
+    return compile_kernel(router_kernel.sift_kernel, dtype, constants, warps, stages)
 
 
 def pool(dtype: torch.dtype, head_dim: int, tables: bool) -> dict[str, Any]:
@@ -167,6 +194,7 @@ if __name__ == "__main__":
         (torch.float16, 256, 63, True),
     ]
     results = [gate(*case) for case in cases]
+    results += [sift(torch.bfloat16, 128, 7, False), sift(torch.float16, 80, 11, True)]
     results += [pool(torch.bfloat16, 128, False), pool(torch.float32, 80, True)]
     results += sorting()
     results += decoding(torch.bfloat16, 128, everything=False)

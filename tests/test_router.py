@@ -258,6 +258,48 @@ def test_gate_kernel_chooses_like_the_cpu(causal: bool) -> None:
     assert choose_by_kernel(q, k, **gate).shape == (2, 4, 70, 0)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about NaN
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *((kind, "full") for kind in ("plain", "ties", "not finite", "forced", "tables")),
+        *((kind, "short") for kind in ("not causal", "many", "heads", "forced")),
+        ("plain", "paired"),
+    ],
+)
+def test_sifting_chooses_like_the_cpu(
+    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_interpreter()
+    from moba_flex.masks import router_kernel
+
+    monkeypatch.setattr(router_kernel, "_SIFT_BLOCKS", 0)
+    monkeypatch.setattr(router_kernel, "_FULL_BLOCKS", 99 if way == "full" else 0)
+    monkeypatch.setattr(router_kernel, "_PAIRED_BLOCKS", 0 if way == "paired" else 99)
+    q, keys = torch.randn(1, 2, 150, 16), torch.randn(1, 1, 70, 16)
+    # Small integers: their products and sums are exact.
+    q, keys = ((x * (1 if kind == "ties" else 8)).round().half() for x in (q, keys))
+    if kind == "not finite":
+        q[:, :, ::9, 1] = math.nan
+        q[:, :, 5::11, 2] = math.inf
+        keys[:, :, 7] = math.nan
+        keys[:, :, 20::31, 3] = -math.inf
+    numbers = [5, 3, 0, 0]
+    if kind == "forced":
+        numbers[2:] = 2, 1
+    if kind == "many":
+        numbers[0] = 11
+    head_top_k = torch.tensor([1, 6]) if kind == "heads" else None
+    queries = None
+    if kind == "tables":
+        position = torch.arange(150)
+        own = position // 3 + 20
+        queries = torch.stack([position, own, own // 40 * 40, own - 1]).int()[:, None]
+    others = numbers, kind != "not causal", head_top_k, 60, queries
+    expected = router.choose_cpu(q, keys, *others)
+    assert torch.equal(router_kernel.choose_triton(q, keys, *others), expected)
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_hopper() -> None:
     """For real: what the interpreter runs may still not compile."""

@@ -150,6 +150,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     call = _running.call
     if call is None:
+        options.pop("maxnreg", None)  # a graph's kernel takes none
         kernel[grid](*args, **options)
     elif call.replay is None:
         call.find(kernel, grid, args, options)
