@@ -4,6 +4,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,18 +42,22 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 class Ranks:
-    """Processes of one group, on CPU."""
+    """Processes of one group, on CPU by gloo, or on a CUDA device each by NCCL."""
 
-    def __init__(self, size: int, *, timeout: float = 60.0) -> None:
+    def __init__(self, size: int, *, device: str = "cpu", timeout: float = 60.0) -> None:
         self._timeout = timeout
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.ranks"])
+        # CUDA does not survive a fork of a process that has asked for devices.
+        context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+        if device == "cpu":
+            context.set_forkserver_preload(["tests.ranks"])
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name, "store"))
         pipes = [context.Pipe() for _ in range(size)]
         self._pipes = [mine for mine, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(theirs, store, rank, size, timeout), daemon=True)
+            context.Process(
+                target=_serve, args=(theirs, store, rank, size, device, timeout), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
@@ -68,6 +73,10 @@ class Ranks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
         for pipe in self._pipes:
             pipe.close()  # which ends the process
         for process in self.processes:
@@ -94,14 +103,19 @@ class Ranks:
             assert error is None, f"on rank {rank}: {error}"
 
 
-def _serve(pipe: Connection, store: str, rank: int, size: int, timeout: float) -> None:
+def _serve(
+    pipe: Connection, store: str, rank: int, size: int, device: str, timeout: float
+) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout),
+        device_id=torch.device("cuda", rank) if device == "cuda" else None,
     )
     while True:
         try:
@@ -116,6 +130,11 @@ def _serve(pipe: Connection, store: str, rank: int, size: int, timeout: float) -
         else:
             pipe.send(None)
     dist.destroy_process_group()
+
+
+def device() -> str:
+    """Return the type of device on which this rank computes."""
+    return "cuda" if "nccl" in str(dist.get_backend_config()) else "cpu"
 
 
 def shard(way: str, x: Tensor, cuts: tuple[int, ...]) -> Tensor:
@@ -140,7 +159,7 @@ def assert_same(
 
 def check_case(way: str, line: str, cuts: tuple[int, ...]) -> None:
     """Compare output, log-sum-exp and gradients with those of one process, in two runs."""
-    case = Case.parse(line)
+    case = replace(Case.parse(line), device=device())
     options: dict[str, Any] = case.gate | case.layout
     options |= {"scale": case.scale, "softcap": case.softcap, "mask_mod": case.mask_mod()}
     options |= {"score_mod": case.score_mod(case.captured())}
@@ -148,7 +167,7 @@ def check_case(way: str, line: str, cuts: tuple[int, ...]) -> None:
     whole = [x.detach().requires_grad_() for x in case.inputs()]
     generator = torch.Generator().manual_seed(case.seed)
     expected, aux = moba_attention(*whole, **options)
-    weights = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
+    weights = torch.randn(expected.shape, generator=generator).to(expected)
     expected_grads = torch.autograd.grad(expected, whole, weights)
 
     runs = []
@@ -170,8 +189,8 @@ def check_case(way: str, line: str, cuts: tuple[int, ...]) -> None:
 def check_captured(way: str) -> None:
     """Add up the gradients of a tensor that a function captures."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 4, 48, 16) for _ in range(3))
-    slopes = torch.rand(4, requires_grad=True)
+    q, k, v = (torch.randn(1, 4, 48, 16, device=device()) for _ in range(3))
+    slopes = torch.rand(4, device=device(), requires_grad=True)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score - slopes[h] * (q_idx - kv_idx)
@@ -211,14 +230,16 @@ def call_with(way: str, common: dict[str, Any], on_last: dict[str, Any]) -> None
     given |= {"block_size": 4, "top_k": 2, "dtype": torch.float32, "grad": False}
     given |= common | (on_last if last else {})
     function, dtype, grad = (given.pop(name) for name in ("way", "dtype", "grad"))
-    qkv = [torch.randn(given.pop(name), dtype=dtype, requires_grad=grad) for name in "qkv"]
+    given = {name: x.to(device()) if isinstance(x, Tensor) else x for name, x in given.items()}
+    made: dict[str, Any] = {"dtype": dtype, "requires_grad": grad, "device": device()}
+    qkv = [torch.randn(given.pop(name), **made) for name in "qkv"]
     WAYS[function](*qkv, group=None, **given)
 
 
 def check_round_trip(length: int) -> None:
     """Cut tensors of any dtype along any dimension, and join them again."""
     for dtype in (torch.int64, torch.bfloat16, torch.bool):
-        x = torch.randint(0, 2, (3, length, 2)).to(dtype)
+        x = torch.randint(0, 2, (3, length, 2), device=device()).to(dtype)
         dist.broadcast(x.view(torch.uint8), 0)
         for dim, whole in ((1, x), (-2, x), (0, x.movedim(1, 0))):
             part = shard_sequence(whole, None, dim=dim)
@@ -234,7 +255,8 @@ def check_traffic() -> None:
     """Count the bytes that collectives carry."""
     size, rank = dist.get_world_size(), dist.get_rank()
     sizes: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "v_dim": 32}
-    q, k, v = (torch.randn(2, h, 48, d) for h, d in ((8, 16), (2, 16), (2, 32)))
+    made: dict[str, Any] = {"device": device()}
+    q, k, v = (torch.randn(2, h, 48, d, **made) for h, d in ((8, 16), (2, 16), (2, 32)))
     promised = communication_bytes(ranks=size, seq_len=48, batch=2, dtype=q.dtype, **sizes)
     sent = 0
     real_swap, real_gather = dist.all_to_all_single, collectives._all_gather
@@ -312,22 +334,31 @@ class Layer(nn.Module):
         return self.o_proj(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+_TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float64: {},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},  # sums over heads in another order
+}
+
+
 def check_tensor_parallel(num_kv_heads: int, head_top_k: tuple[int, ...] | None) -> None:
     """Train a step of a layer whose heads are shared."""
     torch.manual_seed(0)
-    layer, shared = (Layer(8, num_kv_heads, head_top_k=head_top_k).double() for _ in range(2))
+    made: dict[str, Any] = {"device": device()}
+    made["dtype"] = torch.float32 if device() == "cuda" else torch.float64  # as plans take it
+    layer, shared = (Layer(8, num_kv_heads, head_top_k=head_top_k).to(**made) for _ in range(2))
     shared.load_state_dict(layer.state_dict())
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device(), (dist.get_world_size(),))
     model = nn.ModuleList([shared])
     parallelize_module(model, mesh, tensor_parallel_plan("*."))
-    x = torch.randn(2, 50, 32, dtype=torch.float64)
+    x = torch.randn(2, 50, 32, **made)
     expected, out = layer(x), shared(x)
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, **_TOLERANCE[x.dtype])
     expected.square().sum().backward()
     out.square().sum().backward()
     for (name, x), y in zip(shared.named_parameters(), layer.parameters(), strict=True):
         assert isinstance(x.grad, DTensor), name
-        torch.testing.assert_close(x.grad.full_tensor(), y.grad, msg=name)
+        near = _TOLERANCE[y.dtype]
+        torch.testing.assert_close(x.grad.full_tensor(), y.grad, msg=name, **near)
 
 
 def check_transformers_model() -> None:
@@ -352,9 +383,9 @@ def check_transformers_model() -> None:
 def check_head_shards() -> None:
     """Attend to DTensors that are sharded by heads."""
     torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device(), (dist.get_world_size(),))
     module = MoBAAttention(block_size=8, top_k=3)
-    q, k, v = (torch.randn(1, h, 50, 16) for h in (8, 4, 4))
+    q, k, v = (torch.randn(1, h, 50, 16, device=device()) for h in (8, 4, 4))
     expected, aux = module(q, k, v, return_aux=AuxRequest(lse=True))
     parallelize_module(module, mesh, HeadParallel(use_local_output=False))
     shards = [distribute_tensor(x, mesh, [Shard(1)]) for x in (q, k, v)]

@@ -22,13 +22,28 @@ from tests.helpers import Case, layouts
 from tests.ranks import Ranks
 
 SIZES = (2, 4)
+MARKS = (
+    pytest.mark.cuda,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+)
+GPUS = pytest.param("two GPUs", marks=MARKS)
+
+
+class Groups(dict[Any, Ranks]):
+    """A group of each kind, whose processes start when it is first asked for."""
+
+    def __missing__(self, kind: Any) -> Ranks:
+        self[kind] = ranks = Ranks(2, device="cuda") if kind == "two GPUs" else Ranks(kind)
+        return ranks
 
 
 @pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, Ranks]]:
-    """Return a group of each size."""
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
+def groups() -> Iterator[Groups]:
+    """Return groups by the number of their processes on CPU, or "two GPUs"."""
+    made = Groups()
+    yield made
+    for ranks in made.values():
+        ranks.close()
 
 
 @st.composite
@@ -60,7 +75,7 @@ def shared(draw: st.DrawFn, way: str, size: int) -> tuple[Case, tuple[int, ...]]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", on_ranks.WAYS)
-def test_equals_one_process(groups: dict[int, Ranks], way: str, size: int) -> None:
+def test_equals_one_process(groups: Groups, way: str, size: int) -> None:
     @settings(max_examples=settings().max_examples // 2)
     @given(data=shared(way, size))
     def check(data: tuple[Case, tuple[int, ...]]) -> None:
@@ -70,24 +85,48 @@ def test_equals_one_process(groups: dict[int, Ranks], way: str, size: int) -> No
     check()
 
 
+# Each compiles kernels. No length is a multiple of a block, nor of two chunks a rank.
+ON_GPUS = {
+    "shared keys": Case(
+        1, 2, 4, kv_len=1531, top_k=4, head_top_k=(1, 2, 3, 4) * 2, dtype=torch.bfloat16
+    ),
+    "documents": Case(1, 2, 2, top_k=3, docs=(1, 700, 0, 65, 411), tail=(7, 7)),
+    "padding": Case(2, 2, 1, kv_len=999, top_k=3, pads=((0, 130), (70, 1)), dtype=torch.bfloat16),
+    "forced blocks": Case(
+        1, 4, 1, kv_len=1203, top_k=5, sink_blocks=1, softcap=5.0, dtype=torch.bfloat16
+    ),
+    "not causal": Case(1, 2, 2, kv_len=701, top_k=3, causal=False),
+    "short": Case(1, 2, 1, kv_len=3, top_k=3, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", [GPUS])
+@pytest.mark.parametrize("way", on_ranks.WAYS)
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_equals_one_gpu(groups: Groups, name: str, way: str, kind: Any) -> None:
+    case = replace(ON_GPUS[name], head_dim=64, block_size=64, seed=len(name))
+    case = replace(case, q_len=case.kv_len)
+    groups[kind].call(on_ranks.check_case, way, str(case), (case.kv_len // 3,))
+
+
 @pytest.mark.parametrize("length", [0, 1, 3, 8, 13, 64])
-@pytest.mark.parametrize("size", SIZES)
-def test_parts_make_up_the_sequence(groups: dict[int, Ranks], size: int, length: int) -> None:
+@pytest.mark.parametrize("size", [*SIZES, GPUS])
+def test_parts_make_up_the_sequence(groups: Groups, size: Any, length: int) -> None:
     groups[size].call(on_ranks.check_round_trip, length)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_bytes_are_as_promised(groups: dict[int, Ranks], size: int) -> None:
+@pytest.mark.parametrize("size", [*SIZES, GPUS])
+def test_bytes_are_as_promised(groups: Groups, size: Any) -> None:
     groups[size].call(on_ranks.check_traffic)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", on_ranks.WAYS)
-def test_gradients_of_captured_tensors(groups: dict[int, Ranks], way: str, size: int) -> None:
+def test_gradients_of_captured_tensors(groups: Groups, way: str, size: int) -> None:
     groups[size].call(on_ranks.check_captured, way)
 
 
-def test_mesh_with_checkpoints_autocast_and_graphs(groups: dict[int, Ranks]) -> None:
+def test_mesh_with_checkpoints_autocast_and_graphs(groups: Groups) -> None:
     groups[4].call(on_ranks.check_mesh)
 
 
@@ -127,21 +166,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("kind", [2, GPUS])
 @pytest.mark.parametrize("way", on_ranks.WAYS)
-def test_ranks_that_call_differently(groups: dict[int, Ranks], way: str) -> None:
+def test_ranks_that_call_differently(groups: Groups, way: str, kind: Any) -> None:
     for common, on_last, message in DIFFERENCES.values():
-        for error in groups[2].errors(on_ranks.call_with, way, common, on_last):
+        for error in groups[kind].errors(on_ranks.call_with, way, common, on_last):
             assert error is not None
             assert error.startswith(f"ValueError: {message}")
-    for error in groups[2].errors(on_ranks.call_with, way, {}, {"way": WAY_DIFFERS[way]}):
+    for error in groups[kind].errors(on_ranks.call_with, way, {}, {"way": WAY_DIFFERS[way]}):
         assert error is not None
         assert error.startswith(f"ValueError: call {SAME} '{way}_attention' on rank 0")
-    groups[2].call(on_ranks.call_with, way, {}, {})
+    groups[kind].call(on_ranks.call_with, way, {}, {})
 
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("way", on_ranks.WAYS)
-def test_error_on_one_rank(groups: dict[int, Ranks], way: str, name: str) -> None:
+def test_error_on_one_rank(groups: Groups, way: str, name: str) -> None:
     wrong, message = WRONG[name]
     *others, own = groups[4].errors(on_ranks.call_with, way, {}, wrong)
     assert own is not None
@@ -180,14 +220,14 @@ def test_error_on_one_rank(groups: dict[int, Ranks], way: str, name: str) -> Non
     ],
 )
 def test_error_on_all_ranks(
-    groups: dict[int, Ranks], way: str, options: dict[str, Any], message: str
+    groups: Groups, way: str, options: dict[str, Any], message: str
 ) -> None:
     for error in groups[4].errors(on_ranks.call_with, way, options, {}):
         assert error is not None
         assert error.startswith(message)
 
 
-def test_parts_of_other_lengths(groups: dict[int, Ranks]) -> None:
+def test_parts_of_other_lengths(groups: Groups) -> None:
     message = (
         "ValueError: ranks must hold [7, 7] of 14 positions, got [8, 6]: cut the sequence by "
         "shard_sequence"
@@ -197,7 +237,7 @@ def test_parts_of_other_lengths(groups: dict[int, Ranks]) -> None:
     assert errors == [message] * 2
 
 
-def test_parts_that_do_not_fit(groups: dict[int, Ranks]) -> None:
+def test_parts_that_do_not_fit(groups: Groups) -> None:
     message = f"ValueError: other dimensions of x {SAME} [2, 1] on rank 0, [3, 1] on rank 1: "
     for error in groups[2].errors(on_ranks.unshard_other_shapes):
         assert error is not None
@@ -240,27 +280,30 @@ def test_no_group_yet() -> None:
 
 
 @pytest.mark.parametrize("head_top_k", [None, (1, 2, 3, 3, 3, 2, 1, 1)])
-@pytest.mark.parametrize(("size", "num_kv_heads"), [(2, 2), (2, 8), (4, 4)])
+@pytest.mark.parametrize(
+    ("size", "num_kv_heads"),
+    [(2, 2), (2, 8), (4, 4), pytest.param("two GPUs", 2, marks=MARKS)],
+)
 def test_tensor_parallel_layer(
-    groups: dict[int, Ranks], size: int, num_kv_heads: int, head_top_k: tuple[int, ...] | None
+    groups: Groups, size: Any, num_kv_heads: int, head_top_k: tuple[int, ...] | None
 ) -> None:
     groups[size].call(on_ranks.check_tensor_parallel, num_kv_heads, head_top_k)
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
-def test_tensor_parallel_model_of_transformers(groups: dict[int, Ranks]) -> None:
+def test_tensor_parallel_model_of_transformers(groups: Groups) -> None:
     groups[2].call(on_ranks.check_transformers_model)
 
 
-def test_heads_that_ranks_cannot_share(groups: dict[int, Ranks]) -> None:
+def test_heads_that_ranks_cannot_share(groups: Groups) -> None:
     """One key/value head on two ranks: the layer's own view fails."""
     for error in groups[2].errors(on_ranks.check_tensor_parallel, 1, None):
         assert error is not None
         assert error.startswith("RuntimeError: unflatten: ")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_distributed_tensors(groups: dict[int, Ranks], size: int) -> None:
+@pytest.mark.parametrize("size", [*SIZES, GPUS])
+def test_distributed_tensors(groups: Groups, size: Any) -> None:
     groups[size].call(on_ranks.check_head_shards)
 
 
@@ -297,7 +340,7 @@ def test_distributed_tensors(groups: dict[int, Ranks], size: int) -> None:
     ],
 )
 def test_distributed_tensors_that_are_refused(
-    groups: dict[int, Ranks],
+    groups: Groups,
     heads: int,
     placement: Placement,
     head_top_k: tuple[int, ...] | None,
@@ -314,7 +357,7 @@ def test_plan_names_another_module() -> None:
         HeadParallel()._apply(torch.nn.Linear(1, 1), cast(Any, None))
 
 
-def test_context_parallel_of_pytorch(groups: dict[int, Ranks]) -> None:
+def test_context_parallel_of_pytorch(groups: Groups) -> None:
     message = (
         "ValueError: moba_attention must be called outside of torch's context_parallel, got a "
         "call within it: use moba_flex.distributed.context_parallel_attention"
@@ -323,7 +366,7 @@ def test_context_parallel_of_pytorch(groups: dict[int, Ranks]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["FLEX", "SDPA"])
-def test_hooks_of_context_parallel(groups: dict[int, Ranks], kind: str) -> None:
+def test_hooks_of_context_parallel(groups: Groups, kind: str) -> None:
     message = (
         "ValueError: module must be one that calls flex_attention or "
         "scaled_dot_product_attention for torch's _ContextParallel, got a MoBAAttention: use "
@@ -332,9 +375,10 @@ def test_hooks_of_context_parallel(groups: dict[int, Ranks], kind: str) -> None:
     assert groups[2].errors(on_ranks.hook_context_parallel, kind) == [message] * 2
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=MARKS)])
 @pytest.mark.parametrize("way", on_ranks.WAYS)
-def test_killed_rank_is_an_error(way: str) -> None:
-    with Ranks(2, timeout=20.0) as ranks:
+def test_killed_rank_is_an_error(way: str, device: str) -> None:
+    with Ranks(2, device=device, timeout=20.0) as ranks:
         ranks.call(on_ranks.call_with, way, {}, {})
         ranks.processes[1].kill()
         ranks.processes[1].join()
