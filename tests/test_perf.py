@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import moba_attention, moba_attention_reference
-from perf import bench_attention, conftest, errors, plot, tables, timing
+from perf import bench_attention, conftest, errors, parallel, plot, tables, timing
 from perf.check import attend_rows, by_head, check, gate, number_keys, relative_errors
 from perf.fit import fit
 from perf.peers import PEERS, Peer, Unavailable, layout
@@ -656,11 +658,47 @@ def test_ranks_are_timed_beside_one_process(tmp_path: Path) -> None:
         cwd=timing.ROOT,
         capture_output=True,
     )
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["gate"] for row in rows] == ["128/8", "512/3"]
+    links, *rows = json.loads(out.read_text())["rows"]
+    assert all(ms > 0 for of_size in links["collectives"].values() for ms in of_size.values())
+    assert [row["gate"] for row in rows] == ["128/8", "512/3", "dense"]
     for row in rows:
         assert row["ranks"] == 4
-        for way in ("one", "context parallel", "ulysses", "ulysses, dense"):
+        ways = ["one", "context parallel", "ulysses"]
+        if row["gate"] == "dense":
+            ways.remove("context parallel")
+        for way in ways:
             assert 0 < row[way]["forward"] < row[way]["both"]
-        ours, one = row["context parallel"], row["one"]
-        assert ours["efficiency"]["both"] == pytest.approx(one["both"] / 4 / ours["both"])
+        for way in ways[1:]:
+            share = row["one"]["both"] / 4 / row[way]["both"]
+            assert row[way]["efficiency"]["both"] == pytest.approx(share)
+
+
+def test_rows_past_the_budget_are_left_out() -> None:
+    """A row of four times the length takes 16 times as long, a dense one that is long once."""
+    options = parallel.parser().parse_args(["--rounds", "3"])
+    gated = {"gate": "128/8", "seq_len": 2**16, "one": {"both": 10.0}, "ulysses": {"both": 5.0}}
+    dense: dict[str, Any] = {"gate": "dense", "seq_len": 2**18, "one": {"both": 3e3}}
+    dense |= {"ulysses": {"both": 2e3}, "PyTorch, ring": {"both": 2e3}}
+    rows: list[dict[str, Any]] = [
+        {"collectives": {}},
+        gated,
+        dense | {"PyTorch, all-gather": {"both": 1e3}},
+    ]
+    seconds = parallel.seconds_of
+    assert seconds(rows, "512/3", 2**18, options) == 0
+    assert seconds(rows, "128/8", 2**18, options) == pytest.approx(4 * 16 * 0.015)
+    assert seconds(rows, "128/8", 2**21, options) == pytest.approx(2 * 1024 * 0.015 + 2 * 2)
+    assert seconds(rows, "dense", 2**19, options) == pytest.approx(4 * 1 + 2)
+    assert seconds(rows, "dense", 2**20, options) == pytest.approx(16)
+
+
+def test_a_way_that_fails_is_named() -> None:
+    def fail() -> torch.Tensor:
+        raise torch.OutOfMemoryError("too little")
+
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        figures = parallel.measure(fail, [], 1, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert figures == {"error": "OutOfMemoryError: too little"}
