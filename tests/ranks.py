@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import _ContextParallel
@@ -378,6 +379,38 @@ def check_transformers_model() -> None:
     plan = tensor_parallel_plan("model.layers.*.self_attn.", attention=None)
     parallelize_module(model, mesh, plan)
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+def check_sharded_transformers_model() -> None:
+    """Train three steps of a model of transformers whose weights are shared (FSDP2)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moba_flex.integrations.transformers import apply
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, **heads, num_hidden_layers=2)
+    models: list[Any] = []
+    for _ in range(2):
+        models.append(LlamaForCausalLM(config))
+        models[-1].load_state_dict(models[0].state_dict())
+        apply(models[-1], MoBAConfig(block_size=16, top_k=3))
+    one, shared = models
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*shared.model.layers, shared):
+        fully_shard(part, mesh=mesh)
+    rows = torch.randint(0, 64, (3, 4, 100))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    for batch in rows:
+        mine = batch.chunk(dist.get_world_size())[dist.get_rank()]
+        for model, ids, optimizer in zip(models, (batch, mine), optimizers, strict=True):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, x), y in zip(shared.named_parameters(), one.parameters(), strict=True):
+        assert isinstance(x, DTensor), name
+        torch.testing.assert_close(x.full_tensor(), y, msg=name, rtol=1e-4, atol=1e-5)
 
 
 def check_head_shards() -> None:

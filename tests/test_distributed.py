@@ -1,10 +1,14 @@
 """Attention by several processes is attention by one."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -293,6 +297,42 @@ def test_tensor_parallel_layer(
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 def test_tensor_parallel_model_of_transformers(groups: Groups) -> None:
     groups[2].call(on_ranks.check_transformers_model)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_sharded_model_of_transformers(groups: Groups) -> None:
+    groups[2].call(on_ranks.check_sharded_transformers_model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
+def test_trainer_of_transformers(tmp_path: Path) -> None:
+    """The Trainer, by accelerate's DDP, trains on two processes as on one with all rows.
+
+    Accelerate 1.15 shards weights (FSDP) on accelerators alone: with gloo on CPU its plugin is
+    ignored, without a word.
+    """
+    results: dict[int, Any] = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+        launcher = ("-m", "torch.distributed.run", *port, "--nproc-per-node", str(processes))
+        script = Path(__file__).with_name("train_transformers.py")
+        subprocess.run(
+            [sys.executable, *launcher, str(script), str(folder)],
+            check=True,
+            timeout=300,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"},
+        )
+        results[processes] = torch.load(folder / "result.pt")
+    one, two = results[1], results[2]
+    assert len(one["losses"]) == 3
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["weights"].keys() == one["weights"].keys()
+    for name, x in two["weights"].items():
+        torch.testing.assert_close(x, one["weights"][name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_heads_that_ranks_cannot_share(groups: Groups) -> None:
