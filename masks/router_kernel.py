@@ -34,7 +34,7 @@ _FULL_BLOCKS = 990
 # From so many blocks on, it is rare that two of the best are in one pair of columns.
 _PAIRED_BLOCKS = 4096
 # Sifting pays from so many blocks on, and up to so many picks and dimensions.
-_SIFT_BLOCKS = 128
+_SIFT_BLOCKS = 256
 _SIFT_PICKS = 16
 _SIFT_DIM = 128
 # Triton's interpreter runs no assembly.

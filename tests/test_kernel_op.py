@@ -209,15 +209,18 @@ def test_the_second_call_looks_nothing_up() -> None:
         assert LAUNCHED[2 * number :] == [(1, 1, 1, 3, 4), (2, 1, 1, 3, 5)]
 
 
-def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return y + 2 and x + 8, by way of memory of its own."""
-    total, more = torch.empty_like(x), torch.empty(3, *x.shape)
+def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return y + 2 with zeros from 4 on, x + 8 and ones, by way of memory of its own."""
+    total, more, ones = torch.zeros_like(x), torch.zeros(4, *x.shape), torch.empty_like(x)
     add(x, more[1], 1, (1, 1, 1), 1)
-    add(y, total, 2, (1, 1, 1), 1)
+    add(y, more[0], 2, (1, 1, 1), 1)
+    add(more[0][:4], total[:4], 0, (1, 1, 1), 1)
     add(more[1], more[2], 3, (1, 1, 1), 1)
+    add(more[3], more[3], 1, (1, 1, 1), 1)
+    add(more[3], ones, 0, (1, 1, 1), 1)
     out = torch.empty_like(x)
     add(more[2], out, 4, (1, 1, 1), 1)
-    return total, None, out
+    return total, None, out, ones
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -225,7 +228,7 @@ def test_a_replay_runs_no_python_of_the_function(apart: bool) -> None:
     """Arguments may lie in one tensor in the first call, and in two later, or the reverse."""
     runs = []
 
-    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         runs.append(x)
         return both(x, y)
 
@@ -233,9 +236,10 @@ def test_a_replay_runs_no_python_of_the_function(apart: bool) -> None:
     for turn in range(4):
         together = torch.randn(2, 8)
         x, y = together if (turn == 0) != apart else (x.clone() for x in together)
-        total, none, out = call(x, y)
+        total, none, out, ones = call(x, y)
         assert none is None
-        torch.testing.assert_close(total, y + 2)
+        torch.testing.assert_close(total, torch.cat([y[:4] + 2, torch.zeros(4)]))
+        torch.testing.assert_close(ones, torch.ones(8))
         torch.testing.assert_close(out, x + 8)
         kept = [z.clone() for z in (total, out)]
         call(torch.randn(8), torch.randn(8))  # writes to other memory

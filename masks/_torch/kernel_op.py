@@ -34,7 +34,7 @@ _Launch = tuple[Callable[..., None], tuple[Any, ...]]
 """The launcher of a compiled kernel over a grid, and the kernel's compile-time arguments."""
 
 aten = torch.ops.aten
-# Ops that launch nothing: a function that calls no others only allocates.
+# A function that calls no ops but these only allocates.
 _ALLOCATE = {
     aten.empty.memory_format,
     aten.empty_like.default,
@@ -42,6 +42,7 @@ _ALLOCATE = {
     aten.new_empty.default,
     aten.new_empty_strided.default,
 }
+_ALLOCATE_ZEROS = {aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default}
 
 # Types of arguments that no op must see.
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, tuple, NoneType}
@@ -150,7 +151,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     call = _running.call
     if call is None:
-        options.pop("maxnreg", None)  # a graph's kernel takes none
+        options.pop("maxnreg", None)  # PyTorch's graphs know no such option
         kernel[grid](*args, **options)
     elif call.replay is None:
         call.find(kernel, grid, args, options)
@@ -277,25 +278,34 @@ def _first_call(
     launches = call.record
     if not launches:  # the kernels are interpreted
         return result, None
-    program = _Program.of(call, args, result) if ops.only_allocates else None
+    program = _Program.of(call, args, result, ops.zeros) if ops.only_allocates else None
     if program is not None:
         return result, program.run
     return result, lambda args: _Call(iter(launches)).run(function, args)
 
 
 class _Ops(TorchDispatchMode):
-    """Sees whether a function calls ops that do more than allocate."""
+    """Sees whether a function calls ops that do more than allocate.
 
-    only_allocates = True
+    Attributes:
+        only_allocates: Whether it has called none.
+        zeros: What it has allocated as zeros.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.only_allocates = True
+        self.zeros: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.only_allocates &= func in _ALLOCATE or func.is_view
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATE_ZEROS:
+            self.zeros.append(result)
+        else:
+            self.only_allocates &= func in _ALLOCATE or func.is_view
+        return result
 
 
 class _Place(NamedTuple):
@@ -315,6 +325,7 @@ class _Program(NamedTuple):
         outputs: Size, stride and dtype of each result; None for one that is None.
         single: Whether the result is one tensor, and no tuple.
         workspace: Bytes of the workspace.
+        zeros: Which results begin as zeros, and which bytes of the workspace.
         device: Where all is.
         launches: Each launch: its launcher, its arguments, and which of these are addresses.
     """
@@ -323,11 +334,14 @@ class _Program(NamedTuple):
     outputs: tuple[tuple[Any, ...] | None, ...]
     single: bool
     workspace: int
+    zeros: tuple[int | slice, ...]
     device: torch.device
     launches: tuple[tuple[Callable[..., None], list[Any], tuple[tuple[int, _Place], ...]], ...]
 
     @classmethod
-    def of(cls, call: _Call, args: tuple[Any, ...], result: Any) -> "_Program | None":
+    def of(
+        cls, call: _Call, args: tuple[Any, ...], result: Any, zeros: list[Tensor]
+    ) -> "_Program | None":
         """Return the program of a call; None if other arguments may need another one."""
         results = (result,) if isinstance(result, Tensor) else result
         inputs = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
@@ -362,14 +376,30 @@ class _Program(NamedTuple):
                 template[place] = None
                 holes.append((place, _Place(base, offset)))
             launches.append((run, template, tuple(holes)))
-        shapes = (x if x is None else (x.shape, x.stride(), x.dtype) for x in results)
-        single, device = isinstance(result, Tensor), args[0].device
-        return cls(tuple(inputs), tuple(shapes), single, workspace, device, tuple(launches))
+        cleared: list[int | slice] = []
+        for x in zeros:
+            numbers = [i for i, y in enumerate(results) if x is y]
+            start = within.get(_storage(x))
+            if numbers:
+                cleared += numbers
+            elif start is not None:
+                cleared.append(slice(start, start + x.untyped_storage().nbytes()))
+            elif x.numel():  # seen by no kernel as it is: part of something else
+                return None
+        return cls(
+            tuple(inputs),
+            tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in results),
+            isinstance(result, Tensor),
+            workspace,
+            tuple(cleared),
+            args[0].device,
+            tuple(launches),
+        )
 
     def run(self, args: tuple[Any, ...]) -> Any:
         """Launch the kernels for other arguments of the same layout."""
         device = self.device
-        results = [
+        results: list[Any] = [
             x if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device)
             for x in self.outputs
         ]
@@ -378,6 +408,8 @@ class _Program(NamedTuple):
         # Freed when this returns: what reuses the memory comes later on the stream.
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
         bases.append(workspace.data_ptr())
+        for place in self.zeros:
+            (results[place] if isinstance(place, int) else workspace[place]).zero_()
         for run, given, holes in self.launches:
             filled = given[:]
             for place, (base, offset) in holes:
