@@ -376,16 +376,15 @@ class _Program(NamedTuple):
                 template[place] = None
                 holes.append((place, _Place(base, offset)))
             launches.append((run, template, tuple(holes)))
+        made = {_storage(x): i for i, x in enumerate(results) if x is not None}
         cleared: list[int | slice] = []
         for x in zeros:
-            numbers = [i for i, y in enumerate(results) if x is y]
-            start = within.get(_storage(x))
-            if numbers:
-                cleared += numbers
-            elif start is not None:
+            storage = _storage(x)
+            if storage in made:
+                cleared.append(made[storage])
+            elif storage in within:
+                start = within[storage]
                 cleared.append(slice(start, start + x.untyped_storage().nbytes()))
-            elif x.numel():  # seen by no kernel as it is: part of something else
-                return None
         return cls(
             tuple(inputs),
             tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in results),
