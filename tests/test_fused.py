@@ -114,7 +114,7 @@ def launch_by_address(
     kernel = getattr(kernel, "kernel", kernel)
     kinds = [(x.dtype, x.shape, x.stride()) if isinstance(x, Tensor) else None for x in args]
 
-    def run(*given: Any) -> None:
+    def run(stream: None, *given: Any) -> None:
         tensors = []
         for x, kind in zip(given, kinds, strict=True):
             if kind is not None and isinstance(x, int):
@@ -126,7 +126,7 @@ def launch_by_address(
         with _disable_current_modes():
             kernel[grid](*tensors, **options)
 
-    run(*args)
+    run(None, *args)
     call.record.append((run, ()))
     call.given.append(args)
 
@@ -138,6 +138,7 @@ def test_replays_by_address(
 ) -> None:
     """Both ways, of calls after the first, whose arguments lie elsewhere."""
     monkeypatch.setattr(kernel_op._Call, "find", launch_by_address)
+    monkeypatch.setattr(kernel_op, "_current_stream", lambda: None)
     monkeypatch.setattr(kernel_op, "_known", {})
     monkeypatch.setattr(regroup, "_has_kernels", lambda _: True)
     monkeypatch.setattr(fused, "_LEAST_SHARE", 20)

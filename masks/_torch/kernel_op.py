@@ -92,31 +92,38 @@ class _Call:
         if not self.awaited:
             run = _launcher(compiled, (*grid, 1, 1)[:3])
             constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-            run(*args, *constants)
+            run(_current_stream(), *args, *constants)
             self.record.append((run, constants))
             self.given.append(args)
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """Return what launches a compiled kernel, on the stream that is current then.
+    """Return what launches a compiled kernel, given a stream and the kernel's arguments.
 
     Triton's own function describes each launch to the hooks of profilers even if there are none,
-    which takes 1.5 us.
+    which takes 1.5 us. It is used where the stream is None.
     """
     launch = compiled.run  # loads the kernel
     kernel = compiled.function, compiled.packed_metadata
-    driver, knobs = triton.runtime.driver.active, triton.knobs.runtime
 
-    def run(*args: Any) -> None:
-        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
-        # A caller may have put a function or None where Triton has a chain of calls.
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+    def run(stream: int | None, *args: Any) -> None:
+        if stream is None:
             compiled[grid](*args)
         else:
-            stream = driver.get_current_stream(driver.get_current_device())
             launch(*grid, stream, *kernel, None, None, None, *args)
 
     return run
+
+
+def _current_stream() -> int | None:
+    """Return the current stream; None if a profiler wants to hear of launches."""
+    knobs, driver = triton.knobs.runtime, triton.runtime.driver.active
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    # A caller may have put a function or None where Triton has a chain of calls.
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        return None
+    stream: int = driver.get_current_stream(driver.get_current_device())
+    return stream
 
 
 class _Running(threading.local):
@@ -157,7 +164,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         call.find(kernel, grid, args, options)
     else:
         run, constants = next(call.replay)
-        run(*args, *constants)
+        run(_current_stream(), *args, *constants)
 
 
 def kernel_op(
@@ -409,11 +416,12 @@ class _Program(NamedTuple):
         bases.append(workspace.data_ptr())
         for place in self.zeros:
             (results[place] if isinstance(place, int) else workspace[place]).zero_()
+        stream = _current_stream()
         for run, given, holes in self.launches:
             filled = given[:]
             for place, (base, offset) in holes:
                 filled[place] = bases[base] + offset
-            run(*filled)
+            run(stream, *filled)
         return results[0] if self.single else tuple(results)
 
 
