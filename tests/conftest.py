@@ -32,6 +32,16 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run each plain call of kernels once more, as a replay by addresses alone, and compare."""
+    from tests.replays import Replays
+
+    checked = Replays(monkeypatch)
+    yield
+    assert checked.number
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none."""
     if torch.cuda.is_available():

@@ -473,7 +473,7 @@ def test_kernels_choose_and_decode_as_cpu_does(
     torch.testing.assert_close(got, want, rtol=bound, atol=bound)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "replays")
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=settings().max_examples // 4 + 1)
 def test_kernels_read_and_write_pages(seed: int) -> None:
@@ -513,7 +513,7 @@ def test_kernels_read_and_write_pages(seed: int) -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "replays")
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=settings().max_examples // 16 + 1)
 def test_a_step_appends_and_then_decodes(seed: int) -> None:

@@ -247,6 +247,22 @@ def test_a_replay_runs_no_python_of_the_function(apart: bool) -> None:
     assert len(runs) == 1
 
 
+def test_a_replay_may_return_nothing() -> None:
+    """As of a function that writes to its arguments."""
+    runs = []
+
+    def function(x: Tensor, out: Tensor) -> None:
+        runs.append(x)
+        add(x, out, 2, (1, 1, 1), 1)
+
+    call = module._remember_launches(function)
+    for _ in range(3):
+        x, out = torch.randn(8), torch.empty(8)
+        assert call(x, out) is None
+        torch.testing.assert_close(out, x + 2)
+    assert len(runs) == 1
+
+
 def view_of_an_argument(x: Tensor, y: Tensor) -> Tensor:
     add(x, x, 1, (1, 1, 1), 1)
     return x[1:]

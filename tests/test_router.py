@@ -258,6 +258,7 @@ def test_gate_kernel_chooses_like_the_cpu(causal: bool) -> None:
     assert choose_by_kernel(q, k, **gate).shape == (2, 4, 70, 0)
 
 
+@pytest.mark.usefixtures("replays")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about NaN
 @pytest.mark.parametrize(
     ("kind", "way"),
@@ -295,7 +296,7 @@ def test_sifting_chooses_like_the_cpu(
         position = torch.arange(150)
         own = position // 3 + 20
         queries = torch.stack([position, own, own // 40 * 40, own - 1]).int()[:, None]
-    others = numbers, kind != "not causal", head_top_k, 60, queries
+    others = tuple(numbers), kind != "not causal", head_top_k, 60, queries
     expected = router.choose_cpu(q, keys, *others)
     assert torch.equal(router_kernel.choose_triton(q, keys, *others), expected)
 

@@ -330,7 +330,7 @@ class _Program(NamedTuple):
     Attributes:
         inputs: Places of tensors among the arguments.
         outputs: Size, stride and dtype of each result; None for one that is None.
-        single: Whether the result is one tensor, and no tuple.
+        single: Whether the function returns one result, and no tuple.
         workspace: Bytes of the workspace.
         zeros: Which results begin as zeros, and which bytes of the workspace.
         device: Where all is.
@@ -350,7 +350,7 @@ class _Program(NamedTuple):
         cls, call: _Call, args: tuple[Any, ...], result: Any, zeros: list[Tensor]
     ) -> "_Program | None":
         """Return the program of a call; None if other arguments may need another one."""
-        results = (result,) if isinstance(result, Tensor) else result
+        results = result if isinstance(result, tuple) else (result,)
         inputs = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
         bases = [*inputs.values(), *(x for x in results if x is not None)]
         by_storage: dict[int, int] = {}
@@ -395,7 +395,7 @@ class _Program(NamedTuple):
         return cls(
             tuple(inputs),
             tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in results),
-            isinstance(result, Tensor),
+            not isinstance(result, tuple),
             workspace,
             tuple(cleared),
             args[0].device,
