@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import Routing, diagnostics, patterns
+from moba_flex import Routing, diagnostics, patterns, route
 from perf.experiments import (
     blocks,
     continued,
     density,
+    gates,
     language,
     model,
     report,
@@ -126,6 +127,27 @@ def test_an_arm_switches_to_full_attention_at_its_share_of_the_steps() -> None:
     switched = [arm.at(step / 20).kind for step in range(20)]
     assert switched == ["moba"] * 18 + ["full"] * 2
     assert arm.at(1.0) == FULL
+
+
+@pytest.mark.parametrize(("block_size", "top_k"), [(16, 4), (32, 2), (64, 9)])
+def test_a_gate_without_spread_is_that_of_the_library(block_size: int, top_k: int) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 333, 8), torch.randn(2, 2, 333, 8)
+    expected = route(q, k, block_size=block_size, top_k=top_k, sink_blocks=1)
+    chosen = gates.choose(q, k, block_size, top_k, 0.0)
+    assert torch.equal(
+        diagnostics.routing_map(chosen, 333), diagnostics.routing_map(expected, 333)
+    )
+
+
+def test_a_gate_with_spread_scores_by_mean_and_extent() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 40, 8).double(), torch.randn(1, 1, 40, 8).double()
+    blocks = k[0, 0, :36].view(9, 4, 8)  # the last query lies in block 9
+    extent = (blocks.amax(1) - blocks.amin(1)) / 2
+    scores = blocks.mean(1) @ q[0, 0, -1] + 0.5 * extent @ q[0, 0, -1].abs()
+    best = {0, *(1 + scores[1:].topk(2).indices).tolist()}
+    assert set(gates.choose(q, k, 4, 4, 0.5).blocks[0, 0, -1].tolist()) == best
 
 
 def make_run(arm: Arm) -> tuple[Decoder, train.Batches, train.Recipe]:
@@ -293,6 +315,9 @@ def results(folder: Path) -> Path:
     }
     for name, (main, more) in mains.items():
         main([*run_arguments(folder, out / f"experiment_{name}.json"), *more])
+    sizes = ["--length", "128", "--gates", "16/3", "32/2", "--spreads", "0", "0.25"]
+    place = ["--tokens", "bytes", "--device", "cpu", "--out", str(out / "experiment_gates.json")]
+    gates.main(["--model", tiny_llama(folder), *sizes, *place])
     return out
 
 
@@ -328,16 +353,17 @@ def test_the_report_tells_what_was_run_and_what_was_not(results: Path, tmp_path:
     told = page.read_text()
     assert "was not run" not in told
     assert told.count("| full |") >= 5
+    assert "better at every gate" in told
     for line in told.splitlines():
         if line.startswith("!["):
             assert (tmp_path / line.partition("](")[2].removesuffix(")")).stat().st_size > 0
     report.main(["--results", str(tmp_path / "none"), "--out", str(page)])
     told = page.read_text()
-    assert told.count("was not run") == len(report.EXPERIMENTS)
+    assert told.count("was not run") == len(report.EXPERIMENTS) + 1
     assert "| full |" not in told
     document = json.loads((results / "experiment_language.json").read_text()) | {"runs": []}
     (tmp_path / "experiment_language.json").write_text(json.dumps(document))
     report.main(["--results", str(tmp_path), "--out", str(page)])
     told = page.read_text()
-    assert told.count("was not run") == len(report.EXPERIMENTS) - 1
+    assert told.count("was not run") == len(report.EXPERIMENTS)
     assert "experiment_language: no seed was finished by all arms" in told

@@ -7,6 +7,7 @@ on from there. Tables hold those seeds alone that all arms have finished.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -201,8 +202,7 @@ class Study:
 
     def save(self) -> None:
         """Write the results."""
-        self.options.out.parent.mkdir(parents=True, exist_ok=True)
-        self.options.out.write_text(json.dumps(self.document, indent=1) + "\n")
+        save_json(self.document, self.options.out)
 
     def make_model(self, seed: int) -> nn.Module:
         """Return a model in its first state."""
@@ -256,6 +256,14 @@ class Study:
             "attended": model.attended(self.preset.seq_len),
             "routing": rows,
         }
+
+
+def save_json(document: Document, path: Path) -> None:
+    """Write results so that a reader finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(fresh, path)
 
 
 def command(experiment: str, options: argparse.Namespace) -> str:
