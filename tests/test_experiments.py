@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_flex import Routing, diagnostics, patterns, route
+pytest.importorskip("tqdm")
+
+from moba_flex import diagnostics, patterns, route
 from perf.experiments import (
     blocks,
     continued,
@@ -30,6 +33,7 @@ from perf.experiments import (
 from perf.experiments.data import File, draw_windows, load_corpus, long_lines, read_files, split
 from perf.experiments.model import FULL, Arm, Decoder, Sizes
 
+HAS_TRANSFORMERS = find_spec("transformers") is not None
 SIZES = Sizes(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=256)
 SPARSE = Arm("moba", 16, 3)
 FIXED = tuple(replace(SPARSE, kind=kind) for kind in ("window", "sink window", "global local"))
@@ -63,15 +67,21 @@ def some_text(name: str, lines: int = 30) -> str:
 def test_every_arm_attends_to_as_many_keys_as_it_says(arm: Arm, length: int) -> None:
     torch.manual_seed(0)
     decoder = Decoder(SIZES, arm)
-    counted: list[float] = []
-
-    def note(layer: int, q: Tensor, k: Tensor, routing: Routing | None) -> None:
-        visible = (length + 1) / 2
-        counted.append(visible if routing is None else visible * diagnostics.density(routing))
-
-    decoder.observer = note
-    decoder(torch.randint(256, (2, length)))
+    rows = train.routing_statistics(decoder, torch.randint(256, (2, length)))
+    dense = SIZES.num_layers - len(rows)
+    assert dense == (SIZES.num_layers if arm.kind == "full" else arm.dense_layers)
+    counted = [*(row["attended"] for row in rows), *[(length + 1) / 2] * dense]
     assert sum(counted) / len(counted) == pytest.approx(decoder.attended(length))
+
+
+def test_compiled_models_tell_what_they_route() -> None:
+    torch.manual_seed(0)
+    decoder, ids = Decoder(SIZES, SPARSE), torch.randint(256, (1, 160))
+    eager = train.routing_statistics(decoder, ids)
+    decoder.compile(backend="eager")
+    assert train.routing_statistics(decoder, ids) == eager
+    assert [row["layer"] for row in eager] == [0, 1]
+    assert all(0 < row["recall"] < 1 and row["regret"] > 0 for row in eager)
 
 
 def test_sparse_arms_attend_to_equally_many_keys() -> None:
@@ -303,7 +313,7 @@ TEXT = ["--megabytes", "1"]
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Path:
-    """Run all experiments, and return the folder of their results."""
+    """Run all experiments that can run, and return the folder of their results."""
     out = folder / "results"
     mains: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
         "language": (language.main, TEXT),
@@ -311,13 +321,17 @@ def results(folder: Path) -> Path:
         "density": (density.main, TEXT),
         "blocks": (blocks.main, TEXT),
         "shared": (shared.main, TEXT),
-        "continued": (continued.main, [*TEXT, "--tokens", "bytes", "--model", tiny_llama(folder)]),
     }
+    if HAS_TRANSFORMERS:
+        more = [*TEXT, "--tokens", "bytes", "--model", tiny_llama(folder)]
+        mains["continued"] = continued.main, more
     for name, (main, more) in mains.items():
         main([*run_arguments(folder, out / f"experiment_{name}.json"), *more])
-    sizes = ["--length", "128", "--gates", "16/3", "32/2", "--spreads", "0", "0.25"]
-    place = ["--tokens", "bytes", "--device", "cpu", "--out", str(out / "experiment_gates.json")]
-    gates.main(["--model", tiny_llama(folder), *sizes, *place])
+    if HAS_TRANSFORMERS:
+        sizes = ["--length", "128", "--gates", "16/3", "32/2", "--spreads", "0", "0.25"]
+        place = ["--tokens", "bytes", "--device", "cpu"]
+        place += ["--out", str(out / "experiment_gates.json")]
+        gates.main(["--model", str(folder / "llama"), *sizes, *place])
     return out
 
 
@@ -337,6 +351,8 @@ def tiny_llama(folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", report.EXPERIMENTS)
 def test_every_experiment_runs(name: str, results: Path) -> None:
+    if name == "continued":
+        pytest.importorskip("transformers")
     document = json.loads((results / f"experiment_{name}.json").read_text())
     assert runs.complete_seeds(document) == [0]
     assert {row["arm"] for row in document["runs"]} == set(document["arms"])
@@ -348,6 +364,8 @@ def test_every_experiment_runs(name: str, results: Path) -> None:
 
 @pytest.mark.slow
 def test_the_report_tells_what_was_run_and_what_was_not(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
     page = tmp_path / "evidence.md"
     report.main(["--results", str(results), "--out", str(page)])
     told = page.read_text()

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from moba_flex import MoBAConfig
 from moba_flex.cli.pretrained import NAME, load_model
-from moba_flex.integrations.layout import Layout
-from moba_flex.integrations.transformers import apply, observe
 from perf.experiments.data import Corpus, load_corpus
-from perf.experiments.model import FULL, Arm, Observer
+from perf.experiments.model import FULL, Arm
 from perf.experiments.runs import (
     Column,
     Preset,
@@ -50,7 +48,6 @@ class Pretrained(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.observer: Observer | None = None
         self.arm = FULL
 
     @property
@@ -65,6 +62,8 @@ class Pretrained(nn.Module):
         if arm.kind == "full":
             self.model.set_attn_implementation("sdpa")
         elif arm.kind == "moba" and not arm.is_shared:
+            from moba_flex.integrations.transformers import apply
+
             layers = tuple(range(-arm.dense_layers, 0))
             config = MoBAConfig(arm.block_size, arm.top_k, arm.sink_blocks, dense_layers=layers)
             apply(self.model, config)
@@ -81,23 +80,7 @@ class Pretrained(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits `[B, L, vocab]`."""
-
-        def note(
-            layer: int | None,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            scale: float | None,
-            config: MoBAConfig,
-            layout: Layout,
-        ) -> None:
-            assert self.observer is not None
-            self.observer(layer or 0, q, k, self.arm.choose(q, k))
-
-        if self.observer is None:
-            return self.model(input_ids=ids, use_cache=False).logits
-        with observe(note):
-            return self.model(input_ids=ids, use_cache=False).logits
+        return self.model(input_ids=ids, use_cache=False).logits
 
 
 class PretrainedText(Text):

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from moba_flex import Routing, moba_attention, patterns, route, routed_attention
 
 Kind = Literal["full", "moba", "window", "sink window", "global local"]
-Observer = Callable[[int, Tensor, Tensor, Routing | None], None]
-"""Called with the layer's number, q, k, and the routing, None for full attention."""
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Called with q, k and v, `[B, H, L, D]`."""
 
@@ -191,10 +188,11 @@ class Sizes:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions; `collect` finds it by its `layer_idx`."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, layer_idx: int) -> None:
         super().__init__()
+        self.layer_idx = layer_idx
         self.head_dim = sizes.dim // sizes.num_heads
         width = (sizes.num_heads + 2 * sizes.num_kv_heads) * self.head_dim
         self.heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
@@ -219,10 +217,10 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated feed-forward layer, each after a norm and added to its input."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, layer_idx: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(sizes.dim, eps=1e-5) for _ in range(2))
-        self.attention = Attention(sizes)
+        self.attention = Attention(sizes, layer_idx)
         self.up = nn.Linear(sizes.dim, 2 * sizes.hidden, bias=False)
         self.down = nn.Linear(sizes.hidden, sizes.dim, bias=False)
 
@@ -244,9 +242,8 @@ class Decoder(nn.Module):
     def __init__(self, sizes: Sizes, arm: Arm = FULL) -> None:
         super().__init__()
         self.sizes, self.arm = sizes, arm
-        self.observer: Observer | None = None
         self.embed = nn.Embedding(sizes.vocab_size, sizes.dim)
-        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
+        self.layers = nn.ModuleList(Layer(sizes, idx) for idx in range(sizes.num_layers))
         self.norm = nn.RMSNorm(sizes.dim, eps=1e-5)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
@@ -269,23 +266,15 @@ class Decoder(nn.Module):
         places = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
         rates = torch.arange(0, head_dim, 2, device=ids.device, dtype=torch.float32) / head_dim
         angles = places[:, None] * self.sizes.rope_theta**-rates
-        fixed: Routing | None = None
         first_dense = len(self.layers) - self.arm.dense_layers
-        for number, layer in enumerate(self.layers):
+        fixed: Routing | None = None  # the same in all layers
 
-            def attend(
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                number: int = number,
-                arm: Arm = self.arm if number < first_dense else FULL,
-            ) -> Tensor:
-                nonlocal fixed
-                if arm.is_fixed and fixed is None:
-                    fixed = arm.choose(q, k)
-                if self.observer is not None:
-                    self.observer(number, q, k, arm.choose(q, k))
-                return arm.attend(q, k, v, fixed)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            nonlocal fixed
+            if self.arm.is_fixed and fixed is None:
+                fixed = self.arm.choose(q, k)
+            return self.arm.attend(q, k, v, fixed)
 
-            x = layer(x, angles, attend)
+        for idx, layer in enumerate(self.layers):
+            x = layer(x, angles, attend if idx < first_dense else FULL.attend)
         return F.linear(self.norm(x), self.embed.weight)

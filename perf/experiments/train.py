@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from moba_flex import Routing, diagnostics
-from perf.experiments.model import Arm, Observer
+from moba_flex.diagnostics import collect
+from perf.experiments.model import Arm
 from perf.timing import synced_clock
 
 IGNORED = -100
@@ -39,7 +39,6 @@ class Learner(Protocol):
     """A language model with a choice of attention."""
 
     arm: Arm
-    observer: Observer | None
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return logits."""
@@ -238,35 +237,22 @@ def routing_statistics(model: Any, ids: Tensor) -> list[dict[str, float]]:
         ids: Tokens, `[B, L]`.
 
     Returns:
-        A row for each layer that does not attend to all: `attended`, keys a query attends to on
-        average, and means over heads of `recall`, `entropy` and `imbalance`; see
-        `moba_flex.diagnostics`.
+        A row for each layer that does not attend to all: `layer`, `attended`, keys a query attends
+        to on average, and means over heads of the measures of `moba_flex.diagnostics.collect`.
     """
-    rows = []
-
-    def note(layer: int, q: Tensor, k: Tensor, routing: Routing | None) -> None:
-        if routing is None:
-            return
-        routing = routing.as_set(q.shape[1])
-        attended = diagnostics.density(routing) * (k.shape[2] + 1) / 2
-        means = {
-            "recall": diagnostics.attention_recall(q, k, routing, rows=128).mean(),
-            "entropy": diagnostics.routing_entropy(routing).mean(),
-            "imbalance": diagnostics.load_imbalance(routing).mean(),
-        }
-        numbers = {name: float(value) for name, value in means.items()}
-        rows.append({"layer": layer, "attended": attended} | numbers)
-
     model.eval()
-    model.observer = note
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda),
-        ):
-            model(ids)
-    finally:
-        model.observer = None
+    with (
+        torch.no_grad(),
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda),
+        torch.compiler.set_stance("force_eager"),  # compiled graphs are not measured
+        collect(model) as layers,
+    ):
+        model(ids)
+    rows = []
+    for name, layer in layers.items():
+        means = {measure: float(x.nanmean()) for measure, x in layer.means().items()}
+        attended = means["density"] * (ids.shape[1] + 1) / 2
+        rows.append({"layer": model.get_submodule(name).layer_idx, "attended": attended} | means)
     return rows
 
 
