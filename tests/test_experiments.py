@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,6 +123,49 @@ def test_no_token_is_read_before_its_time(arm: Arm) -> None:
         before, after = decoder(ids), decoder(changed)
     assert torch.allclose(before[:, :70], after[:, :70], atol=1e-9)
     assert not torch.allclose(before[:, 70:], after[:, 70:])
+
+
+def test_keys_are_mixed_with_those_before() -> None:
+    conv = model.KeyConv(1, 2, 3)
+    k = torch.randn(1, 1, 5, 2)
+    assert torch.equal(conv(k), k)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[1.0, 10.0, 100.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 3))
+    a, b = k[0, 0].T
+    first = torch.stack([a[i] + 10 * a[max(i - 1, 0)] * (i > 0) for i in range(5)])
+    first += torch.stack([100 * a[max(i - 2, 0)] * (i > 1) for i in range(5)])
+    second = torch.stack([b[max(i - 2, 0)] * (i > 1) for i in range(5)])
+    expected = k + torch.nn.functional.silu(torch.stack((first, second), 1))
+    assert torch.allclose(conv(k), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", [FULL, SPARSE], ids=lambda arm: arm.name)
+def test_convolution_starts_as_nothing_learns_and_sees_no_later_token(arm: Arm) -> None:
+    ids = torch.randint(256, (1, 100), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plain = Decoder(SIZES, arm)
+    torch.manual_seed(0)
+    decoder = Decoder(replace(SIZES, key_conv=3), arm)
+    assert torch.equal(decoder(ids), plain(ids))
+    train.token_losses(decoder, ids[:, :-1], ids[:, 1:]).mean().backward()
+    weights = [layer.attention.mix.weight for layer in decoder.layers]
+    for weight in weights:
+        assert weight.grad.abs().max() > 0
+        torch.nn.init.normal_(weight)
+    changed = ids.clone()
+    changed[:, 70:] = 0
+    with torch.no_grad():
+        before, after = decoder.double()(ids), decoder(changed)
+    assert torch.allclose(before[:, :70], after[:, :70], atol=1e-9)
+
+
+def test_arms_may_have_a_convolution_by_name() -> None:
+    (arm,) = runs.pick_arms(language.ARMS, ["moba 512/3, conv 3"])
+    assert arm == replace(language.LARGE, key_conv=3)
+    assert arm.attended(2000) == language.LARGE.attended(2000)
+    assert not any(arm.key_conv for arm in runs.pick_arms(language.ARMS, None))
+    with pytest.raises(SystemExit, match="--arms must be of"):
+        runs.pick_arms(language.ARMS, ["moba 512/3, conv 4"])
 
 
 def test_queries_of_a_tile_choose_by_the_queries_up_to_its_first() -> None:
@@ -316,8 +359,8 @@ def results(folder: Path) -> Path:
     """Run all experiments that can run, and return the folder of their results."""
     out = folder / "results"
     mains: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
-        "language": (language.main, TEXT),
-        "retrieval": (retrieval.main, []),
+        "language": (language.main, [*TEXT, "--arms", *with_conv(language.ARMS)]),
+        "retrieval": (retrieval.main, ["--arms", *with_conv(retrieval.ARMS)]),
         "density": (density.main, TEXT),
         "blocks": (blocks.main, TEXT),
         "shared": (shared.main, TEXT),
@@ -333,6 +376,12 @@ def results(folder: Path) -> Path:
         place += ["--out", str(out / "experiment_gates.json")]
         gates.main(["--model", str(folder / "llama"), *sizes, *place])
     return out
+
+
+def with_conv(arms: Sequence[Arm]) -> list[str]:
+    """Return the names of all arms, and one with a convolution."""
+    fitted = [runs.PRESETS["tiny"].fit(arm) for arm in arms]
+    return [*(arm.name for arm in fitted), f"{fitted[1].name}, conv 3"]
 
 
 def tiny_llama(folder: Path) -> str:

@@ -7,6 +7,7 @@ many steps with full attention and with MoBA. Its weights, of 93 MB, are those o
 without a network, put their file into `$MOBA_FLEX_CACHE`, or name a folder by --model.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,12 +89,16 @@ class PretrainedText(Text):
 
     def __init__(self, corpus: Corpus, name: str | None) -> None:
         super().__init__(corpus)
-        self.name = name
+        self.name, self.loaded = name, None
         self.facts = corpus.facts | {"model": name or NAME}
 
-    def make_model(self, preset: Preset) -> nn.Module:
-        """Return the model as it was loaded."""
-        return Pretrained(load_model(self.name, dtype=torch.float32))
+    def make_model(self, preset: Preset, arm: Arm) -> nn.Module:
+        """Return the model as it was loaded; only once is its file decoded, in half a minute."""
+        if arm.key_conv:
+            raise ValueError(f"arm must be without convolution for {NAME}, got {arm.name}")
+        if self.loaded is None:
+            self.loaded = load_model(self.name, dtype=torch.float32)
+        return Pretrained(copy.deepcopy(self.loaded))
 
 
 def measure(study: Study, text: Text, model: Any) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = pick_arms([preset.fit(arm) for arm in ARMS], options.arms)
     study = Study("continued", options, preset, text, arms, LR)
     if "before" not in study.document:
-        study.document["before"] = measure(study, text, study.make_model(0))
+        study.document["before"] = measure(study, text, study.make_model(FULL, 0))
         study.save()
     before = study.document["before"]["at"]
     print("perplexity before:", {name: round(x["perplexity"], 3) for name, x in before.items()})

@@ -35,6 +35,8 @@ class Arm:
         shared_queries: How many neighbouring queries choose together; see `shared_choice`.
         dense_layers: How many of the last layers keep full attention.
         full_share: Share of the training steps, the last ones, with full attention.
+        key_conv: Positions whose keys `KeyConv` mixes; 0 for none. It is a part of the model, and
+            stays where the arm is replaced.
     """
 
     kind: Kind
@@ -45,19 +47,20 @@ class Arm:
     shared_queries: int = 1
     dense_layers: int = 0
     full_share: float = 0.0
+    key_conv: int = 0
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        if self.kind == "full":
-            return "full"
-        parts = [f"{self.kind} {self.block_size}/{self.top_k}"]
+        sizes = "" if self.kind == "full" else f" {self.block_size}/{self.top_k}"
+        parts = [f"{self.kind}{sizes}"]
         parts += [f"sink {self.sink_blocks}"] if self.sink_blocks else []
         parts += ["heads share"] if self.shared_heads else []
         parts += [f"{self.shared_queries} queries share"] if self.shared_queries > 1 else []
         last = "last layer" if self.dense_layers == 1 else f"last {self.dense_layers} layers"
         parts += [f"{last} full"] if self.dense_layers else []
         parts += [f"last {self.full_share:.0%} of steps full"] if self.full_share else []
+        parts += [f"conv {self.key_conv}"] if self.key_conv else []
         return ", ".join(parts)
 
     def at(self, done: float) -> "Arm":
@@ -179,12 +182,42 @@ class Sizes:
     num_heads: int
     num_kv_heads: int
     vocab_size: int
+    key_conv: int = 0
     rope_theta: float = 500_000.0
 
     @property
     def hidden(self) -> int:
         """Width of the feed-forward layers: 8/3 of `dim`, as a multiple of 64."""
         return max(1, round(8 * self.dim / 3 / 64)) * 64
+
+
+class KeyConv(nn.Module):
+    """Mix each number of a key with those of the keys before it, as a residual.
+
+        k'_i = k_i + silu(sum_j weight_j * k_(i - j)),  j = 0 .. width - 1
+
+    Then the keys of a block tell more of each other, and so does their mean. The weights are zero
+    at first, so that a model starts as the same function as one without. There are no documents
+    here: the first keys of a packed document would see the last ones of the document before, a
+    rank of context parallel would need `width - 1` keys of its neighbour, and a cache would have
+    to keep as many unmixed keys.
+
+    Args:
+        num_heads: Number of key heads.
+        head_dim: Size of a key.
+        width: Positions to mix.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads, 1, head_dim, width))
+
+    def forward(self, k: Tensor) -> Tensor:
+        """Return the mixed keys, `[B, H, L, D]`."""
+        width = self.weight.shape[3]
+        windows = F.pad(k, (0, 0, width - 1, 0)).unfold(2, width, 1)
+        mixed = (windows * self.weight.flip(3)).sum(4)
+        return k + F.silu(mixed).to(k.dtype)
 
 
 class Attention(nn.Module):
@@ -198,12 +231,14 @@ class Attention(nn.Module):
         self.heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
         self.qkv = nn.Linear(sizes.dim, width, bias=False)
         self.out = nn.Linear(sizes.dim, sizes.dim, bias=False)
+        conv = sizes.key_conv
+        self.mix = KeyConv(sizes.num_kv_heads, self.head_dim, conv) if conv else nn.Identity()
 
     def forward(self, x: Tensor, angles: Tensor, attend: Attend) -> Tensor:
         """Return what attention by `attend` adds to `x` `[B, L, dim]`."""
         qkv = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split(self.heads, dim=1)
-        attended = attend(rotate(q, angles), rotate(k, angles), v)
+        attended = attend(rotate(q, angles), rotate(self.mix(k), angles), v)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 

@@ -264,6 +264,8 @@ def comparisons(document: Document, section: Section) -> str:
     arms = document["arms"]
     pairs = [(arm, "full") for arm in arms if arm != "full" and "full" in arms]
     pairs += [(arm, other) for arm in arms for other in controls(document, arm)]
+    plain = [(arm, arm.partition(", conv")[0]) for arm in arms if ", conv" in arm]
+    pairs += [(arm, other) for arm, other in plain if other in arms and other != "full"]
     for arm, other in pairs:
         cells = []
         for column, lower in section.compare:

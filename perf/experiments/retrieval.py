@@ -100,9 +100,9 @@ class RecallTask:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {"task": "recall", "kinds": KINDS}
 
-    def make_model(self, preset: Preset) -> nn.Module:
+    def make_model(self, preset: Preset, arm: Arm) -> nn.Module:
         """Return a decoder."""
-        return Decoder(preset.sizes(3 * KINDS))
+        return Decoder(preset.sizes(3 * KINDS, arm))
 
     def batches(self, seed: int, preset: Preset) -> Batches:
         """Return sequences that no other step has."""

@@ -40,6 +40,7 @@ Document = dict[str, Any]
 
 CURVE = 60  # lines of the log that go into the results
 BINS = 16  # of positions
+CONVS = (3, 5)  # widths of key convolution that arms may have by name
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Preset:
     shrink: int = 1
     windows: int = 32
 
-    def sizes(self, vocab_size: int) -> Sizes:
-        """Return the sizes of the decoder."""
+    def sizes(self, vocab_size: int, arm: Arm) -> Sizes:
+        """Return the sizes of the decoder of an arm."""
         layers, heads, kv_heads = self.num_layers, self.num_heads, self.num_kv_heads
-        return Sizes(self.dim, layers, heads, kv_heads, vocab_size)
+        return Sizes(self.dim, layers, heads, kv_heads, vocab_size, arm.key_conv)
 
     def fit(self, arm: Arm) -> Arm:
         """Return the arm with blocks and tiles of queries for these sequences."""
@@ -93,8 +94,11 @@ class Task(Protocol):
 
     facts: dict[str, Any]
 
-    def make_model(self, preset: Preset) -> nn.Module:
-        """Return a `Learner` in its first state, which the random seed alone decides."""
+    def make_model(self, preset: Preset, arm: Arm) -> nn.Module:
+        """Return a `Learner` in its first state, which the random seed alone decides.
+
+        Of the arm it has the weights alone; how it attends is set later.
+        """
         ...
 
     def batches(self, seed: int, preset: Preset) -> Batches:
@@ -108,9 +112,9 @@ class Text:
     def __init__(self, corpus: Corpus) -> None:
         self.corpus, self.facts = corpus, corpus.facts
 
-    def make_model(self, preset: Preset) -> nn.Module:
+    def make_model(self, preset: Preset, arm: Arm) -> nn.Module:
         """Return a decoder."""
-        return Decoder(preset.sizes(self.corpus.vocab_size))
+        return Decoder(preset.sizes(self.corpus.vocab_size, arm))
 
     def batches(self, seed: int, preset: Preset) -> Batches:
         """Return windows of the training text at random places."""
@@ -204,17 +208,17 @@ class Study:
         """Write the results."""
         save_json(self.document, self.options.out)
 
-    def make_model(self, seed: int) -> nn.Module:
+    def make_model(self, arm: Arm, seed: int) -> nn.Module:
         """Return a model in its first state."""
         torch.manual_seed(seed)
-        model = self.task.make_model(self.preset).to(self.device)
+        model = self.task.make_model(self.preset, arm).to(self.device)
         if self.options.compile:
             model.compile()
         return model
 
     def train(self, arm: Arm, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         """Return a model that was trained, and what its training tells."""
-        model = self.make_model(seed)
+        model = self.make_model(arm, seed)
         not_of_training = ("preset", "windows", "shrink")
         key = {name: x for name, x in self.settings.items() if name not in not_of_training}
         folder = run_folder(self.options.folder, key | {"arm": asdict(arm), "seed": seed})
@@ -323,8 +327,10 @@ def preset_of(options: argparse.Namespace, presets: Mapping[str, Preset] = PRESE
 
 
 def pick_arms(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
-    """Return the arms of these names, all for None."""
+    """Return the arms of these names, all for None; a name may end in ", conv" and a width."""
     known = {arm.name: arm for arm in arms}
+    convs = [replace(arm, key_conv=width) for arm in arms for width in CONVS]
+    known |= {arm.name: arm for arm in convs if arm.name in (names or ())}
     for name in names or ():
         if name not in known:
             raise SystemExit(f"--arms must be of {sorted(known)}, got {name!r}")
