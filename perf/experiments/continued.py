@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moba_flex import MoBAConfig
 from moba_flex.cli.pretrained import NAME, load_model
 from perf.experiments.data import Corpus, load_corpus
+from perf.experiments.files import lock
 from perf.experiments.model import FULL, Arm
 from perf.experiments.runs import (
     Column,
@@ -136,9 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = PretrainedText(corpus, options.model)
     arms = pick_arms([preset.fit(arm) for arm in ARMS], options.arms)
     study = Study("continued", options, preset, text, arms, LR)
-    if "before" not in study.document:
-        study.document["before"] = measure(study, text, study.make_model(FULL, 0))
+    with lock(options.folder / f"{options.out.name}.before.lock"):
         study.save()
+        if "before" not in study.document:
+            study.document["before"] = measure(study, text, study.make_model(FULL, 0))
+            study.save()
     before = study.document["before"]["at"]
     print("perplexity before:", {name: round(x["perplexity"], 3) for name, x in before.items()})
     study.run(lambda model, arm: measure(study, text, model), COLUMNS)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from perf.experiments.files import lock, save
+
 Tokens = Literal["bytes", "smollm2"]
 
 SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
@@ -65,29 +67,31 @@ def load_corpus(
         roots: Folders of packages; those of this Python if None.
     """
     path = folder / f"corpus-{tokens}-{megabytes}.pt"
-    if not path.exists():
-        train, validation = split(read_files(roots or python_roots()), megabytes * 10**6)
-        parts = [encode(files, tokens) for files in (train, validation)]
-        vocab_size = parts[0][1]
-        facts: dict[str, Any] = {
-            f"{name}_{fact}": value
-            for name, files, (ids, _) in zip(
-                ("train", "validation"), (train, validation), parts, strict=True
-            )
-            for fact, value in {
-                "tokens": len(ids),
-                "files": len(files),
-                "packages": len({file.package for file in files}),
-                "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
-            }.items()
-        }
-        lines = known_lines(train)
-        leaked = shared_lines("\n".join(file.text for file in validation), lines)
-        facts["validation_lines_in_train"] = round(leaked, 5)
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = Corpus(parts[0][0], parts[1][0], vocab_size, {"tokens": tokens, **facts})
-        torch.save(vars(kept), path)
+    with lock(path.with_suffix(".lock")):
+        if not path.exists():
+            save(vars(make_corpus(tokens, megabytes, roots or python_roots())), path)
     return Corpus(**torch.load(path))
+
+
+def make_corpus(tokens: Tokens, megabytes: int, roots: Sequence[Path]) -> Corpus:
+    """Read packages, split them and encode both parts; see `load_corpus`."""
+    train, validation = split(read_files(roots), megabytes * 10**6)
+    parts = [encode(files, tokens) for files in (train, validation)]
+    facts: dict[str, Any] = {
+        f"{name}_{fact}": value
+        for name, files, (ids, _) in zip(
+            ("train", "validation"), (train, validation), parts, strict=True
+        )
+        for fact, value in {
+            "tokens": len(ids),
+            "files": len(files),
+            "packages": len({file.package for file in files}),
+            "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        }.items()
+    }
+    leaked = shared_lines("\n".join(file.text for file in validation), known_lines(train))
+    facts["validation_lines_in_train"] = round(leaked, 5)
+    return Corpus(parts[0][0], parts[1][0], parts[0][1], {"tokens": tokens, **facts})
 
 
 def python_roots() -> list[Path]:

@@ -25,7 +25,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from moba_flex import Routing, routed_attention
 from moba_flex.cli.pretrained import NAME, load_model
 from perf.experiments.data import File, encode
-from perf.experiments.runs import Document, save_json, spread
+from perf.experiments.files import write_json
+from perf.experiments.runs import Document, spread
 from perf.timing import ROOT, machine_info
 
 GATES = ("64/4", "64/8", "128/4")
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assert part.shape[1] == options.length
         runs = measure(model, part, settings["gates"], settings["spreads"])
         document["texts"].append({"name": name, "runs": runs})
-        save_json(document, options.out)
+        write_json(document, options.out)
     for gate in settings["gates"]:
         for c in settings["spreads"]:
             perplexity = math.exp(statistics.mean(losses(document, gate, c)))

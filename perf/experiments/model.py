@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba_flex import Routing, moba_attention, patterns, route, routed_attention
 
@@ -19,6 +20,12 @@ Kind = Literal["full", "moba", "window", "sink window", "global local"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Called with q, k and v, `[B, H, L, D]`."""
 
+DENSE_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 GLOBAL_SHARE = 1 / 2  # of the blocks beside the own one, in "global local"
 
 
@@ -89,8 +96,13 @@ class Arm:
         return float((places % self.block_size + 1 + others).double().mean())
 
     def choose(self, q: Tensor, k: Tensor) -> Routing | None:
-        """Return the blocks that queries attend to; None for full attention."""
+        """Return the blocks that queries attend to; None for full attention.
+
+        Fixed patterns are listed once for the heads of a group, which spares them most sorting.
+        """
         size, others = self.block_size, self.top_k - 1
+        if self.is_fixed:
+            q = q[:, : k.shape[1]]
         match self.kind:
             case "full":
                 return None
@@ -120,7 +132,8 @@ class Arm:
             fixed: What `choose` gives, if the arm is fixed; it is the same in all layers.
         """
         if self.kind == "full":
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         if self.is_fixed or self.is_shared:
             routing = self.choose(q, k) if fixed is None else fixed
             assert routing is not None

@@ -2,12 +2,12 @@
 
 Every arm of an experiment is trained for equally many steps on the same tokens, from the same
 weights. When the minutes are over, the run at hand is kept as a checkpoint; the same command goes
-on from there. Tables hold those seeds alone that all arms have finished.
+on from there. Several processes may run the same command: each takes runs that no other has at
+hand, and all write to the same results. Tables hold those seeds alone that all arms have finished.
 """
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from perf.experiments.data import Corpus, Tokens, draw_windows, even_windows, load_corpus
+from perf.experiments.files import lock, write_json
 from perf.experiments.model import Arm, Decoder, Sizes
 from perf.experiments.train import (
     Batches,
@@ -40,6 +41,7 @@ Document = dict[str, Any]
 
 CURVE = 60  # lines of the log that go into the results
 BINS = 16  # of positions
+PLACES = ("minutes", "started", "device", "out", "folder", "arms")  # no part of a command
 CONVS = (3, 5)  # widths of key convolution that arms may have by name
 
 
@@ -162,7 +164,7 @@ class Study:
         lr: float = Recipe.lr,
     ) -> None:
         self.options, self.preset, self.task, self.arms = options, preset, task, arms
-        self.deadline = time.monotonic() + 60 * options.minutes
+        self.deadline = options.started + 60 * options.minutes
         self.device = torch.device(options.device)
         self.recipe = Recipe(preset.steps, lr, every=max(1, min(10, preset.steps // 4)))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -195,6 +197,11 @@ class Study:
                     f"{before.get(name)!r}, got {now.get(name)!r}: write to another --out"
                 )
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the minutes are over."""
+        return time.monotonic() > self.deadline
+
     def has(self, arm: Arm, seed: int) -> bool:
         """Return whether the results hold a run."""
         return any((x["arm"], x["seed"]) == (arm.name, seed) for x in self.document["runs"])
@@ -205,8 +212,12 @@ class Study:
         self.save()
 
     def save(self) -> None:
-        """Write the results."""
-        save_json(self.document, self.options.out)
+        """Write the results, and take over what other processes have written since."""
+        out = self.options.out
+        with lock(self.options.folder / f"{out.name}.lock"):
+            if out.exists():
+                self.document = merged(json.loads(out.read_text()), self.document)
+            write_json(self.document, out)
 
     def make_model(self, arm: Arm, seed: int) -> nn.Module:
         """Return a model in its first state."""
@@ -216,16 +227,21 @@ class Study:
             model.compile()
         return model
 
-    def train(self, arm: Arm, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        """Return a model that was trained, and what its training tells."""
-        model = self.make_model(arm, seed)
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Return the folder of a run."""
         not_of_training = ("preset", "windows", "shrink")
         key = {name: x for name, x in self.settings.items() if name not in not_of_training}
-        folder = run_folder(self.options.folder, key | {"arm": asdict(arm), "seed": seed})
+        return run_folder(self.options.folder, key | {"arm": asdict(arm), "seed": seed})
+
+    def train(self, arm: Arm, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """Return a model that was trained, and what its training tells."""
+        model, folder = self.make_model(arm, seed), self.run_folder(arm, seed)
         batches = self.task.batches(seed, self.preset)
         title = f"{arm.name}, seed {seed}"
         log = train(model, arm, batches, self.recipe, folder, deadline=self.deadline, title=title)
-        told = {"arm": arm.name, "seed": seed, **step_seconds(log)}
+        told: dict[str, Any] = {"arm": arm.name, "seed": seed}
+        if not self.options.together:
+            told |= step_seconds(log)
         told["train_seconds"] = sum(
             (line["step"] - before) * line["step_seconds"]
             for line, before in zip(log, [0, *(x["step"] for x in log)], strict=False)
@@ -236,15 +252,24 @@ class Study:
         return model, told
 
     def run(self, measure: Measure, columns: Sequence[Column]) -> None:
-        """Train and measure all arms for each seed until the minutes are over; print the table."""
+        """Train and measure all arms for each seed until the minutes are over; print the table.
+
+        Runs that another process has at hand are left to it.
+        """
         try:
             for seed in range(self.options.seeds):
                 for arm in self.arms:
-                    if not self.has(arm, seed):
-                        model, told = self.train(arm, seed)
-                        self.add(told | measure(model, arm))
+                    with lock(self.run_folder(arm, seed) / "lock", wait=False) as held:
+                        self.save()
+                        if held and not self.has(arm, seed):
+                            model, told = self.train(arm, seed)
+                            self.add(told | measure(model, arm))
         except OutOfTime as error:
             print(f"{error}: the same command goes on from there")
+        self.tell(columns)
+
+    def tell(self, columns: Sequence[Column]) -> None:
+        """Print the table."""
         self.save()
         print(table(self.document, columns))
 
@@ -262,21 +287,26 @@ class Study:
         }
 
 
-def save_json(document: Document, path: Path) -> None:
-    """Write results so that a reader finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(fresh, path)
+def merged(old: Document, new: Document) -> Document:
+    """Return the results of two processes as one."""
+    united: dict[str, Any] = {
+        name: list(dict.fromkeys([*old.get(name, ()), *new[name]]))
+        for name in ("arms", "commands")
+    }
+    known = {(row["arm"], row["seed"]) for row in new["runs"]}
+    rows = [row for row in old["runs"] if (row["arm"], row["seed"]) not in known]
+    united["runs"] = [*rows, *new["runs"]]
+    united["seeds"] = max(old["seeds"], new["seeds"])
+    return old | new | united
 
 
 def command(experiment: str, options: argparse.Namespace) -> str:
     """Return the command whose results are these, but for places."""
     words = [f"python -m perf.experiments.{experiment}"]
     for name, value in vars(options).items():
-        if name == "compile":
-            words += ["--compile"] if value else []
-        elif value is not None and name not in ("minutes", "device", "out", "folder", "arms"):
+        if isinstance(value, bool):
+            words += [f"--{name}"] if value else []
+        elif value is not None and name not in PLACES:
             words.append(f"--{name} {value}")
     if options.arms:
         words += ["--arms", *(f'"{name}"' for name in options.arms)]
@@ -301,6 +331,10 @@ def make_parser(
     parser.add_argument("--preset", choices=presets, default="small" if cuda else "tiny")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
+    parser.set_defaults(started=time.monotonic())
+    parser.add_argument(
+        "--together", action="store_true", help="other processes use the device: tell no times"
+    )
     parser.add_argument("--steps", type=int, help="of training, for all arms")
     parser.add_argument("--batch", type=int, help="sequences of a step")
     parser.add_argument("--arms", nargs="+", help="names of the arms to run; all if left out")
@@ -396,9 +430,9 @@ def key(name: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda row: row.get(name)
 
 
-def milliseconds(row: Mapping[str, Any]) -> float:
-    """Return the time of a training step in ms."""
-    return 1e3 * row["step_seconds"]
+def milliseconds(row: Mapping[str, Any]) -> float | None:
+    """Return the time of a training step in ms; None if other processes used the device."""
+    return 1e3 * row["step_seconds"] if "step_seconds" in row else None
 
 
 TEXT_COLUMNS = [

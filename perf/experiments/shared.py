@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study, text = study_text("shared", options, ARMS)
 
     def measure(model: nn.Module, arm: Arm) -> dict[str, Any]:
-        return study.measure_text(text, model) | attention_times(study, arm)
+        losses = study.measure_text(text, model)
+        return losses if options.together else losses | attention_times(study, arm)
 
     study.run(measure, COLUMNS)
 

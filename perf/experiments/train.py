@@ -7,7 +7,6 @@ weights. A finished run is not trained again, by whichever experiment it is want
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from moba_flex.diagnostics import collect
+from perf.experiments.files import save
 from perf.experiments.model import Arm
 from perf.timing import synced_clock
 
+KEEP_SECONDS = 60  # between checkpoints, for processes that are killed
 IGNORED = -100
 """The target of a position that has none."""
 
@@ -123,21 +124,21 @@ def train(
     start = 0
     if final.exists():
         model.load_state_dict(torch.load(final, map_location=device))
-        lines = (folder / "log.jsonl").read_text().splitlines()
         learner.arm = arm.at(1.0)
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, log = state["step"], state["log"]
 
-    def save(step: int) -> None:
+    def keep(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        _save(state | {"step": step, "log": log}, checkpoint)
+        save(state | {"step": step, "log": log}, checkpoint)
 
     model.train()
     clock, since = synced_clock(), start
+    kept: float | None = None
     bar = tqdm(
         range(start, recipe.steps),
         desc=title,
@@ -147,45 +148,39 @@ def train(
         leave=False,
     )
     for step in bar:
-        if time.monotonic() > deadline:
-            save(step)
+        now = time.monotonic()
+        if now > deadline:
+            keep(step)
             raise OutOfTime(f"{title} stopped at step {step} of {recipe.steps}")
+        kept = now if kept is None else kept
+        if now - kept > KEEP_SECONDS:
+            keep(step)
+            kept = now
         learner.arm = arm.at(step / recipe.steps)
         rate = recipe.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids, targets = (x.to(device) for x in batches(step))
-        loss = token_losses(model, ids, targets).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+        loss, norm = train_step(model, optimizer, ids, targets, recipe.clip)
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             value = loss.item()
             if not math.isfinite(value):
                 raise ValueError(f"loss must be finite, got {value} in step {step} of {title}")
-            now = synced_clock()
-            seconds = (now - clock) / (step + 1 - since)
-            clock, since = now, step + 1
+            end = synced_clock()
+            seconds = (end - clock) / (step + 1 - since)
+            clock, since = end, step + 1
             log.append(
                 {"step": step + 1, "loss": value, "lr": rate, "norm": float(norm)}
                 | {"step_seconds": seconds, "attended": learner.attended(ids.shape[1])}
                 | {"switched": float(learner.arm.kind != arm.kind)}
             )
             bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-            with (folder / "log.jsonl").open("w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in log)
-    _save(model.state_dict(), final)
+            lines = "".join(json.dumps(line) + "\n" for line in log)
+            (folder / "log.jsonl").write_text(lines)
+    save(model.state_dict(), final)
     checkpoint.unlink(missing_ok=True)
     learner.arm = arm.at(1.0)
     return log
-
-
-def _save(state: Any, path: Path) -> None:
-    """Save so that a reader finds the old file or the new one."""
-    fresh = path.with_suffix(".tmp")
-    torch.save(state, fresh)
-    os.replace(fresh, path)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -196,19 +191,37 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     for weight in model.parameters():
         matrix = weight.dim() == 2 and id(weight) not in embeddings
         (decayed if matrix else others).append(weight)
+    on_gpu = next(model.parameters()).is_cuda
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=on_gpu)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Take a step of training, and return the mean loss and the norm of the gradient before it."""
+    losses = token_losses(model, ids, targets)
+    loss = losses.sum() / (targets != IGNORED).sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss.detach(), norm
 
 
 def token_losses(model: Callable[[Tensor], Tensor], ids: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each target that is not ignored; by autocast to bfloat16 on CUDA."""
+    """Return the loss of each target, `[B, L]`, 0 for those that are ignored.
+
+    By autocast to bfloat16 on CUDA. Nothing waits for the device.
+    """
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         logits = model(ids)
-    kept = targets != IGNORED
-    return F.cross_entropy(logits[kept].float(), targets[kept], reduction="none")
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
 
 
 def losses_by_position(model: nn.Module, windows: Tensor, batch: int) -> Tensor:
@@ -223,7 +236,7 @@ def losses_by_position(model: nn.Module, windows: Tensor, batch: int) -> Tensor:
     model.eval()
     with torch.no_grad():
         rows = [
-            token_losses(model, ids[:, :-1], ids[:, 1:]).view(len(ids), -1).cpu()
+            token_losses(model, ids[:, :-1], ids[:, 1:]).cpu()
             for ids in (part.to(device) for part in windows.split(batch))
         ]
     return torch.cat(rows)
