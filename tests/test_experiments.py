@@ -21,6 +21,7 @@ from perf.experiments import (
     blocks,
     continued,
     density,
+    files,
     gates,
     language,
     model,
@@ -28,6 +29,7 @@ from perf.experiments import (
     retrieval,
     runs,
     shared,
+    steps,
     train,
 )
 from perf.experiments.data import File, draw_windows, load_corpus, long_lines, read_files, split
@@ -148,8 +150,10 @@ def test_convolution_starts_as_nothing_learns_and_sees_no_later_token(arm: Arm) 
     decoder = Decoder(replace(SIZES, key_conv=3), arm)
     assert torch.equal(decoder(ids), plain(ids))
     train.token_losses(decoder, ids[:, :-1], ids[:, 1:]).mean().backward()
-    weights = [layer.attention.mix.weight for layer in decoder.layers]
+    weights = [x.weight for x in decoder.modules() if isinstance(x, model.KeyConv)]
+    assert len(weights) == SIZES.num_layers
     for weight in weights:
+        assert weight.grad is not None
         assert weight.grad.abs().max() > 0
         torch.nn.init.normal_(weight)
     changed = ids.clone()
@@ -346,6 +350,67 @@ def test_minutes_that_are_over_leave_what_was_done(
     assert [row["seed"] for row in json.loads((tmp_path / "out.json").read_text())["runs"]] == [0]
 
 
+def test_a_run_that_another_process_has_at_hand_is_left_to_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    arguments = [*run_arguments(folder, tmp_path / "out.json"), *TEXT, "--together"]
+    arguments += ["--batch", "1", "--arms", "full", "moba 4/24"]
+    before = set(folder.iterdir())
+    blocks.main([*arguments, "--minutes", "0"])  # makes the folder of the first run
+    (run,) = set(folder.iterdir()) - before - {folder / "out.json.lock"}
+    with files.lock(run / "lock") as held:
+        assert held
+        blocks.main(arguments)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert [row["arm"] for row in told["runs"]] == ["moba 4/24"]
+    assert "step_seconds" not in told["runs"][0]
+    blocks.main(arguments)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert [row["arm"] for row in told["runs"]] == ["moba 4/24", "full"]
+
+
+def test_results_of_two_processes_become_one() -> None:
+    common: dict[str, Any] = {"arms": ["a"], "commands": ["x"], "seeds": 1}
+    old = common | {"runs": [{"arm": "a", "seed": 0}], "before": 1}
+    new = common | {"runs": [{"arm": "b", "seed": 0}], "arms": ["b"], "seeds": 2}
+    both = runs.merged(old, new)
+    assert both["runs"] == [*old["runs"], *new["runs"]]
+    assert (both["arms"], both["seeds"], both["before"]) == (["a", "b"], 2, 1)
+    assert runs.merged(both, new) == both
+
+
+def test_a_run_is_kept_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, batches, recipe = make_run(SPARSE)
+    monkeypatch.setattr(train, "KEEP_SECONDS", -1)
+    kept = []
+    monkeypatch.setattr(train, "save", lambda value, path: kept.append((path.stem, value)))
+    train.train(decoder, SPARSE, batches, recipe, tmp_path)
+    assert [name for name, _ in kept] == [*["checkpoint"] * 6, "weights"]
+    assert [state["step"] for _, state in kept[:-1]] == [0, 1, 2, 3, 4, 5]
+
+
+def layers_of(recalls: list[float], entropies: list[float]) -> list[dict[str, float]]:
+    rest = {"regret": 0.1, "imbalance": 2.0, "distance": 3.0, "union": 0.5, "tile fill": 0.2}
+    return [
+        {"layer": layer, "recall": recall, "entropy": entropy, **rest}
+        for layer, (recall, entropy) in enumerate(zip(recalls, entropies, strict=True))
+    ]
+
+
+def test_words_about_the_router_come_from_its_measures() -> None:
+    losses = {"full": [1.0], "moba 8/4": [1.5], "window 8/4": [2.0]}
+    document = document_of(losses, {name: [1.0] for name in losses}) | {"seeds": 1}
+    for row in document["runs"]:
+        row["routing"] = layers_of([0.4, 0.6], [0.5, 0.7]) if row["arm"] == "moba 8/4" else []
+    told = report.routing_words(document)
+    assert "- moba 8/4: what is read holds 50.0% of dense attention's weight, from 40.0%" in told
+    assert "83.3% of what as many blocks could hold" in told
+    assert "in no layer has the router collapsed" in told
+    assert "window" not in told
+    document["runs"][1]["routing"] = layers_of([0.4, 0.6], [0.5, 0.05])
+    assert "choose nearly alike in layer 1" in report.routing_words(document)
+
+
 def run_arguments(folder: Path, out: Path) -> list[str]:
     places = ["--folder", str(folder), "--out", str(out), "--device", "cpu"]
     return ["--preset", "tiny", "--steps", "2", "--seeds", "1", *places]
@@ -364,6 +429,7 @@ def results(folder: Path) -> Path:
         "density": (density.main, TEXT),
         "blocks": (blocks.main, TEXT),
         "shared": (shared.main, TEXT),
+        "steps": (steps.main, TEXT),
     }
     if HAS_TRANSFORMERS:
         more = [*TEXT, "--tokens", "bytes", "--model", tiny_llama(folder)]
@@ -407,7 +473,7 @@ def test_every_experiment_runs(name: str, results: Path) -> None:
     assert {row["arm"] for row in document["runs"]} == set(document["arms"])
     for row in document["runs"]:
         assert row["step_seconds"] > 0
-        assert all(math.isfinite(loss) for _, loss in row["curve"])
+        assert all(math.isfinite(loss) for _, loss in row.get("curve", ()))
         assert "loss" not in row or math.isfinite(row["loss"])
 
 

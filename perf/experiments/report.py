@@ -9,12 +9,13 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perf.experiments import continued, density, gates, retrieval, shared
+from perf.experiments import continued, density, gates, retrieval, shared, steps
 from perf.experiments.runs import (
     BINS,
     TEXT_COLUMNS,
@@ -48,15 +49,22 @@ the end of its training is measured with full attention; its step is one before 
 Two arms are "not told apart" if zero lies in the 95 % interval of their mean difference over
 seeds (Student's t, not corrected for the number of comparisons). Fewer than three seeds leave the
 verdict open. Fixed patterns are handed to the kernels as routings, which are sorted twice in each
-layer; kernels of their own would be faster, so their times are upper bounds."""
+layer; kernels of their own would be faster, so their times are upper bounds. Times are told where
+a process had the device for itself."""
 
 
 ROUTING = """\
-What queries choose on one sequence of validation, as means over heads and layers: `recall` is the
-share of dense attention's weight that lies on what is read, `entropy` is 0 if the queries of a
-block choose alike and 1 if they choose all blocks equally often, `imbalance` is 1 for random
-choices and larger if many queries want one block (`moba_flex.diagnostics`). A router that
-collapsed has an entropy near 0 and a recall like that of a fixed pattern."""
+Tables of routing hold what queries choose on one sequence of validation, as means over heads and
+layers; pictures have it by layer. `recall` is the share of dense attention's weight, in this very
+model, that lies on what is read, and `regret` what the best blocks, equally many, would hold
+beyond that. `entropy` is 0 if the queries of a block choose alike and 1 if they choose all blocks
+equally often. `imbalance` is 1 for random choices and larger if many queries want one block.
+`distance` is how many blocks back choices lie, `union` how many distinct blocks the heads of a
+group attend to over all that they attend to, `tile fill` the share of the work of a mask in
+natural order that is needed (`moba_flex.diagnostics`)."""
+MEASURES = ("recall", "regret", "entropy", "imbalance", "distance", "union", "tile fill")
+COLLAPSED = 0.1  # an entropy below which the queries of a block choose nearly alike
+
 
 GATES = """\
 A block's score is `q . mean + c * sum_d |q_d| (max_d - min_d) / 2` over its keys, with the first
@@ -108,9 +116,9 @@ def draw_language(document: Document, left: "Axes", right: "Axes") -> None:
     base = mean_of(rows_of(document, first), lambda row: row["loss_by_position"])
     for arm in document["arms"]:
         rows = rows_of(document, arm)
-        steps = [step for step, _ in rows[0]["curve"]]
+        places_of_curve = [step for step, _ in rows[0]["curve"]]
         curve = mean_of(rows, lambda row: [loss for _, loss in row["curve"]])
-        left.plot(steps, curve, color=colour(document, arm), label=arm)
+        left.plot(places_of_curve, curve, color=colour(document, arm), label=arm)
         losses = mean_of(rows, lambda row: row["loss_by_position"])
         above = [loss - full for loss, full in zip(losses, base, strict=True)]
         right.plot(places, above, color=colour(document, arm))
@@ -158,37 +166,123 @@ def draw_costs(document: Document, left: "Axes", right: "Axes") -> None:
     for panel, name in ((left, "loss"), (right, "trailing_loss")):
         for arm in document["arms"]:
             rows = rows_of(document, arm)
-            times = [milliseconds(row) for row in rows]
+            times = [milliseconds(row) or math.nan for row in rows]
             losses = [row[name] for row in rows]
             panel.plot(times, losses, "o", color=colour(document, arm), label=arm)
         panel.set(xlabel="ms a step", ylabel=name.replace("_", " "))
 
 
-def draw_routing(document: Document, panel: "Axes") -> None:
-    """Draw by layer how much of dense attention's weight lies on what arms read."""
-    for arm in document["arms"]:
-        rows = rows_of(document, arm)
-        if rows[0]["routing"]:
-            layers = [layer["layer"] for layer in rows[0]["routing"]]
-            kept = mean_of(rows, lambda row: [layer["recall"] for layer in row["routing"]])
-            panel.plot(layers, kept, "o-", color=colour(document, arm))
-            panel.set_xticks(layers)
-    panel.set(xlabel="layer", ylabel="share of dense attention's weight that is read")
+def routings(document: Document) -> dict[str, list[list[dict[str, float]]]]:
+    """Return by arm, and for each seed, the measures of each layer that chooses."""
+    found = {
+        arm: [row["routing"] for row in rows_of(document, arm)]
+        for arm in document["arms"]
+        if all(row.get("routing") for row in rows_of(document, arm))
+    }
+    if document.get("before", {}).get("routing"):
+        found["before any training"] = [document["before"]["routing"]]
+    return found
+
+
+def by_layer(seeds: Sequence[Sequence[dict[str, float]]], name: str) -> dict[int, float]:
+    """Return a measure of each layer, as the mean over seeds."""
+    numbers = [int(layer["layer"]) for layer in seeds[0]]
+    values = mean_of([{"of": seed} for seed in seeds], lambda x: [y[name] for y in x["of"]])
+    return dict(zip(numbers, values, strict=True))
+
+
+def draw_routing(document: Document, panels: Sequence["Axes"]) -> None:
+    """Draw by layer the recall, dashed the best possible one, the entropy and the imbalance."""
+    names = ("recall", "entropy", "imbalance")
+    for place, (arm, seeds) in enumerate(routings(document).items()):
+        shade = f"C{place % 10}"
+        for panel, name in zip(panels, names, strict=True):
+            values = by_layer(seeds, name)
+            panel.plot(list(values), list(values.values()), "o-", color=shade, label=arm)
+        if chooses(arm):
+            regret = by_layer(seeds, "regret")
+            best = [kept + regret[x] for x, kept in by_layer(seeds, "recall").items()]
+            panels[0].plot(list(regret), best, "--", color=shade)
+    for panel, name in zip(panels, names, strict=True):
+        panel.set(xlabel="layer", ylabel=name)
+        panel.locator_params(axis="x", integer=True)
+
+
+def chooses(arm: str) -> bool:
+    """Whether an arm chooses by what keys hold."""
+    return arm.startswith(("moba", "full", "before"))
 
 
 def routing_table(document: Document) -> str:
     """Return a table of how each arm's queries choose, as means over layers."""
-    names = ("recall", "entropy", "imbalance")
-    lines = [["arm", *names], ["---"] * 4]
+    lines = [["arm", *MEASURES], ["---"] * (1 + len(MEASURES))]
+    for arm, seeds in routings(document).items():
+        values = [
+            [statistics.mean(layer[name] for layer in seed) for seed in seeds] for name in MEASURES
+        ]
+        lines.append([arm, *(spread(numbers, ".3f") for numbers in values)])
+    return markdown(lines)
+
+
+def routing_words(document: Document) -> str:
+    """Say what the measures of the layers mean, for arms that choose by what keys hold."""
+    told = []
+    for arm, seeds in routings(document).items():
+        if not chooses(arm):
+            continue
+        recall, regret, entropy, imbalance, distance = (
+            by_layer(seeds, name) for name in MEASURES[:5]
+        )
+        kept, lost = statistics.mean(recall.values()), statistics.mean(regret.values())
+        low, *_, high = by_size(recall)
+        near, *_, far = by_size(distance)
+        hot = by_size(imbalance)[-1]
+        same = [str(layer) for layer, value in entropy.items() if value < COLLAPSED]
+        fate = (
+            f"the queries of a block choose nearly alike in layer {', '.join(same)}"
+            if same
+            else "in no layer has the router collapsed"
+        )
+        told.append(
+            f"{arm}: what is read holds {kept:.1%} of dense attention's weight, from "
+            f"{recall[low]:.1%} in layer {low} to {recall[high]:.1%} in layer {high}; that is "
+            f"{kept / (kept + lost):.1%} of what as many blocks could hold. Entropies lie between "
+            f"{min(entropy.values()):.2f} and {max(entropy.values()):.2f}, so {fate}. The most "
+            f"wanted block has {imbalance[hot]:.1f} times the load of random choices in layer "
+            f"{hot}. Choices lie {distance[near]:.1f} blocks back in layer {near} and "
+            f"{distance[far]:.1f} in layer {far}."
+        )
+    fixed = {
+        arm: statistics.mean(by_layer(seeds, "recall").values())
+        for arm, seeds in routings(document).items()
+        if not chooses(arm)
+    }
+    if fixed:
+        words = ", ".join(f"{arm} {value:.1%}" for arm, value in fixed.items())
+        told.append(
+            "fixed patterns: of dense attention's weight in the models trained with them, they "
+            f"hold: {words}. Their entropy is 0 where all queries of a block read the same."
+        )
+    return "\n".join(f"- {words}" for words in told)
+
+
+def by_size(values: Mapping[int, float]) -> list[int]:
+    """Return layers by their values, the least first; a lone one twice."""
+    layers = sorted(values, key=lambda layer: values[layer])
+    return layers * 2 if len(layers) == 1 else layers
+
+
+def draw_steps(document: Document, left: "Axes", right: "Axes") -> None:
+    """Draw the time of a step and the memory against the keys that are read."""
     for arm in document["arms"]:
         rows = rows_of(document, arm)
-        if rows[0]["routing"]:
-            values = {
-                name: [statistics.mean(x[name] for x in row["routing"]) for row in rows]
-                for name in names
-            }
-            lines.append([arm, *(spread(values[name], ".3f") for name in names)])
-    return markdown(lines)
+        keys = [row["attended"] for row in rows]
+        shade = colour(document, arm)
+        times = [1e3 * row["step_seconds"] for row in rows]
+        left.plot(keys, times, "o", color=shade, label=arm)
+        right.plot(keys, [row["peak_mib"] or math.nan for row in rows], "o", color=shade)
+    left.set(xlabel="keys read by a query", ylabel="ms a step", xscale="log")
+    right.set(xlabel="keys read by a query", ylabel="MiB", xscale="log")
 
 
 LOSSES = [(column, True) for column in TEXT_COLUMNS[:2]]
@@ -207,6 +301,7 @@ SECTIONS = {
         "Block size at equal attended keys", TEXT_COLUMNS, draw_costs, [*LOSSES, STEP]
     ),
     "shared": Section("Shared selections", shared.COLUMNS, draw_costs, [*LOSSES, STEP]),
+    "steps": Section("Time of a training step", steps.COLUMNS, draw_steps, [STEP]),
 }
 EXPERIMENTS = tuple(SECTIONS)
 
@@ -235,8 +330,13 @@ def controls(document: Document, arm: str) -> list[str]:
     return [x for x in document["arms"] if kind == "moba" and x != arm and x.endswith(f" {sizes}")]
 
 
-def falsified(document: Document) -> str:
-    """Say of each plain MoBA whether it is worse than full attention and saves nothing."""
+def falsified(document: Document, timed: Sequence[Document] = ()) -> str:
+    """Say of each plain MoBA whether it is worse than full attention and saves nothing.
+
+    Args:
+        document: Results of `language`.
+        timed: Results of `steps`; where there are none, the times of the trainings count.
+    """
     loss, step = TEXT_COLUMNS[0], TEXT_COLUMNS[3]
     lines = []
     for arm in document["arms"]:
@@ -244,12 +344,19 @@ def falsified(document: Document) -> str:
         if not others or "full" not in document["arms"]:
             continue
         quality = verdict(differences(document, loss, arm, "full"), True)
-        savings = [verdict(differences(document, step, arm, x), True) for x in others]
-        if "open" in (quality, *savings):
+        of = [x for x in timed if {arm, *others} <= {*x["arms"]}] or [document]
+        savings = {
+            f"{x} at {y['settings']['seq_len']:,} tokens" if timed else x: verdict(
+                differences(y, step, arm, x), True
+            )
+            for y in of
+            for x in others
+        }
+        if "open" in (quality, *savings.values()):
             answer = "open, for there are too few seeds"
         else:
-            answer = "yes" if quality == "worse" and "better" not in savings else "no"
-        words = ", ".join(f"{x} {saving}" for x, saving in zip(others, savings, strict=True))
+            answer = "yes" if quality == "worse" and "better" not in savings.values() else "no"
+        words = ", ".join(f"{x} {saving}" for x, saving in savings.items())
         lines.append(f"- {arm}: {answer}. Loss against full: {quality}; step against {words}.")
     question = "Is MoBA below full attention without saving compute over fixed patterns?"
     return "\n".join([question, "", *lines])
@@ -282,18 +389,38 @@ def describe(document: Document) -> str:
     seconds = sum(row["train_seconds"] for row in document["runs"])
     facts = ", ".join(f"{name} {value}" for name, value in settings["task"].items())
     commands = "\n".join(["```sh", *document["commands"], "```"])
+    timed = document["experiment"] == "steps"
+    rounds = "rounds" if timed else "seeds"
+    budget = "steps of" if timed else f"{settings['steps']} steps of"
     tokens = settings["batch"] * settings["seq_len"]
     return (
         f"{commands}\n\n{where}, torch {machine['torch']}, commit "
         f"{machine['commit']}; {document['runs'][0]['parameters']:,} parameters; "
-        f"{settings['steps']} steps of {tokens:,} tokens in sequences of {settings['seq_len']:,}; "
-        f"seeds finished by all arms: {len(complete_seeds(document))}; {seconds:,.0f} s of "
+        f"{budget} {tokens:,} tokens in sequences of {settings['seq_len']:,}; "
+        f"{rounds} finished by all arms: {len(complete_seeds(document))}; {seconds:,.0f} s of "
         f"training in all. {facts}."
     )
 
 
-def tell(name: str, files: Sequence[Path], folder: Path) -> str:
-    """Return the section of an experiment, and draw its pictures into `folder`."""
+def draw(path: Path, title: str, number: int, fill: Callable[..., None]) -> None:
+    """Draw a picture of several panels, with which `fill` is called, and a legend in the first."""
+    figure = new_figure(5.5 * number, 4.5)
+    panels = figure.subplots(1, number)
+    fill(*panels)
+    panels[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def tell(name: str, files: Sequence[Path], folder: Path, timed: Sequence[Document] = ()) -> str:
+    """Return the section of an experiment, and draw its pictures into `folder`.
+
+    Args:
+        name: The experiment.
+        files: Its results.
+        folder: Where pictures go.
+        timed: Results of `steps` that have finished a round.
+    """
     section = SECTIONS[name]
     parts = [f"## {section.title}"]
     documents = [(file, json.loads(file.read_text())) for file in files]
@@ -312,17 +439,19 @@ def tell(name: str, files: Sequence[Path], folder: Path) -> str:
             words = "Differences, seed by seed, and what they say about the first arm:"
             parts += [words, comparisons(document, section)]
         if name == "language":
-            parts.append(falsified(document))
-        parts += [ROUTING, routing_table(document)]
+            parts.append(falsified(document, timed))
         picture = folder / f"{file.stem}.png"
-        figure = new_figure(16, 4.5)
-        left, right, routing = figure.subplots(1, 3)
-        section.draw(document, left, right)
-        draw_routing(document, routing)
-        left.legend(fontsize=7)
-        figure.suptitle(f"{section.title}: {file.stem}", fontsize=9)
-        figure.savefig(picture, dpi=110)
+        draw(picture, f"{section.title}: {file.stem}", 2, partial(section.draw, document))
         parts.append(f"![{section.title}]({picture.name})")
+        if routings(document):
+            picture = folder / f"{file.stem}_router.png"
+
+            def panels(*axes: "Axes", document: Document = document) -> None:
+                draw_routing(document, axes)
+
+            draw(picture, f"The router: {file.stem}; dashed: the best blocks", 3, panels)
+            parts += ["Routing:", routing_table(document), routing_words(document)]
+            parts.append(f"![The router by layer]({picture.name})")
     return "\n\n".join(parts)
 
 
@@ -380,9 +509,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "evidence.md")
     options = parser.parse_args(arguments)
     files = {name: sorted(options.results.glob(f"experiment_{name}*.json")) for name in SECTIONS}
-    sections = [tell(name, found, options.out.parent) for name, found in files.items()]
+    timed = [json.loads(file.read_text()) for file in files["steps"]]
+    timed = [document for document in timed if complete_seeds(document)]
+    sections = [tell(name, found, options.out.parent, timed) for name, found in files.items()]
     sections.append(tell_gates(sorted(options.results.glob("experiment_gates*.json"))))
-    options.out.write_text("\n\n".join([HEAD, *sections]) + "\n")
+    options.out.write_text("\n\n".join([HEAD, ROUTING, *sections]) + "\n")
 
 
 if __name__ == "__main__":
