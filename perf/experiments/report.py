@@ -317,6 +317,16 @@ def verdict(differences: Sequence[float], lower: bool) -> str:
     return "better" if (mean < 0) == lower else "worse"
 
 
+def interval(differences: Sequence[float]) -> str:
+    """Write the 95 % interval of a mean; "-" for fewer numbers than a verdict needs."""
+    number = len(differences)
+    if number < FEWEST:
+        return "-"
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(number)
+    width = T[min(number, max(T))] * error
+    return f"{mean - width:+.4f} to {mean + width:+.4f}"
+
+
 def differences(document: Document, column: Column, arm: str, other: str) -> list[float]:
     """Return a number of an arm minus that of another, seed by seed."""
     rows = zip(rows_of(document, arm), rows_of(document, other), strict=True)
@@ -480,20 +490,20 @@ def tell_gates(files: Sequence[Path]) -> str:
         tried = [(gate, c) for c in spreads if c for gate in gate_names]
         found = {pair: gates.changes(document, *pair) for pair in tried}
         told = {pair: verdict(values, lower=True) for pair, values in found.items()}
-        sums = [
-            ["c", "gate", "change of the loss", "texts that gain", "against c = 0"],
-            ["---"] * 5,
-        ]
+        sums = [["c", "gate", "change of the loss", "95 % interval", "texts that gain", "verdict"]]
+        sums.append(["---"] * len(sums[0]))
         for (gate, c), values in found.items():
             gain = f"{sum(value < 0 for value in values)} of {number}"
-            sums.append([f"{c:g}", gate, spread(values, "+.4f"), gain, told[gate, c]])
+            change = spread(values, "+.4f")
+            sums.append([f"{c:g}", gate, change, interval(values), gain, told[gate, c]])
         texts = [["text", *(f"{gate}, c {c:g}" for gate, c in tried)]]
         texts.append(["---"] * len(texts[0]))
         for place, text in enumerate(document["texts"]):
             texts.append([text["name"], *(f"{found[pair][place]:+.4f}" for pair in tried)])
         best = [f"{c:g}" for c in spreads if c and all(told[g, c] == "better" for g in gate_names)]
         answer = f"c = {', '.join(best)} is" if best else "No c is"
-        parts += [markdown(lines), markdown(sums), f"{answer} better at every gate."]
+        parts += [markdown(lines), "Against c = 0:", markdown(sums)]
+        parts.append(f"{answer} better at every gate.")
         parts += ["Change of the loss of each text:", markdown(texts)]
     return "\n\n".join(parts)
 
