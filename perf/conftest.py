@@ -18,6 +18,7 @@ from perf.timing import copy_rate, machine_info, matmul_rate
 _FEW = (OURS, FLASH, CUDNN)
 ONLY = {
     "variants": (_FEW, STAGES),
+    "heads": (_FEW, STAGES),
     "sweep": (_FEW, STAGES + PARTS),
     "dense": (_FEW, STAGES),
     "map": (_FEW, ("forward+backward",)),

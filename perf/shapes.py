@@ -30,6 +30,7 @@ class Shape:
         documents: How many documents of one length each row is packed of; 0 if it is not packed.
         padding: How many tokens at the start of each row are padding.
         softcap: What scores are capped at; None if they are not.
+        transposed: Whether memory lies as `[B, S, H, D]`, as a projection leaves it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Shape:
     documents: int = 0
     padding: int = 0
     softcap: float | None = None
+    transposed: bool = False
 
     @property
     def dense(self) -> bool:
@@ -130,6 +132,8 @@ def draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         k[:, :, : blocks * shape.block_size] += 2 * direction
     if shape.softcap is not None:
         q *= shape.softcap / 12  # largest scores of a query about a quarter of the cap
+    if shape.transposed:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     return q, k, v
 
 
@@ -166,6 +170,22 @@ def _layouts(make: Callable[..., Shape], thousands: int) -> list[Shape]:
         make(*sizes, "256 documents", documents=256),
         make(*sizes, "1/8 padding", padding=thousands * 1024 // 8),
         make(*sizes, "softcap 50", softcap=50.0),
+    ]
+
+
+def _few_heads() -> list[Shape]:
+    """List shapes where key heads are few, and such where many queries choose one block."""
+    heads = (8, 1), (16, 2), (16, 4), (32, 8)
+    some: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 4}
+    return [
+        *(
+            _gpu(length, 128, 8, f"{q}:{kv}", num_heads=q, num_kv_heads=kv)
+            for length in (8, 32, 128)
+            for q, kv in heads
+        ),
+        _gpu(32, 128, 8, "16:4 one block", routing="one", **some),
+        _gpu(32, 128, 8, "16:4 skewed", routing="skewed", **some),
+        _gpu(32, 128, 8, "16:4 transposed", transposed=True, **some),
     ]
 
 
@@ -207,6 +227,7 @@ ROWS = {
             ),
         ],
         "layouts": _layouts(_gpu, 64),
+        "heads": _few_heads(),
         "errors": [_gpu(32, 128, 8)],
     },
     "cpu": {

@@ -119,7 +119,7 @@ def test_inputs_make_the_gate_choose_what_is_wanted(
     assert share == pytest.approx(wants, abs=0.08)
 
 
-@pytest.mark.parametrize("changed", [{}, *LAYOUTS])
+@pytest.mark.parametrize("changed", [{}, {"transposed": True}, *LAYOUTS])
 def test_gate_and_rows_are_those_of_the_oracle(changed: dict[str, Any]) -> None:
     shape = replace(TINY, **changed)
     q, k, v = inputs(shape)
