@@ -546,7 +546,7 @@ def _forward(
                 *_strides(q, k, v),
                 *sizes,
                 num_tiles,
-                tile,
+                *((tile,) if stays else ()),
                 **problem.options("block_forward" if stays else "pair_forward"),
             )
         launch(

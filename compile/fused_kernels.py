@@ -6,6 +6,9 @@ and its *pairs* lie in the order of `moba_flex.masks.regroup.Pairs`. A launch ha
 lists, from `first_list` on. Partial results (*parts*), which one kernel writes and a later one
 reads, belong to the lists of that launch.
 
+With SHARED, the heads of a group share one choice: rows are `query * group + (head in group)`, and
+an entry of `Pairs.row` or `Pairs.rank` stands for all rows of a query, which follow each other.
+
 With TABLES, `queries` and `extents` of `moba_flex.masks.layout.Layout` say where blocks lie. A
 block may then hold fewer keys than `block_size`, or none, and a query may see no key. Kernels load
 the extents inline: if a helper loads them, PyTorch's mutation analysis marks the extents tensor as
@@ -31,7 +34,6 @@ _SIZES = [
     "q_len",
     "share",
     "table_rows",
-    "tile",
     "tiles_per_block",
 ]
 
@@ -276,7 +278,7 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn,
     first_list, num_kv_heads, group, q_len, kv_len, num_blocks, block_size, num_pairs, picks,
-    scale, cap, table_rows, num_tiles, tile,
+    scale, cap, table_rows, num_tiles,
     TAIL: tl.constexpr, GROUPED: tl.constexpr, SHARED: tl.constexpr, TABLES: tl.constexpr,
     SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr,
     DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -834,8 +836,8 @@ def _add_rows(  # type: ignore[no-untyped-def]
         lse = tl.where(exists, lse, float("inf"))
         q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
         grad_ptrs = _rows_to_ptrs(
-        grad_ptr, row, group, q_len, stride_gh, stride_gm, GROUPED, SHARED, DV
-    )  # fmt: skip
+            grad_ptr, row, group, q_len, stride_gh, stride_gm, GROUPED, SHARED, DV
+        )  # fmt: skip
         q = _load_vectors(q_ptrs, HEAD_DIM, D)
         grad = _load_vectors(grad_ptrs, VALUE_DIM, DV)
         score = tl.dot(k, q.T, input_precision=PRECISION)

@@ -166,12 +166,14 @@ class BlockCache:
             TypeError: It is no integer.
             ValueError: A row has fewer, or a number is negative.
         """
+        if not isinstance(tokens, Tensor):
+            tokens = check_int("tokens", tokens, 0)
+            if self._memory is None and tokens == 0:
+                return
         self._filled()
         if isinstance(tokens, Tensor):
             self._even = False
             tokens = _row_numbers("tokens", tokens, self.stop, LONGEST)
-        else:
-            tokens = check_int("tokens", tokens, 0)
         enough = self.stop >= tokens
         if is_seen(enough) and not bool(enough.all()):
             raise ValueError(f"tokens must be at most the slots of a row, got {tokens}")

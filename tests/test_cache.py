@@ -323,6 +323,13 @@ def test_it_does_not_matter_which_pages_rows_take(dtype: torch.dtype, device: st
     torch.testing.assert_close(results[0], want, rtol=bound, atol=bound)
 
 
+def test_a_crop_of_nothing_needs_no_keys() -> None:
+    cache = BlockCache(8)
+    cache.crop(0)
+    with pytest.raises(ValueError, match="cache must hold keys"):
+        cache.crop(1)
+
+
 def test_a_crop_leaves_pages_as_they_are() -> None:
     """So that other rows that share a page go on."""
     k, v = torch.randn(2, 1, 2, 32, 16)
