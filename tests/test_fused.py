@@ -55,16 +55,16 @@ def test_whole_tiles(block_size: int, kv_len: int, seed: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:divide by zero .*:RuntimeWarning")  # rows that see no key
 @pytest.mark.parametrize(
-    "case",
+    ("case", "share"),
     [
-        Case(1, 2, 3, 60, 60, 16, 7, 3),
-        Case(2, 1, 4, 40, 70, 24, 16, 3, causal=False, softcap=3.0),
-        Case(1, 1, 2, 50, 50, 16, 40, 2),  # more than a tile of keys
-        Case(1, 1, 2, 1, 1, 16, 8, 3, docs=(20, 1, 30)),
-        Case(2, 1, 2, 50, 50, 16, 8, 3, pads=((3, 2), (0, 9))),
+        (Case(1, 2, 3, 60, 60, 16, 7, 3), 9),
+        (Case(1, 2, 3, 60, 60, 16, 7, 3), 1024),
+        (Case(2, 1, 4, 40, 70, 24, 16, 3, causal=False, softcap=3.0), 9),
+        (Case(1, 1, 2, 50, 50, 16, 40, 2), 9),  # more than a tile of keys
+        (Case(1, 1, 2, 1, 1, 16, 8, 3, docs=(20, 1, 30)), 9),
+        (Case(2, 1, 2, 50, 50, 16, 8, 3, pads=((3, 2), (0, 9))), 9),
     ],
 )
-@pytest.mark.parametrize("share", [9, 1024])
 def test_one_list_for_a_group(
     case: Case, share: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
