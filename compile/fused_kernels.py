@@ -522,7 +522,7 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
 
     out_ptrs = out_ptr + batch * stride_ob + q_heads * stride_oh + offset * stride_om + value_dim
     out = acc / total[:, None]
-    if TABLES:
+    if TABLES or not MERGE:  # there may be no weight at all, or none before the parts'
         out = tl.where(total[:, None] == 0, 0.0, out)
     inside = (query < q_len)[:, None] & (value_dim < VALUE_DIM)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -574,6 +574,7 @@ def merge_forward_kernel(  # type: ignore[no-untyped-def]
         part_ptrs = part_ptr + place[:, None] * VALUE_DIM + value_dim
         part = tl.load(part_ptrs, mask=found[:, None] & (value_dim < VALUE_DIM), other=0.0)
         out += part.to(tl.float32) * (tl.exp2(part_lse - shift) * scale)[:, None]
+    tl.debug_barrier()  # all threads have read what is written over
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptrs, (highest + tl.log2(total)) * LN_2, mask=exists)
 

@@ -302,10 +302,9 @@ def check_tables(name: str, tables: Layout | None, q: Tensor, k: Tensor, options
     rows = tables.queries.shape[1], tables.extents.shape[1]
     if rows not in ((1, 1), (q.shape[0], q.shape[0])):
         raise ValueError(f"{name} must be of 1 or {q.shape[0]} rows, got {rows}")
-    if tables.queries.device != q.device:
-        raise ValueError(
-            f"{name} must be on the device of q, {q.device}, got {tables.queries.device}"
-        )
+    for x in (tables.queries, tables.extents):
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
 def longest_sequence(kv_len: int, rows: RowOptions) -> int:

@@ -60,6 +60,9 @@ def launch_by_address(
         for x, kind in zip(given, kinds, strict=True):
             if kind is not None and isinstance(x, int):
                 dtype, shape, stride = kind
+                if 0 in shape:
+                    tensors.append(torch.empty_strided(shape, stride, dtype=dtype))
+                    continue
                 most = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
                 memory = (ctypes.c_char * (most * dtype.itemsize)).from_address(x)
                 x = torch.frombuffer(memory, dtype=dtype).as_strided(shape, stride)

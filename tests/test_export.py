@@ -682,8 +682,7 @@ def test_cuda_graph_holds_kernels_for_any_length() -> None:
     assert others == [batch] * 3  # queries, keys, values and key_mask have one batch size
     assert found["of_a_batch"] == [1, 2**10]
     # PyTorch 2.11 compiles no scan of so many values that it takes 64 bits to number them.
-    assert found["scans"]
-    assert max(found["scans"]) < 2**31
+    assert not found["scans"]  # kernels add up: PyTorch 2.11 compiles no scan of so many values
 
 
 # C++.

@@ -1,5 +1,6 @@
 """The fused plan on CPU: its kernels, interpreted, against the oracle."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moba_flex import moba_attention, route, routed_attention
+from moba_flex import Routing, moba_attention, route, routed_attention
 from moba_flex.compile import fused
 from moba_flex.masks import regroup
 from tests.helpers import Case, assert_matches_oracle, attention, cases, needs_interpreter
@@ -71,6 +72,19 @@ def test_one_list_for_a_group(
     monkeypatch.setattr(fused, "_BLOCK_SHARE", share)
     case = replace(case, pattern="shared:3", seed=seed)
     assert_matches_oracle("fused, shared", case, attention(case, "fused"))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about infinity
+@pytest.mark.parametrize("picks", [2, 3])
+def test_own_keys_may_have_no_weight(picks: int) -> None:
+    """Parts are merged all the same, within the own blocks' kernel and apart from it."""
+    q, k, v = torch.randn(3, 1, 1, 12, 16).abs()
+    k[:, :, 8, 0] = -math.inf  # all that query 8 sees of its own block
+    blocks = torch.arange(picks).expand(1, 1, 12, picks)
+    routing = Routing(blocks, block_size=2, q_len=12, kv_len=12, causal=True)
+    got, want = (routed_attention(q, k, v, routing, plan=plan) for plan in ("fused", "routed"))
+    assert want[:, :, 8].isfinite().all()
+    torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])

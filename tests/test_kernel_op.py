@@ -280,15 +280,49 @@ def views_of_arguments(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("function", [view_of_an_argument, sum_of_torch, views_of_arguments])
-def test_what_addresses_do_not_tell_is_run_again(function: Callable[..., Tensor]) -> None:
+def front_of_memory(x: Tensor, y: Tensor) -> Tensor:
+    memory = x.new_empty(16)
+    add(memory, memory, 0, (1, 1, 1), 1)  # of more than what is returned
+    add(y, memory[:8], 1, (1, 1, 1), 1)
+    return memory[:8]
+
+
+def tensor_from_elsewhere(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    add(torch.tensor([1.0] * 8), out, 1, (1, 1, 1), 1)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (view_of_an_argument, lambda x, y: x[1:] + 1),
+        (sum_of_torch, lambda x, y: x + y + 1),
+        (views_of_arguments, lambda x, y: y + 1),
+        (front_of_memory, lambda x, y: y + 1),
+        (tensor_from_elsewhere, lambda x, y: 2 + 0 * x),
+    ],
+)
+def test_what_addresses_do_not_tell_is_run_again(
+    function: Callable[..., Tensor], want: Callable[..., Tensor]
+) -> None:
     call = module._remember_launches(function)
     for turn in range(4):
         together = torch.randn(2, 8)
         x, y = together if turn == 0 else (x.clone() for x in together)
-        want = {view_of_an_argument: x[1:] + 1, sum_of_torch: x + y + 1}.get(function, y + 1)
-        torch.testing.assert_close(call(x, y), want)
-    assert len(LOOKED_UP) == 1
+        expected = want(x.clone(), y.clone())
+        torch.testing.assert_close(call(x, y), expected)
+    assert len(LOOKED_UP) == (2 if function is front_of_memory else 1)
+
+
+def test_one_tensor_may_stand_for_two_arguments() -> None:
+    call = module._remember_launches(both)
+    for turn in range(3):
+        x, y = torch.randn(8), torch.randn(8)
+        y = x if turn == 0 else y
+        total, _, out, _ = call(x, y)
+        torch.testing.assert_close(total[:4], y[:4] + 2)
+        torch.testing.assert_close(out, x + 8)
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def _first_call(
     launches = call.record
     if not launches:  # the kernels are interpreted
         return result, None
-    program = _Program.of(call, args, result, ops.zeros) if ops.only_allocates else None
+    program = _Program.of(call, args, result, ops) if ops.only_allocates else None
     if program is not None:
         return result, program.run
     return result, lambda args: _Call(iter(launches)).run(function, args)
@@ -296,12 +296,14 @@ class _Ops(TorchDispatchMode):
 
     Attributes:
         only_allocates: Whether it has called none.
-        zeros: What it has allocated as zeros.
+        made: What it has allocated.
+        zeros: What of this begins as zeros.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.only_allocates = True
+        self.made: list[Tensor] = []
         self.zeros: list[Tensor] = []
 
     def __torch_dispatch__(
@@ -310,8 +312,10 @@ class _Ops(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATE_ZEROS:
             self.zeros.append(result)
+        if func in _ALLOCATE_ZEROS or func in _ALLOCATE:
+            self.made.append(result)
         else:
-            self.only_allocates &= func in _ALLOCATE or func.is_view
+            self.only_allocates &= func.is_view
         return result
 
 
@@ -346,17 +350,18 @@ class _Program(NamedTuple):
     launches: tuple[tuple[Callable[..., None], list[Any], tuple[tuple[int, _Place], ...]], ...]
 
     @classmethod
-    def of(
-        cls, call: _Call, args: tuple[Any, ...], result: Any, zeros: list[Tensor]
-    ) -> "_Program | None":
+    def of(cls, call: _Call, args: tuple[Any, ...], result: Any, ops: _Ops) -> "_Program | None":
         """Return the program of a call; None if other arguments may need another one."""
         results = result if isinstance(result, tuple) else (result,)
         inputs = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
         bases = [*inputs.values(), *(x for x in results if x is not None)]
+        if len({id(x) for x in bases}) < len(bases):
+            return None  # one tensor in two places, where others may have two
+        made = {_storage(x) for x in ops.made}
         by_storage: dict[int, int] = {}
         for number, x in enumerate(bases):
             shared = by_storage.setdefault(_storage(x), number) != number
-            if number >= len(inputs) and x.numel() and (shared or x.storage_offset()):
+            if number >= len(inputs) and x.numel() and (shared or not _is_whole(x)):
                 return None  # a result that is a view
             if shared:  # where two arguments lie in one tensor, others may lie in two
                 by_storage[_storage(x)] = -1
@@ -372,6 +377,8 @@ class _Program(NamedTuple):
                 if base == -1:
                     return None
                 if base is None:
+                    if x.numel() and storage not in made:
+                        return None  # a tensor from elsewhere
                     base = len(bases)
                     if storage not in within:
                         within[storage] = workspace
@@ -383,12 +390,12 @@ class _Program(NamedTuple):
                 template[place] = None
                 holes.append((place, _Place(base, offset)))
             launches.append((run, template, tuple(holes)))
-        made = {_storage(x): i for i, x in enumerate(results) if x is not None}
+        numbers = {_storage(x): i for i, x in enumerate(results) if x is not None}
         cleared: list[int | slice] = []
-        for x in zeros:
+        for x in ops.zeros:
             storage = _storage(x)
-            if storage in made:
-                cleared.append(made[storage])
+            if storage in numbers:
+                cleared.append(numbers[storage])
             elif storage in within:
                 start = within[storage]
                 cleared.append(slice(start, start + x.untyped_storage().nbytes()))
@@ -427,6 +434,12 @@ class _Program(NamedTuple):
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Whether a tensor is all of its storage."""
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.storage_offset() == 0 and x.untyped_storage().nbytes() == span * x.element_size()
 
 
 class _Loaders(ThreadPoolExecutor):
