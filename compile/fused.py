@@ -377,7 +377,6 @@ def _backward(
     grad, q, k, v = dense_vectors(grad, q, k, v)
     shared = rank.ndim == 5
     problem = _Problem.of(q, k, v, rank.shape[-1], layout, scale, softcap, shared).backward()
-    first = first * problem.group if shared else first
     if queries is None or extents is None:
         queries = extents = owners = rank  # placeholders, not read
         dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -513,8 +512,8 @@ def _forward(
 
     Returns:
         Output `[B, Hq, Q, Dv]`, log-sum-exp float32 `[B, Hq, Q]`, and `rank` and `first` of the
-        `Pairs`, for backward; `rank` has a dimension more, `[B, Hkv, 1, Q, K - 1]`, if the heads
-        of a group share their choice.
+        `Pairs`, for backward. If the heads of a group share their choice, `rank` has a dimension
+        more, `[B, Hkv, 1, Q, K - 1]`, and `first` counts the rows of the whole group.
     """
     q, k, v = dense_vectors(q, k, v)
     layout = routing.layout
@@ -526,8 +525,8 @@ def _forward(
     if queries is None or extents is None:
         queries = extents = pairs.first
     stays = problem.block_stays
+    first = pairs.first * problem.group if shared else pairs.first
     if problem.picks:
-        first = pairs.first * problem.group if shared else pairs.first
         tile = _BLOCK_SHARE if stays else problem.tiles("pair_forward").m
         tile_block, first_tile = tile_blocks(first, problem.num_pairs, tile)
         num_tiles = tile_block.shape[1]
@@ -572,7 +571,7 @@ def _forward(
                 PICKS=power_of_2(problem.picks),
                 num_warps=_MERGE_WARPS,
             )
-    return out, lse, pairs.rank.unsqueeze(2) if shared else pairs.rank, pairs.first
+    return out, lse, pairs.rank.unsqueeze(2) if shared else pairs.rank, first
 
 
 attend_fused: Any = attention_op("attend_fused", _forward, _backward, kept=2, kernels=True)

@@ -24,7 +24,6 @@ _SIZES = [
     "group",
     "kv_len",
     "num_blocks",
-    "num_heads",
     "num_kv_heads",
     "num_pairs",
     "num_spills",
@@ -109,6 +108,7 @@ def _own_rows(group, q_len, picks, SHARED: tl.constexpr, TILE_M: tl.constexpr): 
 
 @triton.jit
 def _num_entries(num_pairs, group, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return how many entries of `Pairs.row` and `Pairs.rank` a list has."""
     return num_pairs // group if SHARED else num_pairs
 
 
@@ -549,9 +549,9 @@ def merge_forward_kernel(  # type: ignore[no-untyped-def]
     rank_ptr += list_id.to(tl.int64) * _num_entries(num_pairs, group, SHARED) + entry
     part_start = local_list.to(tl.int64) * num_pairs
     listed = exists[:, None] & (pick < picks)[None, :]
-    ranks = tl.load(rank_ptr[:, None] + pick[None, :], mask=listed, other=-1)
-    places = ranks * group + head_in_group[:, None] if SHARED else ranks
-    ptrs = part_lse_ptr + part_start + places
+    heads = head_in_group[:, None] if SHARED else head_in_group
+    ranks = _load_ranks(rank_ptr[:, None] + pick[None, :], listed, heads, group, SHARED)
+    ptrs = part_lse_ptr + part_start + ranks
     part_lses = tl.load(ptrs, mask=ranks >= 0, other=-float("inf"))
     lse_ptrs = lse_ptr + (batch * num_kv_heads * group + q_head) * q_len + query
     lse = tl.load(lse_ptrs, mask=exists, other=0.0) * LOG2_E
@@ -663,6 +663,7 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     rank_ptr += list_id.to(tl.int64) * _num_entries(rows, group, SHARED) * picks + entry
     tl.store(stats_ptr + row[:, None].to(tl.int64) * 4 + field, stats, mask=exists[:, None])
     for pick in range(picks):
+        # Not by `_load_ranks`: the addresses of stores depend on it, see above.
         rank = tl.load(rank_ptr + pick, mask=exists, other=-1)[:, None]
         if SHARED:
             rank = tl.where(rank >= 0, rank * group + head_in_group[:, None], -1)

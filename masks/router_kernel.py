@@ -302,6 +302,8 @@ def sift_kernel(  # type: ignore[no-untyped-def]
     q_ptr += batch * stride_qb + head * stride_qh
     q_ptrs = q_ptr + row[:, None].to(tl.int64) * stride_qm + dim[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=(row[:, None] < q_len) & (dim[None, :] < HEAD_DIM), other=0.0)
+    # Inline, as in `gate_kernel`: if a helper loads these numbers, PyTorch's mutation analysis
+    # marks their tensors as written, because the addresses of listed rows depend on them.
     if TABLES:
         # Rows past the last query repeat it, so they widen no range of candidates.
         queries_ptr += (batch % table_rows) * q_len + tl.minimum(row, q_len - 1)[:, None]

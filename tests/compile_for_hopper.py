@@ -70,9 +70,9 @@ def compile_kernel(
     }
 
 
-def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
-    """Compile the gate, plain or with all that it can do."""
-    constants = {
+def gating(head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
+    """Return the constants of both kernels of the gate."""
+    return {
         "stride_qd": 1,
         "stride_kd": 1,
         "CAUSAL": True,
@@ -82,6 +82,12 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
         "SLOTS": max(2, triton.next_power_of_2(picks)),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
+    }
+
+
+def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
+    """Compile the gate, plain or with all that it can do."""
+    constants = gating(head_dim, picks, everything) | {
         "TILE_Q": router_kernel._TILE_Q,
         "TILE_N": router_kernel._TILE_N,
         "LISTED": everything,
@@ -91,16 +97,7 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
 
 def sift(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
     """Compile the gate's first pass over all queries, plain or with all that it can do."""
-    constants = {
-        "stride_qd": 1,
-        "stride_kd": 1,
-        "CAUSAL": True,
-        "FORCED": everything,
-        "BY_HEAD": everything,
-        "TABLES": everything,
-        "SLOTS": max(2, triton.next_power_of_2(picks)),
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
+    constants = gating(head_dim, picks, everything) | {
         "TILE_Q": router_kernel._SIFT_TILE_Q,
         "TILE_N": router_kernel._SIFT_TILE_N,
         "GROUPS": router_kernel._GROUPS,
