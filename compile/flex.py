@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
@@ -54,6 +55,8 @@ def attend(
     Returns:
         Output `[B, Hq, Q, Dv]`, and log-sum-exp `[B, Hq, Q]` in float32; empty unless `lse`.
     """
+    if q.device.type == "cpu":
+        q, k = _widened(q), _widened(k)
     # FlexAttention's offsets within a head are 32-bit: a transposed layout overflows them at 2**31
     # / (H * D) keys. And its C++ template assumes that each vector is contiguous.
     q, k, v = (contiguous(x) for x in (q, k, v))
@@ -73,6 +76,20 @@ def attend(
         return cast(Tensor, result), q.new_empty(0)
     out, aux = cast(tuple[Tensor, AuxOutput], result)
     return out, cast(Tensor, aux.lse)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return queries or keys `[B, H, length, D]` with zeros up to a head dim of 24.
+
+    For smaller ones FlexAttention's C++ template computes the scores of 16 keys even where only 8
+    are left, if vectors hold 8 numbers, as with AVX2: it overwrites what lies behind the scores.
+    """
+    if x.shape[3] >= 24:
+        return x
+    # A dynamic head dim becomes constant here, as FlexAttention would make it: without that, its
+    # template does not compile with the scale.
+    head_dim = next(size for size in range(24) if x.shape[3] == size)
+    return F.pad(x, (0, 24 - head_dim))
 
 
 def _kernel_options(q: Tensor, v: Tensor, changed: bool) -> Any:

@@ -309,6 +309,22 @@ def test_masked_plan_in_a_graph_takes_any_layout(lay_out: Callable[..., Any]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("bits", [256, 512])
+@torch.no_grad()
+def test_masked_plan_is_right_for_vectors_of_any_width(bits: int) -> None:
+    """For 16 keys at a time, and what is left of them: see `flex.attend`."""
+    attend = torch.compile(moba_attention, fullgraph=True, options={"cpp.simdlen": bits})
+    for kv_len, head_dim in ((24, 8), (40, 16), (36, 12), (200, 16)):
+        spoilt = [torch.full((1 << i,), math.nan) for i in range(4, 16) for _ in range(20)]
+        del spoilt  # what is allocated next, and what lies behind it, held NaN before
+        q, k, v = torch.randn(3, 2, 2, kv_len, head_dim)
+        found = attend(q, k, v, block_size=8, top_k=2, plan="masked")
+        want = moba_attention(q, k, v, block_size=8, top_k=2, plan="routed")
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_masked_plan_takes_any_layout() -> None:
     """Called from eager code it makes them alike, and shares a graph."""

@@ -485,11 +485,20 @@ def test_limit_flex_attention_on_cpu_hides_nan() -> None:
 
 
 def test_limit_flash_attention_on_cpu_hides_nan_among_few_keys() -> None:
-    """So rows that see what is not finite are computed apart."""
-    for length, hidden in ((15, True), (16, False)):
+    """So rows that see what is not finite are computed apart. Few: less than a vector holds."""
+    for length, hidden in ((7, True), (16, False)):
         q, k, v = torch.randn(3, 1, 1, length, 16)
         out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q * torch.nan, k, v)[0]
         assert not out.any() if hidden else out.isnan().all(), "lifted: NaN shows"
+
+
+@torch.no_grad()
+def test_limit_flex_attention_on_cpu_writes_past_few_scores() -> None:
+    """So small head dims are padded. Vectors of 256 bits: those of CPUs that have AVX2 alone."""
+    q, k, v = torch.full((3, 1, 5, 40, 16), torch.nan)[:, :, :4].normal_()
+    attend = torch.compile(flex_attention, options={"cpp.simdlen": 256})
+    want = nn.functional.scaled_dot_product_attention(q, k, v)
+    assert not torch.allclose(attend(q, k, v), want, atol=1e-3), "lifted: scores are right"
 
 
 @torch.no_grad()
