@@ -70,7 +70,7 @@ def tests(session: nox.Session) -> None:
     install(session, "-e", ".[hf,plot]", groups=("types", "test", "perf"))
     if not session.posargs:
         session.run("mypy")
-    everything = ["tests", "perf", "--benchmark-disable", "-n", "auto", "--dist", "loadfile"]
+    everything = ["tests", "perf", "--benchmark-disable", "-n", "auto", "--dist", "worksteal"]
     # A process for each core, and a thread for each process.
     session.run("pytest", *(session.posargs or everything), env={"OMP_NUM_THREADS": "1"})
 

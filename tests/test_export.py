@@ -89,10 +89,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def attention_package(folder: Path) -> Path:
+def layers_package(folder: Path) -> Path:
     # An example of one token, which is one block, must set no limit.
-    path = folder / "attention.pt2"
-    return export(made(Attention), tokens(1), path=path, dynamic_batch=True)
+    path = folder / "layers.pt2"
+    return export(made(Layers), tokens(1), path=path, dynamic_batch=True)
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +169,16 @@ def run_alone(
 
 
 @pytest.mark.slow
-def test_attention_of_any_length_and_batch(attention_package: Path) -> None:
+def test_layers_of_any_length_and_batch(layers_package: Path) -> None:
     inputs = [(tokens(length, batch),) for length in UNSEEN for batch in (1, 2, 5)]
-    assert max(run_alone(attention_package, inputs, made(Attention))) < 1e-5
+    assert max(run_alone(layers_package, inputs, made(Layers))) < 1e-4
 
 
 @pytest.mark.slow
-def test_packages_show_what_is_not_finite(attention_package: Path) -> None:
-    package, module, x = load(attention_package), made(Attention), tokens(100)
+def test_packages_show_what_is_not_finite(layers_package: Path) -> None:
+    package, module, x = load(layers_package), made(Layers), tokens(100)
     x[1, 70, 3] = torch.nan
-    assert worst_error(module, package, (x,)) < 1e-5
+    assert worst_error(module, package, (x,)) < 1e-4
     assert not package(x)[1, 70].isfinite().any()
 
 
@@ -188,8 +188,12 @@ def test_attention_of_one_length(static_package: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fixture", ["attention_package", "static_package"])
-def test_inputs_lie_anywhere(fixture: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "kind"), [("layers_package", Layers), ("static_package", Attention)]
+)
+def test_inputs_lie_anywhere(
+    fixture: str, kind: type[nn.Module], request: pytest.FixtureRequest
+) -> None:
     package = load(request.getfixturevalue(fixture))
     room = torch.randn(2, 400, 65)
     for x in (
@@ -198,19 +202,7 @@ def test_inputs_lie_anywhere(fixture: str, request: pytest.FixtureRequest) -> No
         room[:, :300, :64].mT.contiguous().mT,
         room[:1, :300, :64].expand(2, 300, 64),
     ):
-        assert worst_error(made(Attention), package, (x,)) < 1e-5
-
-
-@pytest.mark.slow
-def test_layers_of_any_length(folder: Path) -> None:
-    package = export(made(Layers), tokens(300), path=folder / "layers.pt2")
-    inputs = [(tokens(length),) for length in UNSEEN]
-    assert max(run_alone(package, inputs, made(Layers))) < 1e-4
-    calls = load(package).metadata.attention
-    assert [(x["block_size"], x["top_k"], x["sink_blocks"]) for x in calls] == [
-        (32, 3, 0),
-        (16, 5, 1),
-    ]
+        assert worst_error(made(kind), package, (x,)) < 1e-4
 
 
 @pytest.mark.slow
@@ -270,14 +262,16 @@ def test_blocks_chosen_in_bfloat16_are_the_same(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_package_says_what_it_is(attention_package: Path, static_package: Path) -> None:
-    package = load(attention_package)
+def test_package_says_what_it_is(layers_package: Path, static_package: Path) -> None:
+    package = load(layers_package)
     metadata = package.metadata
     assert metadata.torch == torch.__version__
     assert metadata.device == "cpu"
-    (call,) = metadata.attention
-    assert call["plan"] == "routed"
-    assert (call["block_size"], call["top_k"], call["calls"]) == (32, 4, 1)
+    names = "plan", "block_size", "top_k", "sink_blocks", "calls"
+    assert [tuple(call[name] for name in names) for call in metadata.attention] == [
+        ("routed", 32, 3, 0, 1),
+        ("routed", 16, 5, 1, 1),
+    ]
     (spec,) = metadata.inputs
     assert (spec.name, spec.dtype, spec.shape[2]) == ("x", "float32", 64)
     assert [bounds for _, *bounds in spec.varying] == [[1, 2**10], [1, 2**20]]
@@ -297,9 +291,9 @@ def test_package_says_what_it_is(attention_package: Path, static_package: Path) 
     ],
 )
 def test_package_refuses_inputs(
-    wrong: Any, error: type[Exception], message: str, attention_package: Path
+    wrong: Any, error: type[Exception], message: str, layers_package: Path
 ) -> None:
-    package = load(attention_package)
+    package = load(layers_package)
     with pytest.raises(error, match=message):
         package(wrong)
     with pytest.raises(TypeError, match="inputs must be 1, got 2"):
@@ -319,8 +313,8 @@ def test_package_names_the_option_that_takes_other_sizes(static_package: Path) -
 
 
 @pytest.mark.slow
-def test_load_refuses_what_is_damaged(attention_package: Path, tmp_path: Path) -> None:
-    content = attention_package.read_bytes()
+def test_load_refuses_what_is_damaged(layers_package: Path, tmp_path: Path) -> None:
+    content = layers_package.read_bytes()
     path = tmp_path / "damaged.pt2"
     for damaged in (content[: len(content) // 2], content[:-10], b"", b"no archive at all"):
         path.write_bytes(damaged)
@@ -335,27 +329,27 @@ def test_load_refuses_what_is_damaged(attention_package: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_load_refuses_other_machines(
-    attention_package: Path, monkeypatch: pytest.MonkeyPatch
+    layers_package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99.0")
         with pytest.raises(ValueError, match=r"PyTorch must be .* for .*, got 2.99.0: export"):
-            load(attention_package)
+            load(layers_package)
     with pytest.raises(ValueError, match=r"device must be cpu or a CUDA device of this mach.*'x'"):
-        load(attention_package, device="x")
-    assert load(attention_package, device="cpu:0").device == torch.device("cpu")
+        load(layers_package, device="x")
+    assert load(layers_package, device="cpu:0").device == torch.device("cpu")
     if packages._capability(torch.device("cpu")) != "DEFAULT":
         monkeypatch.setattr(packages, "_capability", lambda _: "DEFAULT")
         with pytest.raises(ValueError, match=r"cpu must have .* for .*, got DEFAULT: export"):
-            load(attention_package)
-    made = packages.read_metadata(attention_package)
+            load(layers_package)
+    made = packages.read_metadata(layers_package)
     monkeypatch.setattr(packages, "read_metadata", lambda _: replace(made, device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"device must be cuda for .*, got cpu: export the"):
-        load(attention_package, device="cpu")
+        load(layers_package, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"machine must have a CUDA device for .*, got none"):
-        load(attention_package)
+        load(layers_package)
 
 
 def test_load_refuses_what_is_foreign(tmp_path: Path) -> None:
@@ -689,7 +683,7 @@ def test_cuda_graph_holds_kernels_for_any_length() -> None:
 
 
 @pytest.mark.slow
-def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> None:
+def test_cpp_program_gives_the_same(layers_package: Path, tmp_path: Path) -> None:
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
@@ -708,15 +702,15 @@ def test_cpp_program_gives_the_same(attention_package: Path, tmp_path: Path) -> 
     torch.save([x], files[0])
     program = str(build / "run_package")
     done = subprocess.run(
-        [program, str(attention_package), *files], capture_output=True, text=True, check=False
+        [program, str(layers_package), *files], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert json.loads(first)["attention"][0]["top_k"] == 4
+    assert json.loads(first)["attention"][0]["top_k"] == 3
     assert second == "float [3, 777, 64]"
     (out,) = torch.load(files[1])
     with torch.no_grad():
-        torch.testing.assert_close(out, made(Attention)(x))
+        torch.testing.assert_close(out, made(Layers)(x), rtol=1e-4, atol=1e-4)
     bad = subprocess.run([program, *files, "x"], capture_output=True, text=True, check=False)
     assert bad.returncode == 1
     assert bad.stderr.startswith("run_package: error: ")
