@@ -143,11 +143,16 @@ def _finite(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_tile(  # type: ignore[no-untyped-def]
-    q, acc, top, total, k, v, at, low, high, scale, cap,
+    q, acc, top, total, k, v, at, reach, low, high, scale, cap,
     MASKED: tl.constexpr, CLEAN: tl.constexpr, SOFTCAP: tl.constexpr, TILE_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys, from `at` on, to a softmax.
+
+    `top`, which is subtracted from scores, becomes their maximum in tiles that begin before
+    `reach`. In later tiles it stays: a weight may be more than 1, and is infinite if a score is
+    higher than `top` by 128 or more. That saves a third of the instructions, and `_overflowed`
+    finds such sums.
 
     With MASKED, each row sees the keys `low..high` alone. The scale must not be negative.
 
@@ -162,22 +167,39 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         key = (at + tl.arange(0, TILE_N))[None, :]
         seen = (key >= low[:, None]) & (key < high[:, None])
         score = tl.where(seen, score * scale, -float("inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        # A row may have seen no key yet.
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        weight = tl.exp2(score - shift[:, None])
-    else:
+        scale = 1.0
+    if at < reach:
         higher = tl.maximum(top, tl.max(score, 1) * scale)
-        shift = higher
-        weight = tl.exp2(score * scale - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(weight, 1)
-    acc = acc * decay[:, None]
+        decay = tl.exp2(top - _shift(higher, MASKED))
+        acc *= decay[:, None]
+        total *= decay
+        top = higher
+    weight = tl.exp2(score * scale - _shift(top, MASKED)[:, None])
+    total += tl.sum(weight, 1)
     if CLEAN:
         v, spoilt = _finite(v)
         weight = tl.where(seen & spoilt[None, :], float("nan"), weight)
     acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, higher, total
+    return acc, top, total
+
+
+@triton.jit
+def _shift(top, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return what is subtracted from scores: 0 where a row has seen no key yet."""
+    return tl.where(top == -float("inf"), 0.0, top) if MASKED else top
+
+
+@triton.jit
+def _reach(start, stop, v_ptr):  # type: ignore[no-untyped-def]
+    """Return up to where `top` grows: to the end for float16, whose weights end at 65504."""
+    return stop if v_ptr.dtype.element_ty == tl.float16 else start + 1
+
+
+@triton.jit
+def _overflowed(acc, total):  # type: ignore[no-untyped-def]
+    """Whether any sum of a softmax is not finite."""
+    zero = tl.sum(acc * 0.0, 1) + total * 0.0
+    return tl.max((zero != zero).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -188,7 +210,8 @@ def _next_keys(at, stop, low, high):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale, cap,
+    q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, reach, low, high, scale,
+    cap,
     MASKED: tl.constexpr, CLEAN: tl.constexpr, ISLANDS: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
     TILE_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -203,8 +226,8 @@ def _attend(  # type: ignore[no-untyped-def]
             k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
             v = _load_keys(v_ptr, stride_vn, at, stop, VALUE_DIM, DV, TILE_N, MASKED)
             acc, top, total = _attend_tile(
-                q, acc, top, total, k, v, at, low, high, scale, cap, MASKED, CLEAN, SOFTCAP,
-                TILE_N, PRECISION,
+                q, acc, top, total, k, v, at, reach, low, high, scale, cap, MASKED, CLEAN,
+                SOFTCAP, TILE_N, PRECISION,
             )  # fmt: skip
             at = _next_keys(at + TILE_N, stop, low, high)
     else:
@@ -212,8 +235,8 @@ def _attend(  # type: ignore[no-untyped-def]
             k = _load_keys(k_ptr, stride_kn, at, stop, HEAD_DIM, D, TILE_N, MASKED)
             v = _load_keys(v_ptr, stride_vn, at, stop, VALUE_DIM, DV, TILE_N, MASKED)
             acc, top, total = _attend_tile(
-                q, acc, top, total, k, v, at, low, high, scale, cap, MASKED, CLEAN, SOFTCAP,
-                TILE_N, PRECISION,
+                q, acc, top, total, k, v, at, reach, low, high, scale, cap, MASKED, CLEAN,
+                SOFTCAP, TILE_N, PRECISION,
             )  # fmt: skip
     return acc, top, total
 
@@ -305,7 +328,7 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     v_ptr += batch * stride_vb + head * stride_vh
 
     acc = tl.zeros([TILE_M, DV], tl.float32)
-    top = tl.full([TILE_M], -float("inf"), tl.float32)
+    top = tl.zeros([TILE_M], tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     start = block * block_size
     stop = tl.minimum(start + block_size, kv_len)
@@ -315,18 +338,27 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     whole = start + (stop - start) // TILE_N * TILE_N if TAIL else stop
     low = tl.zeros([TILE_M], tl.int32) + start
     high = tl.zeros([TILE_M], tl.int32) + stop
-    acc, top, total = _attend(
-        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
-        cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
-    )  # fmt: skip
-    if TAIL:
+    # The maximum of the first tile will do for all tiles, or else that of all.
+    reach, again = _reach(start, stop, v_ptr), True
+    while again:
+        acc = tl.zeros([TILE_M, DV], tl.float32)
+        top = tl.full([TILE_M], -float("inf"), tl.float32)
+        total = tl.zeros([TILE_M], tl.float32)
         acc, top, total = _attend(
-            q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high,
-            scale, cap, True, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N,
+            q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, reach, low,
+            high, scale, cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N,
             PRECISION, STAGES,
         )  # fmt: skip
+        if TAIL:
+            acc, top, total = _attend(
+                q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, reach, low,
+                high, scale, cap, True, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N,
+                PRECISION, STAGES,
+            )  # fmt: skip
+        again = (reach < stop) & _overflowed(acc, total)
+        reach = stop
     place = tl.program_id(1).to(tl.int64) * num_pairs + pair
-    part = acc / total[:, None]
+    part = acc * (1.0 / total)[:, None]
     value_dim = tl.arange(0, DV)
     tl.store(
         part_ptr + place[:, None] * VALUE_DIM + value_dim[None, :],
@@ -381,16 +413,16 @@ def block_forward_kernel(  # type: ignore[no-untyped-def]
         q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
         q = _load_vectors(q_ptrs, HEAD_DIM, D)
         score = tl.dot(q, k.T, input_precision=PRECISION)
+        factor = scale
         if SOFTCAP:
             score, _ = _cap(score, scale, cap, PRECISION)
-        else:
-            score *= scale
+            factor = 1.0
+        top = tl.max(tl.where(seen, score, -float("inf")) if TAIL else score, 1) * factor
+        weight = tl.exp2(score * factor - top[:, None])
         if TAIL:
-            score = tl.where(seen, score, -float("inf"))
-        top = tl.max(score, 1)
-        weight = tl.exp2(score - top[:, None])
+            weight = tl.where(seen, weight, 0.0)
         total = tl.sum(weight, 1)
-        part = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        part = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         part_ptrs = part_ptr + (place + pair)[:, None] * VALUE_DIM + value_dim
         part = part.to(part_ptr.dtype.element_ty)
         if VALUE_DIM == DV:
@@ -476,21 +508,26 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
         query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size,
         table_rows, TILE_N, TABLES, CAUSAL, SHARED, TILE_M,
     )  # fmt: skip
+    # If all rows see the first key, the maximum of the first tile will do.
+    reach = stop if TABLES else tl.where(tl.max(low) == start, _reach(start, stop, v_ptr), stop)
     acc, top, total = _attend(
-        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, low, high, scale,
-        cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
+        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, reach, low, high,
+        scale, cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+        STAGES,
     )  # fmt: skip
     acc, top, total = _attend(
-        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, low, high, scale,
-        cap, True, False, TABLES, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
+        q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, whole, stop, reach, low, high,
+        scale, cap, True, False, TABLES, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+        STAGES,
     )  # fmt: skip
-    if tl.max((acc != acc).to(tl.int32)) > 0:
+    if _overflowed(acc, total):
         acc = tl.zeros([TILE_M, DV], tl.float32)
         top = tl.full([TILE_M], -float("inf"), tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
         acc, top, total = _attend(
-            q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, low, high, scale,
-            cap, True, True, True, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION, STAGES,
+            q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, stop, low, high,
+            scale, cap, True, True, True, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
+            STAGES,
         )  # fmt: skip
 
     value_dim = tl.arange(0, DV)[None, :]
@@ -521,9 +558,10 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
             total += weight
 
     out_ptrs = out_ptr + batch * stride_ob + q_heads * stride_oh + offset * stride_om + value_dim
-    out = acc / total[:, None]
     if TABLES or not MERGE:  # there may be no weight at all, or none before the parts'
-        out = tl.where(total[:, None] == 0, 0.0, out)
+        out = acc * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+    else:
+        out = acc * (1.0 / total)[:, None]
     inside = (query < q_len)[:, None] & (value_dim < VALUE_DIM)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
     lse_ptrs = lse_ptr + (batch * num_kv_heads * group + q_head) * q_len + query

@@ -24,7 +24,8 @@ INTS = (
     *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
     *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter", "done_ptr"),
 )
-FLOATS = ("lse", "spill_ptr", "part_ptr", "sums_ptr")
+FLOATS = ("lse", "spill_ptr", "sums_ptr")
+DECODING = (decode.decode_kernel,)
 GATES = (router_kernel.gate_kernel, router_kernel.sift_kernel)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -45,7 +46,9 @@ def compile_kernel(
             return "i32"
         if name.startswith(INTS) or (name == "out_ptr" and kernel in GATES):
             return "*i32"
-        return "*fp32" if any(word in name for word in FLOATS) else f"*{DTYPES[dtype]}"
+        if any(word in name for word in FLOATS) or (name == "part_ptr" and kernel in DECODING):
+            return "*fp32"
+        return f"*{DTYPES[dtype]}"
 
     aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride")]
     source = ASTSource(

@@ -87,6 +87,26 @@ def test_own_keys_may_have_no_weight(picks: int) -> None:
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about infinity
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("rise", "size"), [(15, 1), (60, 1), (60, 1e30), (300, 1), (-300, 1)])
+def test_scores_may_rise_within_a_block(
+    rise: float, size: float, causal: bool, dtype: torch.dtype
+) -> None:
+    """Sums overflow if the first keys tell the maximum, and are made again by that of all."""
+    q, k, v = torch.randn(3, 1, 2, 290, 16)
+    q[..., 0], k[..., 0] = 1, torch.arange(290) % 100 / 100 * rise
+    size = size if dtype == torch.float32 else 1
+    v *= size
+    q, k, v = (x.to(dtype) for x in (q[:, :, 200:], k, v))
+    routing = route(q, k, block_size=100, top_k=2, causal=causal)
+    got = routed_attention(q, k, v, routing, scale=1.0, plan="fused")
+    want = routed_attention(*(x.float() for x in (q, k, v)), routing, scale=1.0, plan="routed")
+    error = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got, want.to(dtype), rtol=error, atol=error * size)
+
+
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
 def test_scales_that_are_not_positive(scale: float, seed: int) -> None:
     case = Case(1, 2, 2, 60, 90, 16, 20, 3, scale=scale, seed=seed)
