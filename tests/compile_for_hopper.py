@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from moba_flex.compile import decode_kernels as decode
 from moba_flex.compile import fused, fused_kernels
@@ -18,59 +16,14 @@ from moba_flex.masks import (
     router_kernel,
 )
 from moba_flex.masks.layout import Layout
-
-INTS = (
-    *("rank", "row", "first", "tile_block", "spill_block", "stats", "queries", "extents"),
-    *("owners", "block_ptr", "blocks_ptr", "count", "total", "next", "head_top_k"),
-    *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter", "done_ptr"),
-)
-FLOATS = ("lse", "spill_ptr", "sums_ptr")
-DECODING = (decode.decode_kernel,)
-GATES = (router_kernel.gate_kernel, router_kernel.sift_kernel)
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+from perf.tiles import compile_kernel
 
 
-def compile_kernel(
-    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int, stages: int
-) -> dict[str, Any]:
+def compiled(*arguments: Any) -> dict[str, Any]:
     """Return the bytes of shared memory of a program, and of its machine code."""
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in ("scale", "cap"):
-            return "fp32"
-        if not name.endswith("_ptr"):
-            return "i32"
-        if name.startswith(INTS) or (name == "out_ptr" and kernel in GATES):
-            return "*i32"
-        if any(word in name for word in FLOATS) or (name == "part_ptr" and kernel in DECODING):
-            return "*fp32"
-        return f"*{DTYPES[dtype]}"
-
-    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride")]
-    source = ASTSource(
-        kernel,
-        {name: type_of(name) for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in aligned
-            if name not in constants
-        },
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": stages},
-    )
-    return {
-        "name": kernel.__name__,
-        "shared": compiled.metadata.shared,
-        "code": len(compiled.asm["cubin"]),
-    }
+    made = compile_kernel(*arguments)
+    size = len(made.asm["cubin"])
+    return {"name": made.metadata.name, "shared": made.metadata.shared, "code": size}
 
 
 def gating(head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
@@ -95,7 +48,7 @@ def gate(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
         "TILE_N": router_kernel._TILE_N,
         "LISTED": everything,
     }
-    return compile_kernel(router_kernel.gate_kernel, dtype, constants, router_kernel._WARPS, 2)
+    return compiled(router_kernel.gate_kernel, dtype, constants, router_kernel._WARPS, 2)
 
 
 def sift(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dict[str, Any]:
@@ -111,7 +64,7 @@ def sift(dtype: torch.dtype, head_dim: int, picks: int, everything: bool) -> dic
         "ASM": True,
     }
     warps, stages = router_kernel._SIFT_WARPS, router_kernel._SIFT_STAGES
-    return compile_kernel(router_kernel.sift_kernel, dtype, constants, warps, stages)
+    return compiled(router_kernel.sift_kernel, dtype, constants, warps, stages)
 
 
 def pool(dtype: torch.dtype, head_dim: int, tables: bool) -> dict[str, Any]:
@@ -123,7 +76,7 @@ def pool(dtype: torch.dtype, head_dim: int, tables: bool) -> dict[str, Any]:
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
         "AHEAD": pool_kernel._AHEAD,
     }
-    return compile_kernel(pool_kernel.pool_kernel, dtype, constants, 1, 3)
+    return compiled(pool_kernel.pool_kernel, dtype, constants, 1, 3)
 
 
 def sorting() -> list[dict[str, Any]]:
@@ -136,7 +89,7 @@ def sorting() -> list[dict[str, Any]]:
         "tile": ({"WIDTH": width, "ROOM": 16}, 4),
     }
     return [
-        compile_kernel(getattr(regroup_kernel, f"{name}_kernel"), torch.int32, constants, warps, 1)
+        compiled(getattr(regroup_kernel, f"{name}_kernel"), torch.int32, constants, warps, 1)
         for name, (constants, warps) in kernels.items()
     ]
 
@@ -158,10 +111,10 @@ def attention(
         tiles, constants = problem.tiles(name), problem.options(name)
         constants |= {"WRITE_DQ": block_size <= tiles.n}
         kernel = getattr(fused_kernels, f"{name}_kernel")
-        found.append(compile_kernel(kernel, dtype, constants, tiles.warps, tiles.stages))
+        found.append(compiled(kernel, dtype, constants, tiles.warps, tiles.stages))
     constants = problem.options("own_dq") | {"TILE_M": fused._MERGE_ROWS, "PICKS": 8}
     for kernel in (fused_kernels.merge_forward_kernel, fused_kernels.merge_dq_kernel):
-        found.append(compile_kernel(kernel, dtype, constants, fused._MERGE_WARPS, 1))
+        found.append(compiled(kernel, dtype, constants, fused._MERGE_WARPS, 1))
     return found
 
 
@@ -178,10 +131,10 @@ def decoding(dtype: torch.dtype, head_dim: int, everything: bool) -> list[dict[s
         constants[name] = everything
     given = constants | {"SCORE": False, "APPEND": False, "QUERY": everything, "COUNTS": False}
     return [
-        compile_kernel(decode.decode_kernel, dtype, constants | {"QUERY": False}, 2, 3),
-        compile_kernel(decode.decode_kernel, dtype, given, 2, 3),
-        compile_kernel(append_kernel.append_kernel, dtype, constants, 1, 3),
-        compile_kernel(
+        compiled(decode.decode_kernel, dtype, constants | {"QUERY": False}, 2, 3),
+        compiled(decode.decode_kernel, dtype, given, 2, 3),
+        compiled(append_kernel.append_kernel, dtype, constants, 1, 3),
+        compiled(
             layout_kernel.locate_kernel, dtype, constants | {"WIDTH": layout_kernel._WIDTH}, 4, 3
         ),
     ]

@@ -102,7 +102,8 @@ def test_scores_may_rise_within_a_block(
     q, k, v = (x.to(dtype) for x in (q[:, :, 200:], k, v))
     routing = route(q, k, block_size=100, top_k=2, causal=causal)
     got = routed_attention(q, k, v, routing, scale=1.0, plan="fused")
-    want = routed_attention(*(x.float() for x in (q, k, v)), routing, scale=1.0, plan="routed")
+    inputs = q.float(), k.float(), v.float()
+    want = routed_attention(*inputs, routing, scale=1.0, plan="routed")
     error = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got, want.to(dtype), rtol=error, atol=error * size)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -702,3 +703,22 @@ def test_a_way_that_fails_is_named() -> None:
     finally:
         dist.destroy_process_group()
     assert figures == {"error": "OutOfMemoryError: too little"}
+
+
+@pytest.mark.slow
+def test_other_tiles_of_a_kernel_on_no_gpu() -> None:
+    """The kernel that keeps the maximum of its first tile skips what updates it in later ones."""
+    pytest.importorskip("triton")
+    script = [sys.executable, "-m", "perf.tiles", "pair_forward", "64,32,4,2", "64,32,4,2,128"]
+    compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        script, env=compiled, cwd=timing.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = [list(map(int, re.findall(r"\d+", line))) for line in done.stdout.splitlines()]
+    for line, tiles in zip(found, ([64, 32, 4, 2], [64, 32, 4, 2, 128]), strict=True):
+        assert line[: len(tiles)] == tiles
+        registers, _, shared, least, most = line[len(tiles) :]
+        assert registers <= (tiles[4] if len(tiles) > 4 else 255)
+        assert shared <= 227 * 1024
+        assert 1.2 * least < most < 2 * least
