@@ -58,18 +58,12 @@ def _load_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows_to_ptrs(  # type: ignore[no-untyped-def]
-    ptr, row, group, q_len, stride_h, stride_m, GROUPED: tl.constexpr, SHARED: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
+    ptr, head, query, stride_h, stride_m, GROUPED: tl.constexpr, D: tl.constexpr
+):
     """Return pointers to the vectors of some rows of a list; `ptr` points to its first vector."""
+    start = query.to(tl.int64) * stride_m
     if GROUPED:
-        if SHARED:
-            head, query = row % group, row // group
-        else:
-            head, query = row // q_len, row % q_len
-        start = head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_m
-    else:
-        start = row.to(tl.int64) * stride_m
+        start += head.to(tl.int64) * stride_h
     return ptr + start[:, None] + tl.arange(0, D)[None, :]
 
 
@@ -83,13 +77,17 @@ def _load_vectors(ptrs, HEAD_DIM: tl.constexpr, D: tl.constexpr):  # type: ignor
 
 @triton.jit
 def _load_rows(  # type: ignore[no-untyped-def]
-    row_ptr, list_id, pair, exists, group, num_pairs, SHARED: tl.constexpr
-):
-    """Return the rows of some pairs of a list."""
+    row_ptr, list_id, pair, exists, group, q_len, num_pairs, GROUPED: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """Return the heads in their group, and the queries, of some pairs of a list."""
     row_ptr += list_id.to(tl.int64) * _num_entries(num_pairs, group, SHARED)
-    if SHARED:  # one entry for the whole group: the query
-        return tl.load(row_ptr + pair // group, exists) * group + pair % group
-    return tl.load(row_ptr + pair, exists)
+    if SHARED:  # one entry for the whole group
+        return pair % group, tl.load(row_ptr + pair // group, exists)
+    row = tl.load(row_ptr + pair, exists)
+    if GROUPED:
+        return row // q_len, row % q_len
+    return row, row  # there is one head, whose number nobody reads
 
 
 @triton.jit
@@ -317,12 +315,14 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     within = tl.program_id(0) - tl.load(first_tile_ptr + entry)
     pair = tl.load(first_pair_ptr + entry) + within * TILE_M + tl.arange(0, TILE_M)
     exists = pair < tl.load(first_pair_ptr + entry + 1)
-    row = _load_rows(row_ptr, list_id, pair, exists, group, num_pairs, SHARED)
+    head_in_group, query = _load_rows(
+        row_ptr, list_id, pair, exists, group, q_len, num_pairs, GROUPED, SHARED
+    )
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     dim = tl.arange(0, D)
     q_ptr += batch * stride_qb + head * group * stride_qh
-    q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
+    q_ptrs = _rows_to_ptrs(q_ptr, head_in_group, query, stride_qh, stride_qm, GROUPED, D)
     q = tl.load(q_ptrs, mask=exists[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
@@ -409,8 +409,10 @@ def block_forward_kernel(  # type: ignore[no-untyped-def]
     for at in tl.range(first, last + 1, TILE_M, num_stages=STAGES):
         # Past the end the last pair is done again: the same values are written once more.
         pair = tl.minimum(at + tl.arange(0, TILE_M), last)
-        row = _load_rows(row_ptr, list_id, pair, None, group, num_pairs, SHARED)
-        q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
+        head_in_group, query = _load_rows(
+            row_ptr, list_id, pair, None, group, q_len, num_pairs, GROUPED, SHARED
+        )
+        q_ptrs = _rows_to_ptrs(q_ptr, head_in_group, query, stride_qh, stride_qm, GROUPED, D)
         q = _load_vectors(q_ptrs, HEAD_DIM, D)
         score = tl.dot(q, k.T, input_precision=PRECISION)
         factor = scale
@@ -647,20 +649,22 @@ def merge_dq_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _stats(lse, delta, row):  # type: ignore[no-untyped-def]
+def _stats(lse, delta, query, head):  # type: ignore[no-untyped-def]
     """Pack the stats of rows or pairs into four integers each, so that one is a 16-byte load."""
     field = tl.arange(0, 4)[None, :]
     lse, delta = lse.to(tl.int32, bitcast=True), delta.to(tl.int32, bitcast=True)
-    return tl.where(field == 0, lse[:, None], tl.where(field == 1, delta[:, None], row[:, None]))
+    floats = tl.where(field == 0, lse[:, None], delta[:, None])
+    return tl.where(field < 2, floats, tl.where(field == 2, query[:, None], head))
 
 
 @triton.jit
 def _unpack(stats):  # type: ignore[no-untyped-def]
-    """Return log-sum-exp in units of log2, delta and row."""
+    """Return log-sum-exp in units of log2, delta, and a row's query and head in the group."""
     field = tl.arange(0, 4)[None, :]
     lse = tl.sum(tl.where(field == 0, stats, 0), 1).to(tl.float32, bitcast=True)
     delta = tl.sum(tl.where(field == 1, stats, 0), 1).to(tl.float32, bitcast=True)
-    return lse, delta, tl.sum(tl.where(field == 2, stats, 0), 1)
+    query = tl.sum(tl.where(field == 2, stats, 0), 1)
+    return lse, delta, query, tl.sum(tl.where(field == 3, stats, 0), 1)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -673,8 +677,9 @@ def stats_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Write the stats of each row, and after those of all rows a copy for each pair.
 
-    The stats are log-sum-exp, delta and row. Delta is subtracted from the gradient of each weight:
-    `out @ grad - grad_lse`. With the copies, kernels that walk the pairs read stats in order.
+    The stats are log-sum-exp, delta, query and head in the group. Delta is subtracted from the
+    gradient of each weight: `out @ grad - grad_lse`. With the copies, kernels that walk the pairs
+    read stats in order.
     """
     local_list, head_in_group, query, row, entry = _own_rows(group, q_len, picks, SHARED, TILE_M)
     list_id = first_list + local_list
@@ -696,7 +701,8 @@ def stats_kernel(  # type: ignore[no-untyped-def]
         delta -= tl.load(grad_lse_ptr + place, mask=exists, other=0.0)
     lse = tl.load(lse_ptr + place, mask=exists, other=0.0) * LOG2_E
     rows = group * q_len
-    stats, field = _stats(lse, delta, row), tl.arange(0, 4)[None, :]
+    heads = head_in_group[:, None] if SHARED else head_in_group
+    stats, field = _stats(lse, delta, query, heads), tl.arange(0, 4)[None, :]
     stats_ptr += local_list.to(tl.int64) * rows * (picks + 1) * 4
     rank_ptr += list_id.to(tl.int64) * _num_entries(rows, group, SHARED) * picks + entry
     tl.store(stats_ptr + row[:, None].to(tl.int64) * 4 + field, stats, mask=exists[:, None])
@@ -734,17 +740,16 @@ def pair_dq_kernel(  # type: ignore[no-untyped-def]
     rows = group * q_len
     place = tl.program_id(1).to(tl.int64) * (rows + num_pairs) + rows + pair
     stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
-    lse, delta, row = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
+    stats = tl.load(stats_ptrs, mask=exists[:, None], other=0)
+    lse, delta, query, head_in_group = _unpack(stats)
     batch = (list_id // num_kv_heads).to(tl.int64)
     head = (list_id % num_kv_heads).to(tl.int64)
     dim = tl.arange(0, D)
     inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
     q_ptr += batch * stride_qb + head * group * stride_qh
     grad_ptr += batch * stride_gb + head * group * stride_gh
-    q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
-    grad_ptrs = _rows_to_ptrs(
-        grad_ptr, row, group, q_len, stride_gh, stride_gm, GROUPED, SHARED, DV
-    )  # fmt: skip
+    q_ptrs = _rows_to_ptrs(q_ptr, head_in_group, query, stride_qh, stride_qm, GROUPED, D)
+    grad_ptrs = _rows_to_ptrs(grad_ptr, head_in_group, query, stride_gh, stride_gm, GROUPED, DV)
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     grad_inside = exists[:, None] & (tl.arange(0, DV) < VALUE_DIM)[None, :]
     grad = tl.load(grad_ptrs, mask=grad_inside, other=0.0)
@@ -806,7 +811,7 @@ def own_dq_kernel(  # type: ignore[no-untyped-def]
     grad = tl.load(g_ptrs, mask=exists[:, None] & (value_dim < VALUE_DIM), other=0.0)
     place = local_list.to(tl.int64) * (group * q_len + num_pairs) + row
     stats_ptrs = stats_ptr + place[:, None] * 4 + tl.arange(0, 4)[None, :]
-    lse, delta, _ = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
+    lse, delta, _, _ = _unpack(tl.load(stats_ptrs, mask=exists[:, None], other=0))
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
@@ -872,12 +877,13 @@ def _add_rows(  # type: ignore[no-untyped-def]
         # Past the end the last row is read again, which is cheaper than a mask: with lse = inf its
         # weights are exp2(-inf) = 0.
         stats_ptrs = stats_ptr + tl.minimum(place, end - 1)[:, None].to(tl.int64) * 4
-        lse, delta, row = _unpack(tl.load(stats_ptrs + tl.arange(0, 4)[None, :]))
+        stats = tl.load(stats_ptrs + tl.arange(0, 4)[None, :])
+        lse, delta, query, head_in_group = _unpack(stats)
         lse = tl.where(exists, lse, float("inf"))
-        q_ptrs = _rows_to_ptrs(q_ptr, row, group, q_len, stride_qh, stride_qm, GROUPED, SHARED, D)
+        q_ptrs = _rows_to_ptrs(q_ptr, head_in_group, query, stride_qh, stride_qm, GROUPED, D)
         grad_ptrs = _rows_to_ptrs(
-            grad_ptr, row, group, q_len, stride_gh, stride_gm, GROUPED, SHARED, DV
-        )  # fmt: skip
+            grad_ptr, head_in_group, query, stride_gh, stride_gm, GROUPED, DV
+        )
         q = _load_vectors(q_ptrs, HEAD_DIM, D)
         grad = _load_vectors(grad_ptrs, VALUE_DIM, DV)
         score = tl.dot(k, q.T, input_precision=PRECISION)
@@ -888,7 +894,6 @@ def _add_rows(  # type: ignore[no-untyped-def]
             score, slope = score * scale, 1.0
         weight = tl.exp2(score - lse[None, :])
         if MASKED:
-            query = row // group if SHARED else row % q_len
             weight = tl.where(key[:, None] <= (query + offset)[None, :], weight, 0.0)
         dv = tl.dot(weight.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dscore = (weight * (dweight - delta[None, :]) * slope).to(q.dtype)
