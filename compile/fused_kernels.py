@@ -195,9 +195,9 @@ def _reach(start, stop, v_ptr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _overflowed(acc, total):  # type: ignore[no-untyped-def]
-    """Whether any sum of a softmax is not finite."""
-    zero = tl.sum(acc * 0.0, 1) + total * 0.0
-    return tl.max((zero != zero).to(tl.int32)) > 0
+    """Whether a sum of a softmax is not finite, or a total so large that its inverse may be 0."""
+    spoilt = tl.sum(acc * 0.0, 1) != 0.0
+    return tl.max((spoilt | (total > 2.0**120)).to(tl.int32)) > 0
 
 
 @triton.jit

@@ -90,7 +90,9 @@ def test_own_keys_may_have_no_weight(picks: int) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about infinity
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("rise", "size"), [(15, 1), (60, 1), (60, 1e30), (300, 1), (-300, 1)])
+@pytest.mark.parametrize(
+    ("rise", "size"), [(15, 1), (60, 1), (60, 1e30), (129, 1), (300, 1), (-300, 1)]
+)
 def test_scores_may_rise_within_a_block(
     rise: float, size: float, causal: bool, dtype: torch.dtype
 ) -> None:
