@@ -482,7 +482,7 @@ def test_kernels_choose_and_decode_as_cpu_does(
 
 @pytest.mark.usefixtures("poison", "replays")
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=settings().max_examples // 4 + 1)
+@settings(max_examples=settings().max_examples // 8 + 1)
 def test_kernels_read_and_write_pages(seed: int) -> None:
     """In Triton's interpreter, as they read and write rows in one piece, bit by bit."""
     needs_interpreter()
