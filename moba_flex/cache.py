@@ -39,7 +39,7 @@ class BlockCache:
     Attributes:
         block_size: Keys per block.
         max_len: Number of slots, if the cache does not grow.
-        start: Slot of each row's first key, int32 `[B]`.
+        start: Slot of each row's first key, int32 `[B]`; `B` is 0 until the first append.
         stop: The slot after each row's last key, int32 `[B]`.
 
     Raises:
@@ -55,17 +55,18 @@ class BlockCache:
         (torch.Size([1, 4, 1, 32]), [101])
     """
 
-    start: Tensor
-    stop: Tensor
+    _memory: "_Memory | None" = None
     _table: Tensor | None = None
-    _counters: Tensor | None = None
 
     def __init__(self, block_size: int, max_len: int | None = None) -> None:
         self.block_size = check_int("block_size", block_size, 1)
         self.max_len = None if max_len is None else check_int("max_len", max_len, 1)
-        self._memory: _Memory | None = None
+        with _normal():
+            self.start = torch.zeros(0, dtype=torch.int32, device="cpu")
+            self.stop = torch.zeros_like(self.start)
         self._longest = 0  # of a cache that grows: no row has a key behind this slot
         self._even = True  # all rows have as many keys, and none has padding
+        self._counters: Tensor | None = None
         self._counts: Tensor | None = None  # of the last append
         self._num_new = 0
 
@@ -150,7 +151,12 @@ class BlockCache:
             self._longest += self._num_new
 
     def start_at(self, start: Tensor) -> None:
-        """Let rows that have no key yet start at these slots, int `[B]`; others stay."""
+        """Let rows that have no key yet start at these slots, int `[B]`; others stay.
+
+        Raises:
+            ValueError: No memory has been allocated.
+        """
+        self._filled()
         self._even = False
         start = start.to(self.start.device)
         self.start.copy_(start.where(self.stop <= self.start, self.start))
@@ -225,15 +231,13 @@ class BlockCache:
             ValueError: It is less than 1.
         """
         repeats = check_int("repeats", repeats, 1)
-        if self._memory is not None:
-            rows = torch.arange(self.start.shape[0], device=self.start.device)
-            self.select(rows.repeat_interleave(repeats))
+        rows = torch.arange(self.start.shape[0], device=self.start.device)
+        self.select(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget all keys; the memory stays allocated."""
-        if self._memory is not None:
-            self.start.zero_()
-            self.stop.zero_()
+        self.start.zero_()
+        self.stop.zero_()
         self._longest, self._even, self._counts = 0, True, None
 
     @property
@@ -485,6 +489,14 @@ class PagedRows(BlockCache):
         self._cache, self._table = cache, block_table
         self.start, self.stop = torch.zeros_like(lengths), lengths
 
+    @property
+    def _memory(self) -> "_Memory | None":
+        return self._cache._memory  # which other rows may have allocated
+
+    @_memory.setter
+    def _memory(self, memory: "_Memory | None") -> None:
+        self._cache._memory = memory
+
     @override
     def pages(self) -> Pages:
         memory = self._filled()
@@ -536,16 +548,9 @@ class PagedRows(BlockCache):
 
     @override
     def _make(self, k: Tensor, v: Tensor) -> "_Memory":
-        if self._cache._memory is None:
-            number = self._cache.num_pages
-            k, v = (x.new_empty(number, x.shape[1], 0, x.shape[3]) for x in (k, v))
-            self._cache._memory = _Memory.of(k, v, self._cache.page_size, self.block_size)
-        return self._cache._memory
-
-    @override
-    def _filled(self) -> "_Memory":
-        self._memory = self._cache._memory  # which other rows may have allocated
-        return super()._filled()
+        number = self._cache.num_pages
+        k, v = (x.new_empty(number, x.shape[1], 0, x.shape[3]) for x in (k, v))
+        return _Memory.of(k, v, self._cache.page_size, self.block_size)
 
     def _check(self) -> None:
         """Raise unless lengths and pages are in range, where their values can be seen."""

@@ -330,6 +330,30 @@ def test_a_crop_of_nothing_needs_no_keys() -> None:
         cache.crop(1)
 
 
+@pytest.mark.parametrize("max_len", [None, 40])
+def test_a_cache_has_no_rows_before_its_first_keys(max_len: int | None) -> None:
+    cache = BlockCache(8, max_len)
+    cache.reset()
+    cache.repeat(2)
+    cache.select(torch.tensor([1, 0]))
+    assert cache.start.tolist() == cache.stop.tolist() == cache.slots(1).stop.tolist() == []
+    cache.append(*torch.ones(2, 3, 2, 5, 16))
+    assert (cache.start.tolist(), cache.stop.tolist()) == ([0, 0, 0], [5, 5, 5])
+
+
+def test_rows_of_pages_see_what_others_allocated() -> None:
+    rows = paged(lengths=torch.tensor([3, 4], dtype=torch.int32))
+    rows.reset()  # before there is memory
+    assert rows.stop.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="rows must keep their pages"):
+        rows.repeat(2)
+    others = rows._cache.rows(rows._table, rows.stop)
+    rows.append(*torch.ones(2, 2, 2, 5, 16))
+    assert others.memory() == rows.memory() == rows._cache.memory()
+    others.reset()
+    assert rows.stop.tolist() == [0, 0]
+
+
 def test_a_crop_leaves_pages_as_they_are() -> None:
     """So that other rows that share a page go on."""
     k, v = torch.randn(2, 1, 2, 32, 16)
@@ -676,6 +700,17 @@ def beyond(lengths: Tensor, page: int = 0) -> Any:
     return rows
 
 
+READS: list[Callable[[BlockCache], Any]] = [  # need a key
+    lambda cache: cache.keys,
+    lambda cache: cache.values,
+    lambda cache: cache.block_keys,
+    lambda cache: cache.tensors,
+    lambda cache: cache.counters,
+    lambda cache: cache.read(torch.ones(2, 2, 1, 16)),
+    lambda cache: cache.start_at(torch.tensor([0, 1])),
+    lambda cache: cache.crop(torch.tensor([0, 1])),
+    lambda cache: cached_attention(torch.ones(2, 2, 1, 16), cache, top_k=2),
+]
 CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     *(
         (
@@ -790,10 +825,13 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "rows must keep their pages, got a selection: change block_table and lengths",
     ),
-    (
-        lambda: BlockCache(8).keys,
-        ValueError,
-        "cache must hold keys, got an empty one: append some",
+    *(
+        (
+            lambda call=call: call(BlockCache(8)),
+            ValueError,
+            "cache must hold keys, got an empty one: append some",
+        )
+        for call in READS
     ),
     (
         lambda: small().append(torch.ones(2, 2, 16), torch.ones(2, 2, 16)),
