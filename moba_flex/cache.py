@@ -85,9 +85,11 @@ class BlockCache:
         Raises:
             TypeError: A tensor has the wrong dtype.
             ValueError: Shapes do not fit the cache, a number is out of range, a row would get more
-                than `max_len` keys, or a gradient is wanted, which a cache does not hand on.
+                than `max_len` keys, or a gradient is wanted, which a cache does not hand on. Then
+                the cache is as it was.
         """
-        self._append(self._begin(k, v, counts=counts, start=start))
+        with self.restoring():
+            self._append(self._begin(k, v, counts=counts, start=start))
 
     def _begin(
         self, k: Tensor, v: Tensor, *, counts: Tensor | None = None, start: Tensor | None = None
@@ -132,16 +134,26 @@ class BlockCache:
         append(*memory, *given, *rows, new.counts, self._table, self.block_size)
         self._end(new)
 
+    def restoring(self) -> AbstractContextManager[None]:
+        """Return a context that leaves the cache as it was if its body raises.
+
+        Slots that hold no key may change. On CUDA, so may the contents of `start` and `stop`, for
+        a copy of them is one more launch in each step.
+        """
+        return nullcontext() if is_traced() else self._restoring(contents=not self.stop.is_cuda)
+
     @contextmanager
-    def _appended(self, new: NewKeys) -> Iterator[None]:
-        """Append what `_begin` returned, but take it back if what follows raises."""
-        stop, before = self.stop.clone(), (self._counts, self._num_new, self._longest)
-        self._append(new)
+    def _restoring(self, *, contents: bool) -> Iterator[None]:
+        """Restore attributes if the body raises, and, if asked, contents of `start` and `stop`."""
+        attributes, memory, rows = vars(self).copy(), self._memory, (self.start, self.stop)
+        copies = [x.clone() for x in rows] if contents else []
         try:
             yield
-        except Exception:
-            self.stop.copy_(stop)
-            self._counts, self._num_new, self._longest = before
+        except BaseException:  # an interrupt, too
+            for row, copy in zip(rows, copies, strict=False):
+                row.copy_(copy)
+            vars(self).update(attributes)
+            self._memory = memory
             raise
 
     def _end(self, new: NewKeys) -> None:
@@ -177,16 +189,17 @@ class BlockCache:
             if self._memory is None and tokens == 0:
                 return
         self._filled()
-        if isinstance(tokens, Tensor):
-            self._even = False
-            tokens = _row_numbers("tokens", tokens, self.stop, LONGEST)
-        enough = self.stop >= tokens
-        if is_seen(enough) and not bool(enough.all()):
-            raise ValueError(f"tokens must be at most the slots of a row, got {tokens}")
-        self._counts = None
-        self.stop.sub_(tokens)
-        if self.max_len is None and isinstance(tokens, int):
-            self._longest -= tokens
+        with self.restoring():
+            if isinstance(tokens, Tensor):
+                self._even = False
+                tokens = _row_numbers("tokens", tokens, self.stop, LONGEST)
+            enough = self.stop >= tokens
+            if is_seen(enough) and not bool(enough.all()):
+                raise ValueError(f"tokens must be at most the slots of a row, got {tokens}")
+            self._counts = None
+            self.stop.sub_(tokens)
+            if self.max_len is None and isinstance(tokens, int):
+                self._longest -= tokens
 
     def select(self, rows: Tensor) -> None:
         """Make row `i` a copy of row `rows[i]`, int `[B']`: for beams, or to drop finished rows.
@@ -498,6 +511,17 @@ class PagedRows(BlockCache):
         self._cache._memory = memory
 
     @override
+    def allocate(self, k: Tensor, v: Tensor) -> None:
+        rows, device = self.stop.shape, self.stop.device
+        for name, x in (("k", k), ("v", v)):
+            if x.shape[:1] != rows or x.device != device:
+                raise ValueError(
+                    f"{name} must have {rows[0]} rows on {device} like lengths, got shape "
+                    f"{tuple(x.shape)} on {x.device}"
+                )
+        super().allocate(k, v)
+
+    @override
     def pages(self) -> Pages:
         memory = self._filled()
         return Pages(memory.keys, memory.values, memory.block_keys, self._table)
@@ -759,20 +783,21 @@ def cached_attention(
         if k is not None or v is not None or counts is not None:
             raise ValueError("k and v must be given together, and with counts, got None for one")
         return attend(request(None), plan, return_aux)
-    new = cache._begin(k, v, counts=counts)
-    # Under autocast a request has a copy of the cache.
-    if plan in ("auto", "decode") and q.is_cuda and not torch.is_autocast_enabled("cuda"):
-        asked = request(new)
-        found = find_plan(plan, asked)
-        if found.appends(asked):
-            result = attend_by(found, asked, return_aux)
-            cache._end(new)
-            return result
-    if is_traced():
-        cache._append(new)
-        return attend(request(None), plan, return_aux)
-    with cache._appended(new):
-        return attend(request(None), plan, return_aux)
+    with cache.restoring():
+        new = cache._begin(k, v, counts=counts)
+        # Under autocast a request has a copy of the cache.
+        if plan in ("auto", "decode") and q.is_cuda and not torch.is_autocast_enabled("cuda"):
+            asked = request(new)
+            found = find_plan(plan, asked)
+            if found.appends(asked):
+                result = attend_by(found, asked, return_aux)
+                cache._end(new)
+                return result
+        # The request is checked against lengths, and so after the append.
+        kept = is_traced() or not cache.stop.is_cuda
+        with nullcontext() if kept else cache._restoring(contents=True):
+            cache._append(new)
+            return attend(request(None), plan, return_aux)
 
 
 def _request(

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from random import Random
 from typing import Any
@@ -834,6 +835,16 @@ CACHE_ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         for call in READS
     ),
     (
+        lambda: paged().append(*torch.ones(2, 1, 2, 1, 16)),
+        ValueError,
+        "k must have 2 rows on cpu like lengths, got shape (1, 2, 1, 16) on cpu",
+    ),
+    (
+        lambda: paged().append(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16, device="meta")),
+        ValueError,
+        "v must have 2 rows on cpu like lengths, got shape (2, 2, 1, 16) on meta",
+    ),
+    (
         lambda: small().append(torch.ones(2, 2, 16), torch.ones(2, 2, 16)),
         ValueError,
         "k must have shape [B, Hkv, T, D], got (2, 2, 16)",
@@ -928,6 +939,60 @@ def test_a_refused_append_changes_nothing() -> None:
             cache.append(*torch.randn(2, 2, 2, 2, 16), **options)
     for x, y in zip((cache.start, cache.stop, cache.keys[:, :, :20]), before, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("max_len", [None, 20])
+@pytest.mark.parametrize(
+    ("in_one_call", "refused"),
+    [
+        (False, {"counts": torch.ones(3)}),
+        (False, {"counts": torch.tensor([1, 2])}),
+        (False, {"counts": torch.tensor([1, 2, 5])}),
+        (False, {"start": torch.tensor([0, 1])}),
+        (False, {"start": torch.tensor([0, 1, -1])}),
+        (False, {"start": torch.tensor([0, 1, 2]), "counts": torch.tensor([1, 2, 5])}),
+        (True, {"counts": torch.tensor([1, 2])}),
+        (True, {"top_k": 0}),
+        (True, {"plan": "fused"}),
+        (True, {}),  # q is a batch of another dtype
+    ],
+)
+def test_a_refused_first_append_fixes_nothing(
+    in_one_call: bool, refused: dict[str, Any], max_len: int | None
+) -> None:
+    """Neither rows, heads, dims nor a dtype; another append may come first."""
+    cache = BlockCache(8, max_len)
+    k, v = torch.ones(2, 3, 1, 4, 8, dtype=torch.float16)
+    call: Callable[..., Any] = cache.append
+    if in_one_call:
+        call = partial(cached_attention, torch.ones(3, 1, 4, 8), cache, top_k=2)
+    with pytest.raises((TypeError, ValueError), match="must"):
+        call(k, v, **refused)
+    assert cache.stop.tolist() == []
+    k, v = torch.randn(2, 2, 2, 20, 16)
+    q = torch.randn(2, 4, 1, 16)
+    want = moba_attention(q, k, v, block_size=8, top_k=2)
+    torch.testing.assert_close(cached_attention(q, cache, k, v, top_k=2), want)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        torch.ones(2, 3, 1, 4, 8, dtype=torch.float16),  # other rows
+        torch.ones(2, 2, 1, 33, 8, dtype=torch.float16),  # more keys than slots
+        torch.ones(2, 2, 1, 20, 8, dtype=torch.float16),  # needs a page that there is not
+    ],
+)
+def test_a_refused_first_append_allocates_no_pages(refused: Tensor) -> None:
+    rows = paged(block_table=(table := torch.tensor([[1, 9], [2, 3]]).int()))
+    with pytest.raises(ValueError, match="must"):
+        rows.append(*refused)
+    assert rows._cache.memory() == {"keys and values": 0, "blocks": 0}
+    table[0, 1] = 0
+    k, v = torch.randn(2, 2, 2, 20, 16)
+    q = torch.randn(2, 4, 1, 16)
+    want = moba_attention(q, k, v, block_size=8, top_k=2)
+    torch.testing.assert_close(cached_attention(q, rows, k, v, top_k=2), want)
 
 
 def raises(*_: Tensor) -> Tensor:

@@ -303,6 +303,43 @@ def test_layers_refuse_what_they_cannot_do() -> None:
         layer.offload()
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_refused_update_leaves_a_layer_as_it_was(static: bool) -> None:
+    """Whether it is the first or a later one."""
+    layer: Any = BlockStaticLayer(8, 64) if static else BlockDynamicLayer(8)
+    before = vars(layer).copy()
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match="must"):
+            layer.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 4, 8))
+        if static:
+            with pytest.raises(ValueError, match="max_len must be"):
+                layer.update(*torch.ones(2, 1, 2, 65, 8))
+    assert vars(layer) == before
+    layer.update(*(new := torch.randn(2, 3, 1, 20, 16)))
+    before = vars(layer).copy()
+    with pytest.raises(ValueError, match="k must have shape"):
+        layer.update(*torch.ones(2, 1, 2, 1, 8))
+    if static:
+        with pytest.raises(ValueError, match="max_len must be"):
+            layer.update(*torch.ones(2, 3, 1, 45, 16))
+    assert vars(layer) == before
+    assert layer.get_seq_length() == 20
+    assert torch.equal(layer.keys[:, :, :20], new[0])
+
+
+def test_a_refused_update_leaves_keys_that_a_caller_has_cut() -> None:
+    layer = BlockDynamicLayer(8)
+    layer.update(*(new := torch.randn(2, 1, 2, 40, 8)))
+    assert layer.keys is not None
+    layer.keys, layer.values = layer.keys[:, :, 3:30], layer.values[:, :, 3:30]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="k must have shape"):
+            layer.update(*torch.ones(2, 1, 2, 1, 16))
+    keys, values = layer.update(*new[:, :, :, 30:])
+    assert torch.equal(keys, new[0, :, :, 3:])
+    assert torch.equal(values, new[1, :, :, 3:])
+
+
 def test_an_offloaded_cache_stays_as_it_is() -> None:
     cache: Any = DynamicCache()
     cache.offloading = True

@@ -1,5 +1,7 @@
 """Cache layers of transformers that keep the gate's block keys."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,18 +27,40 @@ class _Blocks:
     values: Any
     _seen: Tensor | None = None  # the keys as transformers saw them last
 
+    def _restoring(self) -> AbstractContextManager[None]:
+        """Return a context that leaves the layer as it was if its body raises."""
+        return nullcontext() if is_traced() else self._restored()
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        attributes = vars(self).copy()
+        try:
+            with self.blocks.restoring():
+                yield
+        except BaseException:
+            for name in vars(self).keys() - attributes.keys():
+                delattr(self, name)
+            vars(self).update(attributes)
+            raise
+
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         blocks, start = self.blocks, first_slots()
-        if self.keys is not None and self.keys is not self._seen:  # a caller has cut them
-            old_k, old_v = self.keys.clone(), self.values.clone()
-            blocks.reset()
-            blocks.append(old_k, old_v, start=start)
         if start is not None:  # a mask may tell another one later: see `blocks_of`
             blocks.allocate(k, v)
             blocks.start_at(start)
         blocks.append(k, v)
         self._show()
         return self.keys, self.values  # these objects: see `blocks_of`
+
+    def _take_cut_keys(self) -> None:
+        """Let the cache hold what a caller has cut `keys` and `values` to, if one has."""
+        if self.keys is None or self.keys is self._seen:
+            return
+        k, v = self.keys.clone(), self.values.clone()  # which may lie in the memory of the cache
+        with self._restoring():
+            self.blocks.reset()
+            self.blocks.append(k, v, start=first_slots())
+            self._show()
 
     def _show(self) -> None:
         """Let transformers see the tensors of the cache after a change."""
@@ -94,9 +118,11 @@ class BlockDynamicLayer(_Blocks, DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values `[B, Hkv, T, D]`, and return all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self._append(key_states, value_states)
+        self._take_cut_keys()
+        with self._restoring():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            return self._append(key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Return the number of slots in use."""
@@ -151,10 +177,13 @@ class BlockStaticLayer(_Blocks, StaticLayer):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values `[B, Hkv, T, D]`, and return all slots."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.cumulative_length.add_(key_states.shape[2])
-        return self._append(key_states, value_states)
+        self._take_cut_keys()
+        with self._restoring():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            shown = self._append(key_states, value_states)
+            self.cumulative_length.add_(key_states.shape[2])
+        return shown
 
     def reset(self) -> None:
         """Forget all keys."""
