@@ -155,5 +155,8 @@ def _add(sums: Tensor, block_keys: Tensor, keys: Tensor, place: int, block_size:
         total = sum_blocks(torch.cat((before, new), dim=1), edges.expand(new.shape[0], -1))
         number = edges.diff()[:, None]
         number[0] += within - 1
-    sums[:, block:last, :-1], sums[:, block:last, -1:] = total, number
+    # An interrupt between the two leaves numbers that the next append does not expect, so that it
+    # adds up anew.
+    sums[:, block:last, -1:] = number
+    sums[:, block:last, :-1] = total
     block_keys[:, block:last] = total / number

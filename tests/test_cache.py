@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -993,6 +994,68 @@ def test_a_refused_first_append_allocates_no_pages(refused: Tensor) -> None:
     q = torch.randn(2, 4, 1, 16)
     want = moba_attention(q, k, v, block_size=8, top_k=2)
     torch.testing.assert_close(cached_attention(q, rows, k, v, top_k=2), want)
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed", "paged"])
+@pytest.mark.parametrize("step", ["append", "attend", "crop"])
+@torch.no_grad()  # an interrupt may keep the mode from being set back
+def test_an_interrupt_leaves_all_of_a_step_or_none(
+    kind: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes, on CPU: keys, lengths and block keys fit each other."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 2, 45, 16, generator=generator)
+    q = torch.randn(2, 4, 3, 16, generator=generator)
+    few, many = slice(0, 20), slice(20, 23)
+    monkeypatch.setattr("moba_flex.cache._ROOM", 0)  # a cache that grows has to grow
+
+    def run(at: int) -> bool:
+        """Interrupt the step at this of the lines that it runs; return whether it has so many."""
+        cache = paged() if kind == "paged" else BlockCache(8, 45 if kind == "fixed" else None)
+        cache.append(k[:, :, few], v[:, :, few])
+        left, new = at, (k[:, :, many], v[:, :, many])
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal left
+            if not frame.f_code.co_filename.endswith(("moba_flex/cache.py", "masks/append.py")):
+                return None
+            left -= event == "line"
+            if left == 0 and event == "line":
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            if step == "append":
+                cache.append(*new)
+            elif step == "attend":
+                cached_attention(q, cache, *new, top_k=2)
+            else:
+                cache.crop(3)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        length = int(cache.stop[0])
+        assert cache.stop.tolist() == [length, length]
+        assert length in (20, 17 if step == "crop" else 23)
+        for low, high in ((length, length + 1), (length + 1, length + 6)):
+            cache.append(k[:, :, low:high], v[:, :, low:high])
+            got = cached_attention(q[:, :, :1], cache, top_k=2)
+            want = moba_attention(
+                q[:, :, :1], k[:, :, :high], v[:, :, :high], block_size=8, top_k=2
+            )
+            torch.testing.assert_close(got, want)
+            assert torch.equal(cache.keys[:, :, :high], k[:, :, :high])
+            blocks = pool(k[:, :, :high], Layout(1, high, 8, True))
+            assert torch.equal(cache.block_keys[:, :, : blocks.shape[2]], blocks)
+        return left <= 0
+
+    at = 1
+    while run(at):
+        at += 1
+    assert at > 5
 
 
 def raises(*_: Tensor) -> Tensor:
