@@ -234,7 +234,7 @@ class BlockCache:
         else:
             *tensors, self.start, self.stop, self._counters = new
             self._memory = _Memory(*tensors)
-            self._stay()
+            self._stay(*self.tensors)
 
     def repeat(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one copy beside the other.
@@ -362,15 +362,16 @@ class BlockCache:
         if self._counters is None:
             with _normal():
                 self._counters = count_programs(self.stop, self._filled().keys.shape[1])
+            self._stay(self._counters)
         return self._counters
 
-    def _stay(self) -> None:
-        """Tell PyTorch that the tensors of a cache with `max_len` stay where they are.
+    def _stay(self, *tensors: Tensor) -> None:
+        """Tell PyTorch that these tensors of a cache with `max_len` stay where they are.
 
         Mode "reduce-overhead" makes no CUDA graph of code that writes to other tensors.
         """
         if self.max_len is not None and not is_traced():
-            for x in self.tensors:
+            for x in tensors:
                 torch._dynamo.mark_static_address(x)
 
     def allocate(self, k: Tensor, v: Tensor) -> None:
@@ -393,10 +394,12 @@ class BlockCache:
                 "k and v must hold floating-point numbers on one device, got "
                 f"{k.dtype} on {k.device} and {v.dtype} on {v.device}"
             )
-        if self._memory is None:
-            self._memory = self._make(k, v)
-            self._stay()
-        memory, batch = self._memory, self.start.shape[0]
+        memory = self._memory
+        if memory is None:
+            memory = self._memory = self._make(k, v)
+        if self._counters is None:
+            self._stay(*self.tensors)
+        batch = self.start.shape[0]
         for name, x, kept in (("k", k, memory.keys), ("v", v, memory.values)):
             same = x.dtype == kept.dtype and x.device == kept.device
             fitting = batch, kept.shape[1], kept.shape[3]
@@ -455,7 +458,8 @@ class PagedCache:
                 that a row needs it may hold anything. A page may belong to several rows while it
                 is full in all of them.
             lengths: Number of keys of each row, int32 `[B]`, contiguous. `append` and `crop`
-                change it.
+                change it. In compiled code read `stop`, which has the same memory: PyTorch makes
+                no CUDA graph of code that takes both.
 
         Raises:
             TypeError: A tensor has the wrong dtype.
@@ -500,7 +504,9 @@ class PagedRows(BlockCache):
             )
         super().__init__(cache.block_size, max_len=block_table.shape[1] * cache.page_size)
         self._cache, self._table = cache, block_table
-        self.start, self.stop = torch.zeros_like(lengths), lengths
+        # `detach` makes another tensor over the same memory: the caller's is not to be marked.
+        self.start, self.stop = torch.zeros_like(lengths), lengths.detach()
+        self._stay(self.start, self.stop)
 
     @property
     def _memory(self) -> "_Memory | None":

@@ -356,6 +356,43 @@ def test_rows_of_pages_see_what_others_allocated() -> None:
     assert rows.stop.tolist() == [0, 0]
 
 
+def test_only_tensors_of_a_cache_are_marked_as_staying() -> None:
+    """Lengths and pages are the caller's; graphs that append keep all that they write to."""
+    table, lengths = torch.arange(4).int().view(2, 2), torch.zeros(2, dtype=torch.int32)
+    cache = PagedCache(4, 16, 8)
+    early, late = cache.rows(table, lengths), cache.rows(table, lengths)
+    early.append(*torch.ones(2, 2, 2, 5, 16))
+    late.append(*torch.ones(2, 2, 2, 5, 16))
+    fixed = small(40)
+    fixed.select(torch.tensor([0]))
+    for rows in (early, late, cache.rows(table, lengths), fixed):
+        assert all(hasattr(x, "_dynamo_static_input_type") for x in rows.tensors)
+    for x in (table, lengths):
+        assert not hasattr(x, "_dynamo_static_input_type")
+    assert lengths.tolist() == [10, 10]  # which is the memory of `stop`
+    lengths.sub_(1)
+    assert late.stop.tolist() == [9, 9]
+
+
+def test_compiled_steps_read_the_callers_lengths() -> None:
+    """Before and after an append to the same memory."""
+    k, v = torch.randn(2, 2, 2, 30, 16)
+    rows = paged(lengths=(lengths := torch.zeros(2, dtype=torch.int32)))
+    rows.append(k[:, :, :20], v[:, :, :20])
+
+    def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        place = lengths.clone()
+        return cached_attention(q, rows, k, v, top_k=2), place, lengths - place
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for at in range(20, 25):
+        q, new = torch.randn(2, 4, 1, 16), slice(at, at + 1)
+        got, place, more = compiled(q, k[:, :, new], v[:, :, new], lengths)
+        want = moba_attention(q, k[:, :, : at + 1], v[:, :, : at + 1], block_size=8, top_k=2)
+        torch.testing.assert_close(got, want)
+        assert (place.tolist(), more.tolist()) == ([at, at], [1, 1])
+
+
 def test_a_crop_leaves_pages_as_they_are() -> None:
     """So that other rows that share a page go on."""
     k, v = torch.randn(2, 1, 2, 32, 16)
