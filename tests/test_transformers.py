@@ -101,6 +101,36 @@ def test_is_what_the_oracle_computes(name: str, reference: str) -> None:
     assert (got - dense).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_options_are_read_once_and_after_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, too, deep in a table."""
+    number, read = 0, MoBAConfig.from_dict
+
+    def count(options: Any) -> MoBAConfig:
+        nonlocal number
+        number += 1
+        return read(options)
+
+    table = ((1, 1, 1, 1),) * 3
+    models = [apply(build("Llama"), replace(SMALL, head_top_k=table)) for _ in range(2)]
+    monkeypatch.setattr(MoBAConfig, "from_dict", count)
+    monkeypatch.setattr(integration, "_last", None)
+    for model in models:
+        sparse = model(tokens()).logits
+    assert number == 1
+    options = models[0].config.moba_flex
+    options["head_top_k"][2][0] = SMALL.top_k
+    changed = models[0](tokens()).logits
+    assert number == 2
+    torch.testing.assert_close(models[1](tokens()).logits, sparse)
+    again = apply(build("Llama"), replace(SMALL, head_top_k=(*table[1:], (SMALL.top_k, 1, 1, 1))))
+    torch.testing.assert_close(changed, again(tokens()).logits)
+    assert (changed - sparse).abs().max() > 1e-3
+    options["head_top_k"][2][0] = "2"
+    with pytest.raises(TypeError, match="head_top_k must be an int, got str"):
+        models[0](tokens())
+
+
 def test_dense_layers_stay_dense() -> None:
     model = build("Llama")
     dense = model(tokens()).logits

@@ -18,6 +18,7 @@ its own attention. Calls that cannot be computed exactly, such as with dropout o
 own mask, raise a ValueError with a remedy; nothing falls back silently.
 """
 
+import copy
 import functools
 import inspect
 import logging
@@ -75,6 +76,7 @@ A batch of packed documents comes flattened into one row, with `B` of 1.
 """
 
 _default: MoBAConfig | None = None
+_last: tuple[dict[str, Any], MoBAConfig] | None = None  # options that were read, and their config
 _observers: list[Observer] = []
 
 # Arguments that transformers may pass to an attention function, and what is needed instead.
@@ -251,13 +253,27 @@ def _options(model_config: PreTrainedConfig) -> MoBAConfig:
     """Return the options that a model's config carries, or those of `register`."""
     options = getattr(model_config, NAME, None)
     if options is not None:
-        return MoBAConfig.from_dict(options)
+        # A graph would depend on what other models read.
+        return MoBAConfig.from_dict(options) if is_traced() else _read(options)
     if _default is None:
         raise ValueError(
             f"{type(model_config).__name__} must carry MoBA options, got none: "
             "call moba_flex.integrations.transformers.apply(model, MoBAConfig(...))"
         )
     return _default
+
+
+def _read(options: dict[str, Any]) -> MoBAConfig:
+    """Return the config of options as `to_dict` writes them.
+
+    Each layer asks in each step. A comparison with the options of the last call sees every change,
+    and takes a fraction of the time to check a table of all layers and heads.
+    """
+    global _last
+    last = _last  # which another thread may replace
+    if last is None or last[0] != options:
+        last = _last = copy.deepcopy(options), MoBAConfig.from_dict(options)
+    return last[1]
 
 
 @functools.cache
