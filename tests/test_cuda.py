@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from moba_flex import (
     Routing,
@@ -20,6 +21,7 @@ from moba_flex import (
     moba_attention,
     moba_attention_reference,
     route,
+    routed_attention,
 )
 from moba_flex.masks.layout import Layout
 from moba_flex.masks.pool import pool
@@ -116,6 +118,26 @@ def test_whole_requests_in_a_graph_are_the_oracle(plan: str) -> None:
     count, seed = max(2, settings().max_examples // 6), int(torch.randint(2**31, ()))
     tally = fuzz.fuzz(range(count), seed, "cuda", (plan,), 0.0, graph=True)
     assert not tally.failures, f"seed {seed}: {tally.failures}"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
+@pytest.mark.parametrize("block_size", [64, 512])
+def test_scores_may_rise_within_a_block(block_size: int, dtype: torch.dtype) -> None:
+    """As in `test_fused.py`, by the arithmetic of the device, which flushes very small numbers."""
+    position = torch.arange(1500, device="cuda")
+    block, past = position // block_size, position <= position[:, None]
+    for rise in (20.0, 60.0, 90.0, 127.0, 300.0, -300.0):
+        q, k, v = torch.randn(3, 1, 2, 1500, 64, device="cuda")
+        q[..., 0], k[..., 0] = 1, position % block_size / block_size * rise
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        routing = route(q, k, block_size=block_size, top_k=3)
+        got = routed_attention(q, k, v, routing, scale=1.0, plan="fused")
+        seen = chosen_blocks(routing)[..., block] & past
+        want = scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), attn_mask=seen, scale=1.0
+        )
+        error = 1e-3 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got, want.to(dtype), rtol=error, atol=error)
 
 
 def documents(count: int, length: int) -> tuple[Tensor, list[slice]]:
