@@ -81,8 +81,9 @@ def attend(
 def _widened(x: Tensor) -> Tensor:
     """Return queries or keys `[B, H, length, D]` with zeros up to a head dim of 24.
 
-    For smaller ones FlexAttention's C++ template computes the scores of 16 keys even where only 8
-    are left, if vectors hold 8 numbers, as with AVX2: it overwrites what lies behind the scores.
+    For smaller head dims FlexAttention's C++ template takes 16 keys at a time, even where 8 are
+    left. With vectors of 8 numbers, as AVX2 has them, it then overwrites the memory behind the
+    scores.
     """
     if x.shape[3] >= 24:
         return x

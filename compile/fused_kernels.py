@@ -140,6 +140,13 @@ def _finite(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _no_sums(TILE_M: tl.constexpr, DV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return a softmax over no keys: the weighted sum of values, the maximum, the total weight."""
+    acc, total = tl.zeros([TILE_M, DV], tl.float32), tl.zeros([TILE_M], tl.float32)
+    return acc, tl.full([TILE_M], -float("inf"), tl.float32), total
+
+
+@triton.jit
 def _attend_tile(  # type: ignore[no-untyped-def]
     q, acc, top, total, k, v, at, reach, low, high, scale, cap,
     MASKED: tl.constexpr, CLEAN: tl.constexpr, SOFTCAP: tl.constexpr, TILE_N: tl.constexpr,
@@ -148,9 +155,9 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     """Add a tile of keys, from `at` on, to a softmax.
 
     `top`, which is subtracted from scores, becomes their maximum in tiles that begin before
-    `reach`. In later tiles it stays: a weight may be more than 1, and is infinite if a score is
-    higher than `top` by 128 or more. That saves a third of the instructions, and `_overflowed`
-    finds such sums.
+    `reach`. In later tiles it stays, which saves two fifths of the instructions. A weight may then
+    be more than 1, and it is infinite if its score is higher than `top` by 128 or more:
+    `_overflowed` finds such sums.
 
     With MASKED, each row sees the keys `low..high` alone. The scale must not be negative.
 
@@ -327,9 +334,7 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
-    acc = tl.zeros([TILE_M, DV], tl.float32)
-    top = tl.zeros([TILE_M], tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
+    acc, top, total = _no_sums(TILE_M, DV)  # to a loop Triton takes only what exists before it
     start = block * block_size
     stop = tl.minimum(start + block_size, kv_len)
     if TABLES:
@@ -341,9 +346,7 @@ def pair_forward_kernel(  # type: ignore[no-untyped-def]
     # The maximum of the first tile will do for all tiles, or else that of all.
     reach, again = _reach(start, stop, v_ptr), True
     while again:
-        acc = tl.zeros([TILE_M, DV], tl.float32)
-        top = tl.full([TILE_M], -float("inf"), tl.float32)
-        total = tl.zeros([TILE_M], tl.float32)
+        acc, top, total = _no_sums(TILE_M, DV)
         acc, top, total = _attend(
             q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, whole, reach, low,
             high, scale, cap, False, False, False, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N,
@@ -503,9 +506,7 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
 
-    acc = tl.zeros([TILE_M, DV], tl.float32)
-    top = tl.full([TILE_M], -float("inf"), tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
+    acc, top, total = _no_sums(TILE_M, DV)
     low, high, start, whole, stop = _own_keys(
         query, queries_ptr, extents_ptr, batch, q_len, kv_len, num_blocks, block_size,
         table_rows, TILE_N, TABLES, CAUSAL, SHARED, TILE_M,
@@ -523,9 +524,7 @@ def own_forward_kernel(  # type: ignore[no-untyped-def]
         STAGES,
     )  # fmt: skip
     if _overflowed(acc, total):
-        acc = tl.zeros([TILE_M, DV], tl.float32)
-        top = tl.full([TILE_M], -float("inf"), tl.float32)
-        total = tl.zeros([TILE_M], tl.float32)
+        acc, top, total = _no_sums(TILE_M, DV)
         acc, top, total = _attend(
             q, acc, top, total, k_ptr, v_ptr, stride_kn, stride_vn, start, stop, stop, low, high,
             scale, cap, True, True, True, SOFTCAP, HEAD_DIM, D, VALUE_DIM, DV, TILE_N, PRECISION,
