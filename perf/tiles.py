@@ -1,11 +1,11 @@
-"""What other tiles of a kernel of the fused plan cost, and gain.
+"""Compile a kernel of the fused plan with other tiles, tell what it needs, and time it.
 
     python -m perf.tiles pair_forward 128,32,4,3 128,64,8,2 128,64,8,2,128 [--shape 64K/512/3]
 
 Tiles are queries or pairs, keys, warps and stages, and, if there is a limit, the registers of a
-thread. What a kernel needs is read from its machine code for a Hopper GPU, there or not.
-Instructions are those of one step of each loop with matrix products: without the longest stretch
-that the step may skip, and with it. Times are medians of whole passes in ms, on a CUDA device.
+thread. The machine code for a Hopper GPU, there or not, tells the needs of a kernel. Instructions
+are those of one step of each loop with matrix products: without the longest stretch that the step
+may skip, and with it. Times are medians of whole passes in ms, on a CUDA device.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.testing import do_bench
 
-from moba_flex import moba_attention
 from moba_flex.compile import decode_kernels, fused, fused_kernels
 from moba_flex.masks import router_kernel
 from moba_flex.masks._torch import kernel_op
 from moba_flex.masks._torch.kernel_op import power_of_2
 from moba_flex.masks.layout import Layout
+from perf.peers import moba_flex
 from perf.shapes import ROWS, Shape, draw
 
 INTS = (
@@ -37,7 +37,6 @@ INTS = (
     *("query_ptr", "start_ptr", "stop_ptr", "affinity", "table_ptr", "counter", "done_ptr"),
 )
 FLOATS = ("lse", "spill_ptr", "sums_ptr")
-DECODING = (decode_kernels.decode_kernel,)
 GATES = (router_kernel.gate_kernel, router_kernel.sift_kernel)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -61,7 +60,7 @@ class Choice(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What the compiler made of a kernel, for one program."""
+    """The needs of one program of a compiled kernel; `steps` as the function returns them."""
 
     registers: int
     spilled: int
@@ -90,7 +89,8 @@ def compile_kernel(
             return "i32"
         if name.startswith(INTS) or (name == "out_ptr" and kernel in GATES):
             return "*i32"
-        if any(word in name for word in FLOATS) or (name == "part_ptr" and kernel in DECODING):
+        decodes = kernel is decode_kernels.decode_kernel
+        if any(word in name for word in FLOATS) or (decodes and name == "part_ptr"):
             return "*fp32"
         return f"*{DTYPES[dtype]}"
 
@@ -120,7 +120,7 @@ def cost(name: str, choice: Choice, shape: Shape) -> Cost:
             for heads in (shape.num_heads, shape.num_kv_heads)
         )
         layout = Layout(shape.seq_len, shape.seq_len, shape.block_size, causal=True)
-        problem = fused._Problem.of(q, k, k, shape.top_k - 1, layout, 1.0, shape.softcap or 0.0)
+        problem = fused._Problem.of(q, k, k, shape.top_k - 1, layout, 1.0, 0.0)
         options = problem.options(name)
         if name == "dkv":
             options["WRITE_DQ"] = problem.tiles_per_block == 1
@@ -188,23 +188,20 @@ def times(shape: Shape, device: torch.device) -> tuple[float, float]:
     q, k, v = (x.requires_grad_() for x in draw(shape, device))
     grad = torch.randn_like(q)
 
-    def forward() -> torch.Tensor:
-        return moba_attention(
-            q, k, v, block_size=shape.block_size, top_k=shape.top_k, softcap=shape.softcap
-        )
-
-    out = forward()
+    attend = moba_flex(shape, device)
+    out = attend(q, k, v)
 
     def backward() -> None:
         torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
-    forward_ms, backward_ms = (do_bench(run, return_mode="median") for run in (forward, backward))
-    return forward_ms, backward_ms
+    forward_ms = do_bench(lambda: attend(q, k, v), return_mode="median")
+    return forward_ms, do_bench(backward, return_mode="median")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each choice of tiles."""
-    shapes = {shape.name: shape for rows in ROWS["cuda"].values() for shape in rows}
+    rows = ROWS["cuda"].items()  # `cost` compiles for plain rows, without documents or a soft cap
+    shapes = {shape.name: shape for name, of in rows if name != "layouts" for shape in of}
     parser = argparse.ArgumentParser(description="Compile and time a kernel with other tiles.")
     parser.add_argument("kernel", choices=sorted(fused._TILES))
     parser.add_argument("tiles", nargs="+", type=Choice.parse, metavar="M,N,WARPS,STAGES[,REGS]")

@@ -109,12 +109,12 @@ def needs_interpreter() -> None:
         pytest.skip("this PyTorch wraps no interpreted kernels")
 
 
-def run_script(name: str) -> Any:
-    """Run a script of this folder, with Triton's compiler and not its interpreter."""
+def run_compiled(*arguments: str) -> str:
+    """Run Python with Triton's compiler and not its interpreter, and return what it printed."""
     compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, f"tests/{name}"],
+        [sys.executable, *arguments],
         env=compiled | {"PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,
@@ -122,7 +122,12 @@ def run_script(name: str) -> Any:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def run_script(name: str) -> Any:
+    """Run a script of this folder, compiled, and return the JSON of its last line."""
+    return json.loads(run_compiled(f"tests/{name}").splitlines()[-1])
 
 
 def route_case(case: Case, q: Tensor, k: Tensor) -> Routing:

@@ -24,6 +24,7 @@ from perf.check import attend_rows, by_head, check, gate, number_keys, relative_
 from perf.fit import fit
 from perf.peers import PEERS, Peer, Unavailable, layout
 from perf.shapes import PARTS, ROWS, STAGES, TINY, Shape, draw
+from tests.helpers import run_compiled
 
 CPU = torch.device("cpu")
 
@@ -709,13 +710,8 @@ def test_a_way_that_fails_is_named() -> None:
 def test_other_tiles_of_a_kernel_on_no_gpu() -> None:
     """The kernel that keeps the maximum of its first tile skips what updates it in later ones."""
     pytest.importorskip("triton")
-    script = [sys.executable, "-m", "perf.tiles", "pair_forward", "64,32,4,2", "64,32,4,2,128"]
-    compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        script, env=compiled, cwd=timing.ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = [list(map(int, re.findall(r"\d+", line))) for line in done.stdout.splitlines()]
+    said = run_compiled("-m", "perf.tiles", "pair_forward", "64,32,4,2", "64,32,4,2,128")
+    found = [list(map(int, re.findall(r"\d+", line))) for line in said.splitlines()]
     for line, tiles in zip(found, ([64, 32, 4, 2], [64, 32, 4, 2, 128]), strict=True):
         assert line[: len(tiles)] == tiles
         registers, _, shared, least, most = line[len(tiles) :]
