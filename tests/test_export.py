@@ -171,14 +171,14 @@ def run_alone(
 @pytest.mark.slow
 def test_layers_of_any_length_and_batch(layers_package: Path) -> None:
     inputs = [(tokens(length, batch),) for length in UNSEEN for batch in (1, 2, 5)]
-    assert max(run_alone(layers_package, inputs, made(Layers))) < 1e-4
+    assert max(run_alone(layers_package, inputs, made(Layers))) < 1e-5
 
 
 @pytest.mark.slow
 def test_packages_show_what_is_not_finite(layers_package: Path) -> None:
     package, module, x = load(layers_package), made(Layers), tokens(100)
     x[1, 70, 3] = torch.nan
-    assert worst_error(module, package, (x,)) < 1e-4
+    assert worst_error(module, package, (x,)) < 1e-5
     assert not package(x)[1, 70].isfinite().any()
 
 
@@ -195,14 +195,15 @@ def test_inputs_lie_anywhere(
     fixture: str, kind: type[nn.Module], request: pytest.FixtureRequest
 ) -> None:
     package = load(request.getfixturevalue(fixture))
-    room = torch.randn(2, 400, 65)
+    # The same each time: among new ones, a layer may round to a tie that another breaks.
+    room = torch.randn(2, 400, 65, generator=torch.Generator().manual_seed(0))
     for x in (
         room[:, 5:305, 1:],  # of longer rows
         room[:, :300, :64].transpose(0, 1).contiguous().transpose(0, 1),
         room[:, :300, :64].mT.contiguous().mT,
         room[:1, :300, :64].expand(2, 300, 64),
     ):
-        assert worst_error(made(kind), package, (x,)) < 1e-4
+        assert worst_error(made(kind), package, (x,)) < 1e-5
 
 
 @pytest.mark.slow
@@ -710,7 +711,7 @@ def test_cpp_program_gives_the_same(layers_package: Path, tmp_path: Path) -> Non
     assert second == "float [3, 777, 64]"
     (out,) = torch.load(files[1])
     with torch.no_grad():
-        torch.testing.assert_close(out, made(Layers)(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out, made(Layers)(x))
     bad = subprocess.run([program, *files, "x"], capture_output=True, text=True, check=False)
     assert bad.returncode == 1
     assert bad.stderr.startswith("run_package: error: ")
